@@ -1,0 +1,408 @@
+"""VidPrism: a heterogeneous mixture of temporal experts on a CLIP image tower (CVPR 2026).
+
+    pixels -> tower -> frame features -> RgSTA streams -> DBI -> experts -> global query -> clip vector -> logits
+
+Shapes: B clips, T frames, D width, N streams (= experts), L_i frames in stream i, K classes. The blocks stand in
+`temporal_vidprism.py`; this file puts them together in transformers' idiom: `VidPrismTemporalModel` (frame features
+to clip vector), `VidPrismModel` (pixels to clip vector), `VidPrismForVideoClassification` (pixels to logits).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import CLIPVisionModel, CLIPVisionModelWithProjection, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_vidprism import VISION_PRESETS, VidPrismConfig
+from .temporal_vidprism import (
+    VidPrismAttention,
+    VidPrismExpert,
+    VidPrismFrameMerger,
+    VidPrismInteraction,
+    VidPrismReadout,
+    expert_diversity_loss,
+    gate_balance_loss,
+    pool_windows,
+)
+
+
+@dataclass
+class VidPrismModelOutput(ModelOutput):
+    """Clip vectors and what the streams, gates and experts did.
+
+    Args:
+        last_hidden_state: (B, sum of L_i, D), the outputs of all experts, one after the other in time.
+        pooler_output: (B, D), the clip vector.
+        expert_weights: (B, N), attention mass on each expert; sums to 1.
+        gates: (B, N, N), entry [i, j] the gate of the edge from stream i to j, 0 where there is no edge.
+        streams: N tensors (B, L_i, D) before interaction, with `output_streams=True`.
+        interacted_streams: N tensors (B, L_i, D) after interaction, with `output_streams=True`.
+        frame_scores: (B, N, T), importance of each frame for each stream, with `output_streams=True` (RgSTA only).
+        kept_indices: N tensors (B, L_i), frames kept by each stream, with `output_streams=True` (RgSTA only).
+        rank_loss: Scalar, mean over streams, with `output_losses=True`.
+        gate_loss: Scalar, with `output_losses=True`.
+        diversity_loss: Scalar, with `output_losses=True`.
+        hidden_states: N tensors (B, L_i, D), the output of each expert, with `output_hidden_states=True`.
+        attentions: N tensors (B, heads, L_i, L_i), with `output_attentions=True` under eager attention.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+    expert_weights: torch.Tensor | None = None
+    gates: torch.Tensor | None = None
+    streams: tuple[torch.Tensor, ...] | None = None
+    interacted_streams: tuple[torch.Tensor, ...] | None = None
+    frame_scores: torch.Tensor | None = None
+    kept_indices: tuple[torch.Tensor, ...] | None = None
+    rank_loss: torch.Tensor | None = None
+    gate_loss: torch.Tensor | None = None
+    diversity_loss: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class VidPrismForVideoClassificationOutput(ModelOutput):
+    """Logits, and the loss and its four parts when labels were given.
+
+    Args:
+        loss: Scalar, the weighted sum of the four parts below.
+        logits: (B, K).
+        classification_loss: Scalar, unweighted like the other parts.
+        rank_loss: Scalar.
+        gate_loss: Scalar.
+        diversity_loss: Scalar.
+        pooler_output: (B, D), the clip vector.
+        expert_weights: (B, N).
+        gates: (B, N, N).
+        streams: See `VidPrismModelOutput`, as all that follow.
+        interacted_streams: N tensors (B, L_i, D).
+        frame_scores: (B, N, T).
+        kept_indices: N tensors (B, L_i).
+        hidden_states: N tensors (B, L_i, D).
+        attentions: N tensors (B, heads, L_i, L_i).
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    classification_loss: torch.Tensor | None = None
+    rank_loss: torch.Tensor | None = None
+    gate_loss: torch.Tensor | None = None
+    diversity_loss: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+    expert_weights: torch.Tensor | None = None
+    gates: torch.Tensor | None = None
+    streams: tuple[torch.Tensor, ...] | None = None
+    interacted_streams: tuple[torch.Tensor, ...] | None = None
+    frame_scores: torch.Tensor | None = None
+    kept_indices: tuple[torch.Tensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class VidPrismVisionTower(nn.Module):
+    """The frame encoder: pixels (B, T, 3, H, W) to frame features (B, T', D). All that knows the tower is here."""
+
+    def __init__(self, config: VidPrismConfig):
+        super().__init__()
+        self.vision_model = CLIPVisionModel._from_config(config.vision_config)
+        self.visual_projection = None
+        if config.vision_projection:
+            self.visual_projection = nn.Linear(
+                config.vision_config.hidden_size, config.vision_config.projection_dim, bias=False
+            )
+
+    def forward(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
+        clips, frames = pixel_values_videos.shape[:2]
+        features = self.vision_model(pixel_values=pixel_values_videos.flatten(0, 1)).pooler_output
+        if self.visual_projection is not None:
+            features = self.visual_projection(features)
+        return features.view(clips, frames, -1)
+
+
+class VidPrismPreTrainedModel(PreTrainedModel):
+    """What the VidPrism models share: configuration, initialisation and the abilities they declare."""
+
+    config: VidPrismConfig
+    config_class = VidPrismConfig
+    base_model_prefix = "vidprism"
+    main_input_name = "pixel_values_videos"
+    input_modalities = ("video",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _no_split_modules = ["CLIPEncoderLayer", "VidPrismExpert"]  # noqa: RUF012 (transformers' convention)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """Glorot for linear and convolutional weights, zero biases, N(0, 0.02) for query and positions."""
+        if isinstance(module, (nn.Linear, nn.Conv1d)):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, VidPrismReadout) and module.how == "query":
+            init.normal_(module.query, std=0.02)
+        elif isinstance(module, VidPrismTemporalModel) and module.position_embedding is not None:
+            init.normal_(module.position_embedding, std=0.02)
+
+
+class VidPrismTemporalModel(VidPrismPreTrainedModel):
+    """Frame features (B, T, D_features) to clip vector (B, D): RgSTA, DBI and HMoE."""
+
+    main_input_name = "frame_features"
+    _can_record_outputs = {  # noqa: RUF012 (transformers' convention)
+        "hidden_states": OutputRecorder(VidPrismExpert, capture_initial_hidden_state=False),
+        "attentions": OutputRecorder(VidPrismAttention, index=1),
+    }
+
+    def __init__(self, config: VidPrismConfig):
+        super().__init__(config)
+        width, rates = config.hidden_size, config.rates
+        self.input_projection = nn.Linear(config.feature_size, width) if config.feature_size != width else None
+        self.position_embedding = None
+        if config.time_position == "learned":
+            self.position_embedding = nn.Parameter(torch.empty(1, config.num_frames, width))
+        merges = config.aggregation == "rgsta"
+        self.mergers = nn.ModuleList(VidPrismFrameMerger(config, rate) for rate in rates) if merges else None
+        interacts = config.interaction != "none" and len(set(rates)) > 1
+        self.interaction = VidPrismInteraction(config) if interacts else None
+        self.experts = nn.ModuleList(VidPrismExpert(config) for _ in rates)
+        self.readout = VidPrismReadout(config)
+        self.post_init()
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        frame_features: torch.Tensor,
+        output_streams: bool = False,
+        output_losses: bool = False,
+        **kwargs,
+    ) -> VidPrismModelOutput:
+        """Pools frame features into clip vectors.
+
+        Args:
+            frame_features: (B, T, D_features), any T >= 1.
+            output_streams: Also return the streams, the frames' importance and the frames kept.
+            output_losses: Also return the three auxiliary losses, unweighted.
+        """
+        frames = frame_features if self.input_projection is None else self.input_projection(frame_features)
+        if self.position_embedding is not None:
+            frames = frames + self._positions(frames.shape[1]).to(frames.dtype)
+        streams, scores, kept, rank_losses = self._aggregate(frames)
+        if self.interaction is not None:
+            interacted, gates = self.interaction(streams)
+        else:
+            interacted, gates = streams, frames.new_zeros(frames.shape[0], len(streams), len(streams))
+        outputs = [expert(stream, **kwargs) for expert, stream in zip(self.experts, interacted, strict=True)]
+        pooled, expert_weights = self.readout(outputs)
+
+        output = VidPrismModelOutput(
+            last_hidden_state=torch.cat(outputs, dim=1),
+            pooler_output=pooled,
+            expert_weights=expert_weights,
+            gates=gates,
+        )
+        if output_streams:
+            output.streams, output.interacted_streams = tuple(streams), tuple(interacted)
+            if scores:
+                output.frame_scores, output.kept_indices = torch.stack(scores, dim=1), tuple(kept)
+        if output_losses:
+            zero = pooled.new_zeros((), dtype=torch.float32)
+            output.rank_loss = torch.stack(rank_losses).mean() if rank_losses else zero
+            output.gate_loss = gate_balance_loss(expert_weights.float().mean(dim=0))
+            output.diversity_loss = expert_diversity_loss(outputs)
+        return output
+
+    def _aggregate(self, frames: torch.Tensor) -> tuple[list, list, list, list]:
+        """The streams of all rates; scores, kept indices and rank losses are empty for the ablation's poolings."""
+        if self.mergers is None:
+            return [pool_windows(frames, rate, self.config.aggregation) for rate in self.config.rates], [], [], []
+        return tuple(map(list, zip(*(merger(frames) for merger in self.mergers), strict=True)))
+
+    def _positions(self, num_frames: int) -> torch.Tensor:
+        """Position embeddings (1, T, D), interpolated in time where T is not the number of frames trained with."""
+        positions = self.position_embedding
+        if num_frames != positions.shape[1]:
+            positions = F.interpolate(positions.transpose(1, 2), size=num_frames, mode="linear").transpose(1, 2)
+        return positions
+
+
+class VidPrismModel(VidPrismPreTrainedModel):
+    """Pixels (B, T, 3, H, W) to clip vectors (B, D), without a classifier."""
+
+    def __init__(self, config: VidPrismConfig):
+        super().__init__(config)
+        self.vision_tower = VidPrismVisionTower(config)
+        self.temporal_model = VidPrismTemporalModel._from_config(config)
+        width = config.hidden_size
+        self.projection_head = None
+        if config.projection_head:
+            self.projection_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_tower.vision_model.get_input_embeddings()
+
+    @can_return_tuple
+    def forward(self, pixel_values_videos: torch.Tensor, **kwargs) -> VidPrismModelOutput:
+        """Encodes clips.
+
+        Args:
+            pixel_values_videos: (B, T, 3, H, W), normalised by the video processor; any T >= 1.
+            kwargs: `output_streams`, `output_losses`, `output_hidden_states`, `output_attentions`: see
+                `VidPrismModelOutput`.
+        """
+        return self.temporal_model(self.get_frame_features(pixel_values_videos), **kwargs)
+
+    def get_frame_features(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
+        """Frame features (B, T, D_features) of clips (B, T, 3, H, W)."""
+        if pixel_values_videos.dim() != 5:
+            raise ValueError(
+                f"pixel_values_videos must be (clips, frames, 3, height, width), got {tuple(pixel_values_videos.shape)}."
+            )
+        return self.vision_tower(pixel_values_videos)
+
+    def get_text_aligned_features(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
+        """Clip vectors (B, D) in the space of CLIP's text embeddings; needs `config.projection_head`.
+
+        Raises:
+            ValueError: If the model has no projection head.
+        """
+        if self.projection_head is None:
+            raise ValueError("This model has no projection head (config.projection_head is false).")
+        return self.projection_head(self(pixel_values_videos).pooler_output)
+
+
+class VidPrismForVideoClassification(VidPrismPreTrainedModel):
+    """VidPrism with a linear classifier on the clip vector."""
+
+    def __init__(self, config: VidPrismConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.vidprism = VidPrismModel(config)
+        self.dropout = nn.Dropout(config.head_dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values_videos: torch.Tensor, labels: torch.Tensor | None = None, **kwargs
+    ) -> VidPrismForVideoClassificationOutput:
+        """Classifies clips.
+
+        Args:
+            pixel_values_videos: (B, T, 3, H, W), normalised by the video processor; any T >= 1.
+            labels: (B,) class indices ((B, K) for multi-label problems). With labels the loss and its parts are
+                returned.
+            kwargs: `output_streams`, `output_hidden_states`, `output_attentions`: see `VidPrismModelOutput`.
+        """
+        kwargs["output_losses"] = labels is not None
+        clip = self.vidprism(pixel_values_videos, **kwargs)
+        logits = self.classifier(self.dropout(clip.pooler_output))
+        output = VidPrismForVideoClassificationOutput(logits=logits)
+        if labels is not None:
+            output.classification_loss = self.loss_function(pooled_logits=logits, labels=labels, config=self.config)
+            output.loss = self.total_loss(
+                output.classification_loss, clip.rank_loss, clip.gate_loss, clip.diversity_loss
+            )
+        for name, value in clip.items():
+            if name != "last_hidden_state":
+                output[name] = value
+        return output
+
+    def total_loss(
+        self,
+        classification_loss: torch.Tensor,
+        rank_loss: torch.Tensor,
+        gate_loss: torch.Tensor,
+        diversity_loss: torch.Tensor,
+    ) -> torch.Tensor:
+        """The weighted sum of the four losses (weights in the configuration)."""
+        return (
+            classification_loss
+            + self.config.rank_loss_weight * rank_loss
+            + self.config.gate_loss_weight * gate_loss
+            + self.config.diversity_loss_weight * diversity_loss
+        )
+
+    @classmethod
+    def from_vision_pretrained(
+        cls,
+        name_or_path: str,
+        *,
+        id2label: dict[int, str],
+        dtype: torch.dtype = torch.float32,
+        hub_kwargs: dict | None = None,
+        **config_overrides,
+    ) -> "VidPrismForVideoClassification":
+        """A new classifier on a pretrained CLIP tower; streams, experts and classifier are freshly initialised.
+
+        Args:
+            name_or_path: Hub id or folder of any CLIP checkpoint (whole CLIP, vision tower with or without
+                projection, saved by transformers 4 or 5), or a preset: "b32", "b16", "l14" (OpenAI's weights from
+                the Hub), or "tiny" (random weights).
+            id2label: The label name of each class index.
+            dtype: Of the weights.
+            hub_kwargs: `revision`, `token`, `cache_dir`, ... for `from_pretrained`.
+            config_overrides: Any field of `VidPrismConfig`.
+
+        Raises:
+            ValueError: If the checkpoint is not a CLIP vision tower.
+            OSError: If it cannot be found.
+        """
+        labels = {"id2label": id2label, "label2id": {label: index for index, label in id2label.items()}}
+        preset = VISION_PRESETS.get(name_or_path)
+        if preset is not None and preset["name_or_path"] is None:
+            config = VidPrismConfig.from_preset(name_or_path, **labels, **config_overrides)
+            return cls._from_config(config, dtype=dtype)
+        name_or_path = preset["name_or_path"] if preset is not None else name_or_path
+        tower = load_vision_tower(name_or_path, dtype=dtype, **(hub_kwargs or {}))
+        config = VidPrismConfig(
+            vision_config=tower.config.to_dict(),
+            vision_projection=tower.visual_projection is not None,
+            **labels,
+            **config_overrides,
+        )
+        model = cls._from_config(config, dtype=dtype)
+        # Through load_state_dict, not from_pretrained: transformers would reverse its key mapping on saving.
+        model.vidprism.vision_tower.load_state_dict(tower.state_dict())
+        return model
+
+
+def load_vision_tower(name_or_path: str, **kwargs) -> CLIPVisionModelWithProjection:
+    """Loads the vision tower of any CLIP checkpoint.
+
+    Returns:
+        The tower; its `visual_projection` is None where the checkpoint has no projection.
+
+    Raises:
+        ValueError: If the checkpoint lacks weights of a CLIP vision tower.
+    """
+    tower, info = CLIPVisionModelWithProjection.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    missing = set(info["missing_keys"]) - {"visual_projection.weight"}
+    if missing or info["mismatched_keys"]:
+        raise ValueError(
+            f"{name_or_path} is not a CLIP vision tower: {len(missing)} weights are missing (first: "
+            f"{min(missing, default='none')}), {len(info['mismatched_keys'])} have another shape."
+        )
+    if "visual_projection.weight" in info["missing_keys"]:
+        tower.visual_projection = None
+    return tower
+
+
+__all__ = [
+    "VidPrismForVideoClassification",
+    "VidPrismForVideoClassificationOutput",
+    "VidPrismModel",
+    "VidPrismModelOutput",
+    "VidPrismPreTrainedModel",
+    "VidPrismTemporalModel",
+]
