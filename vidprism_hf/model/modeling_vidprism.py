@@ -7,6 +7,7 @@ Shapes: B clips, T frames, D width, N streams (= experts), L_i frames in stream 
 to clip vector), `VidPrismModel` (pixels to clip vector), `VidPrismForVideoClassification` (pixels to logits).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ from .temporal_vidprism import (
     VidPrismAttention,
     VidPrismExpert,
     VidPrismFrameMerger,
+    VidPrismGateOutput,
     VidPrismInteraction,
     VidPrismReadout,
     expert_diversity_loss,
@@ -140,9 +142,13 @@ class VidPrismPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        """Glorot for linear and convolutional weights, zero biases, N(0, 0.02) for query and positions."""
-        if isinstance(module, (nn.Linear, nn.Conv1d)):
-            init.xavier_uniform_(module.weight)
+        """PyTorch's own scale for linear and convolutional weights, as in the released code, but zero biases."""
+        if isinstance(module, VidPrismGateOutput):
+            # All gates start half open, whatever the scale of the features: a closed one gets no gradient.
+            init.normal_(module.weight, std=1e-3)
+            init.zeros_(module.bias)
+        elif isinstance(module, (nn.Linear, nn.Conv1d)):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):

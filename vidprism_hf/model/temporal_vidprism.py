@@ -244,9 +244,13 @@ def interaction_edges(config: VidPrismConfig) -> list[tuple[int, int]]:
     return edges
 
 
+class VidPrismGateOutput(nn.Linear):
+    """The last linear layer of a gate: a class of its own because it is initialised in its own way."""
+
+
 def gate_mlp(width: int) -> nn.Sequential:
     """The gate's MLP, 2D -> D/4 -> 1, ending in a sigmoid."""
-    return nn.Sequential(nn.Linear(2 * width, width // 4), nn.ReLU(), nn.Linear(width // 4, 1), nn.Sigmoid())
+    return nn.Sequential(nn.Linear(2 * width, width // 4), nn.ReLU(), VidPrismGateOutput(width // 4, 1), nn.Sigmoid())
 
 
 class VidPrismAttention(nn.Module):
@@ -359,6 +363,7 @@ __all__ = [
     "VidPrismAttention",
     "VidPrismExpert",
     "VidPrismFrameMerger",
+    "VidPrismGateOutput",
     "VidPrismInteraction",
     "VidPrismReadout",
     "expert_diversity_loss",

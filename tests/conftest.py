@@ -1,0 +1,34 @@
+"""What every test may use: the helpers of this folder on the import path, and the shared real data."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # `from clips import ...`
+
+
+# Marks in transformers' own suite, which strict markers would refuse.
+SUITE_MARKS = (
+    "accelerate_tests",
+    "flash_attn_test",
+    "flash_attn_3_test",
+    "flash_attn_4_test",
+    "torch_compile_test",
+)
+
+
+def pytest_configure(config):
+    for name in SUITE_MARKS:
+        config.addinivalue_line("markers", f"{name}: set by transformers' tests")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real clips, recorded tensors and weights, which is no part of the repository."""
+    default = Path(__file__).resolve().parents[2] / "shared"
+    folder = Path(os.environ.get("VIDPRISM_SHARED", default))
+    if not folder.is_dir():
+        pytest.skip(f"needs the shared data: {folder} is missing (set VIDPRISM_SHARED)")
+    return folder

@@ -1,0 +1,75 @@
+"""The command line: `vidprism VERB …`, one function a verb."""
+
+import sys
+from collections.abc import Callable
+
+USAGE = """usage: vidprism VERB ...
+
+  finetune --config RECIPE [--key value]   train by a recipe, evaluate, export
+  evaluate MODEL --config RECIPE           held-out accuracy of an exported model
+  predict MODEL FILE [FILE ...]            top labels of video files
+  convert CHECKPOINT OUT ...               an authors' checkpoint to the Hub's layout
+
+`vidprism VERB --help` tells a verb's options.
+"""
+
+
+def _finetune(argv: list[str]) -> int:
+    from .training.finetune import finetune
+
+    finetune(argv)
+    return 0
+
+
+def _evaluate(argv: list[str]) -> int:
+    from .training.finetune import evaluate
+
+    evaluate(argv)
+    return 0
+
+
+def _predict(argv: list[str]) -> int:
+    from .evaluation.predict import main
+
+    return main(argv)
+
+
+def _convert(argv: list[str]) -> int:
+    from .convert.released import main
+
+    return main(argv)
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "finetune": _finetune,
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "convert": _convert,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a verb.
+
+    Returns:
+        The exit status: 0, 1 where something could not be done, 2 for wrong usage.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if argv[0] not in VERBS:
+        print(f"vidprism: no verb {argv[0]!r}; there are {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    from .errors import UserError
+    from .model import VideoDecodeError
+
+    try:
+        return VERBS[argv[0]](argv[1:])
+    except (UserError, VideoDecodeError) as error:
+        print(f"vidprism {argv[0]}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,24 @@
+"""Where clips come from: folders and the demo, splits, augmentation, datasets and the data module."""
+
+from .datamodule import VideoDataModule, load_processor, normalize_clips
+from .dataset import ClipDataset, ClipSampler
+from .demo import DEMO_CLASSES, demo_folder, render_demo
+from .folder import ClipSplits, ClipTable, DataError, scan_folder
+from .transforms import ClipAugmentation, random_in_segments
+
+__all__ = [
+    "DEMO_CLASSES",
+    "ClipAugmentation",
+    "ClipDataset",
+    "ClipSampler",
+    "ClipSplits",
+    "ClipTable",
+    "DataError",
+    "VideoDataModule",
+    "demo_folder",
+    "load_processor",
+    "normalize_clips",
+    "random_in_segments",
+    "render_demo",
+    "scan_folder",
+]

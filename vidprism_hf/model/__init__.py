@@ -1,0 +1,29 @@
+"""All that travels to the Hub beside a checkpoint: configuration, model, decoder and processor."""
+
+from .configuration_vidprism import VISION_PRESETS, VidPrismConfig
+from .modeling_vidprism import (
+    VidPrismForVideoClassification,
+    VidPrismForVideoClassificationOutput,
+    VidPrismModel,
+    VidPrismModelOutput,
+    VidPrismPreTrainedModel,
+    VidPrismTemporalModel,
+)
+from .video_decoding_vidprism import VideoDecodeError, VideoInfo, decode_video, segment_centers
+from .video_processing_vidprism import VidPrismVideoProcessor
+
+__all__ = [
+    "VISION_PRESETS",
+    "VidPrismConfig",
+    "VidPrismForVideoClassification",
+    "VidPrismForVideoClassificationOutput",
+    "VidPrismModel",
+    "VidPrismModelOutput",
+    "VidPrismPreTrainedModel",
+    "VidPrismTemporalModel",
+    "VidPrismVideoProcessor",
+    "VideoDecodeError",
+    "VideoInfo",
+    "decode_video",
+    "segment_centers",
+]

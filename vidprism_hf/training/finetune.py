@@ -1,0 +1,235 @@
+"""`vidprism finetune` and `vidprism evaluate`: from a recipe to a trained, evaluated and exported model.
+
+A run's folder (`output`) holds config.yaml, logs/, checkpoints/{best,last}.ckpt, metrics.json and export/.
+"""
+
+import json
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentError
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from ..data import VideoDataModule
+from ..errors import UserError
+from ..hub import CardFacts, export_model, render_card
+from .module import VidPrismLightningModule
+
+# What a recipe need not say.
+TRAINER_DEFAULTS = {
+    "max_epochs": 30,
+    "log_every_n_steps": 10,
+    # ClipSampler shares clips among processes itself: every held-out clip once, none twice.
+    "use_distributed_sampler": False,
+}
+
+
+class FinetuneCLI(LightningCLI):
+    """LightningCLI with the run's folder, and the links between data and model."""
+
+    def add_arguments_to_parser(self, parser):
+        parser.add_argument("--output", type=str, default="runs/finetune", help="Folder of the run.")
+        parser.add_argument(
+            "--resume", type=str, default=None, help="Checkpoint (.ckpt) of an interrupted run to go on from."
+        )
+        parser.link_arguments("model.num_frames", "data.num_frames")
+        parser.link_arguments(
+            ("model.backbone", "model.checkpoint"),
+            "data.processor",
+            compute_fn=lambda backbone, checkpoint: checkpoint or backbone,
+        )
+        parser.link_arguments("data.id2label", "model.id2label", apply_on="instantiate")
+
+
+def finetune(argv: list[str]) -> None:
+    """Trains by a recipe, evaluates the best checkpoint on the held-out clips and exports it.
+
+    Args:
+        argv: `--config recipes/X.yaml` and any `--key value`.
+
+    Raises:
+        UserError: If the data or the settings are bad.
+        VideoDecodeError: If a clip cannot be decoded.
+        ExportError: If the export cannot be written.
+    """
+    argv = list(argv)
+    cli = parse(argv)
+    output = Path(cli.config.output)
+    if cli.config.resume is None:
+        keep_previous_run(output)
+    trainer = build_trainer(cli, output)
+    print_once(f"Run folder: {output}")
+    try:
+        trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.resume, weights_only=True)
+    except SystemExit:
+        # Lightning's way to end after Ctrl-C; the checkpoint callback has saved last.ckpt by now.
+        last = output / "checkpoints" / "last.ckpt"
+        if last.is_file():
+            print_once(f"Stopped. Go on with: vidprism finetune {shlex.join(argv)} --resume {last}")
+        raise
+    metrics = evaluate_best(trainer, cli)
+    export = export_run(trainer, cli, metrics, output / "export")
+    print_usage(export, metrics, len(cli.datamodule.val_table))
+
+
+def evaluate(argv: list[str]) -> dict[str, float]:
+    """Evaluates an exported model on the held-out clips of a recipe's data.
+
+    Args:
+        argv: The model (folder or Hub id), then `--config` and any `--key value`.
+
+    Raises:
+        UserError: If the model's labels are not the data's.
+    """
+    if not argv or argv[0].startswith("-"):
+        raise UserError("vidprism evaluate: name the model first, then --config RECIPE")
+    cli = parse([*argv[1:], "--model.checkpoint", argv[0]])
+    trainer = cli.instantiate_trainer(logger=False, callbacks=[progress_bar()])
+    metrics = evaluate_best(trainer, cli, checkpoint=None)
+    print_once(f"{argv[0]} on {len(cli.datamodule.val_table)} held-out clips")
+    for name, value in metrics.items():
+        print_once(f"  {name:<5} {value:.4f}")
+    return metrics
+
+
+def parse(argv: list[str]) -> FinetuneCLI:
+    """Parses a recipe and overrides, and builds data and model.
+
+    Raises:
+        UserError: With jsonargparse's message as one line, if a key does not exist or a value does not fit.
+    """
+    try:
+        return FinetuneCLI(
+            VidPrismLightningModule,
+            VideoDataModule,
+            args=argv,
+            run=False,
+            seed_everything_default=0,
+            save_config_callback=None,
+            trainer_defaults=TRAINER_DEFAULTS,
+            auto_configure_optimizers=False,
+            parser_kwargs={"exit_on_error": False, "prog": "vidprism finetune", "description": finetune.__doc__},
+        )
+    except ArgumentError as error:
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def build_trainer(cli: FinetuneCLI, output: Path) -> Trainer:
+    """The trainer of the recipe, with the run's loggers and callbacks."""
+    checkpoints = output / "checkpoints"
+    callbacks = [
+        ModelCheckpoint(checkpoints, filename="best", monitor="val/top1", mode="max", enable_version_counter=False),
+        # A checkpoint of its own, so that "last" is the last, not the best; also written on Ctrl-C.
+        ModelCheckpoint(checkpoints, filename="last", enable_version_counter=False, save_on_exception=True),
+        LearningRateMonitor(logging_interval="step"),
+        progress_bar(),
+        SaveConfigCallback(cli.parser, cli.config, overwrite=True),
+    ]
+    loggers = [
+        TensorBoardLogger(output, name="logs", version="tensorboard"),
+        CSVLogger(output, name="logs", version="csv"),
+    ]
+    return cli.instantiate_trainer(default_root_dir=str(output), callbacks=callbacks, logger=loggers)
+
+
+def progress_bar():
+    """Rich on a terminal; elsewhere plain lines that a log file can hold."""
+    return RichProgressBar() if os.isatty(1) else TQDMProgressBar(refresh_rate=20)
+
+
+def evaluate_best(trainer: Trainer, cli: FinetuneCLI, checkpoint: str | None = "best") -> dict[str, float]:
+    """Held-out top-1 and top-5 of the best checkpoint, which stays loaded in the module."""
+    results = trainer.test(
+        cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True, verbose=False
+    )
+    return {name: results[0][f"test/{name}"] for name in ("top1", "top5")}
+
+
+def export_run(trainer: Trainer, cli: FinetuneCLI, metrics: dict[str, float], folder: Path) -> Path:
+    """Exports the module's weights with a card of the run's facts; on the first process alone."""
+    if trainer.is_global_zero:
+        (Path(trainer.default_root_dir) / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        facts = run_facts(trainer, cli, metrics)
+        export_model(cli.model.model, cli.datamodule.video_processor, folder, render_card(facts))
+    trainer.strategy.barrier("export")
+    return folder
+
+
+def run_facts(trainer: Trainer, cli: FinetuneCLI, metrics: dict[str, float]) -> CardFacts:
+    """What the card says of this run."""
+    model, data, hparams = cli.model.model, cli.datamodule, cli.model.hparams
+    base_model = model.config.vision_config._name_or_path or None
+    hyper_parameters: dict[str, Any] = {
+        "epochs": trainer.current_epoch,
+        "steps": trainer.global_step,
+        "batch size (clips)": data.hparams.batch_size * trainer.world_size * trainer.accumulate_grad_batches,
+        "learning rate": hparams.learning_rate,
+        "backbone": "frozen" if hparams.freeze_backbone else f"learning rate x {hparams.backbone_lr_scale}",
+        "weight decay": hparams.weight_decay,
+        "warm-up epochs": hparams.warmup_epochs,
+        "precision": trainer.precision,
+        "seed": cli.config.seed_everything,
+    }
+    return CardFacts(
+        model_name=Path(cli.config.output).name,
+        labels=[model.config.id2label[index] for index in range(model.config.num_labels)],
+        num_frames=model.config.num_frames,
+        rates=model.config.rates,
+        origin="It was fine-tuned with `vidprism finetune`.",
+        base_model=base_model if base_model and not os.path.exists(base_model) else None,
+        backbone=Path(hparams.checkpoint or hparams.backbone).name,
+        dataset=data.name,
+        split=data.split_description,
+        num_train_clips=len(data.train_table),
+        num_eval_clips=len(data.val_table),
+        metrics=metrics,
+        protocol=f"Best checkpoint by held-out top-1; {model.config.num_frames} frames x 1 crop x 1 clip. "
+        "The same clips chose the checkpoint, so the figure is optimistic.",
+        hyper_parameters=hyper_parameters,
+    )
+
+
+@rank_zero_only
+def keep_previous_run(output: Path) -> None:
+    """Moves an earlier run that stands in the folder out of the way, to the first free `<folder>.N`.
+
+    Raises:
+        UserError: If the folder cannot be written, or holds something that is no run.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        probe = output / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"output {output}: cannot be written ({error.strerror}); choose another folder") from error
+    if not any(output.iterdir()):
+        return
+    if not (output / "config.yaml").is_file():
+        raise UserError(f"output {output}: exists and is not a run's folder; choose another one")
+    number = 1
+    while (kept := output.with_name(f"{output.name}.{number}")).exists():
+        number += 1
+    output.rename(kept)
+    print(f"The earlier run in {output} is kept as {kept}")
+
+
+@rank_zero_only
+def print_once(text: str) -> None:
+    """Prints on the first process alone."""
+    print(text, flush=True)
+
+
+def print_usage(export: Path, metrics: dict[str, float], num_clips: int) -> None:
+    """The three lines that end a run."""
+    code = f"import vidprism_hf, transformers as t; print(t.pipeline('video-classification', '{export}')('CLIP.mp4'))"
+    print_once(f"Held-out top-1 {metrics['top1']:.4f} on {num_clips} clips; exported to {export}")
+    print_once(f"  vidprism predict {export} CLIP.mp4")
+    print_once(f'  python -c "{code}"')

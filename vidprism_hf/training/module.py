@@ -1,0 +1,194 @@
+"""The LightningModule: a VidPrism classifier with its losses, metrics, optimiser and schedule."""
+
+import dataclasses
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+from transformers import AutoConfig, get_cosine_schedule_with_warmup
+
+from ..errors import UserError
+from ..model import VidPrismConfig, VidPrismForVideoClassification
+from ..model.modeling_vidprism import VidPrismForVideoClassificationOutput
+from ..model.temporal_vidprism import gate_balance_loss
+from .optimization import parameter_groups
+
+LOSS_PARTS = ("classification_loss", "rank_loss", "gate_loss", "diversity_loss")
+
+
+class VidPrismLightningModule(L.LightningModule):
+    """Fine-tunes a VidPrism classifier.
+
+    Args:
+        backbone: CLIP checkpoint the tower starts from: a Hub id, a folder, or a preset (b32, b16, l14, tiny; tiny
+            has random weights).
+        checkpoint: VidPrism checkpoint (folder or Hub id) to start from instead; its labels must be the data's.
+        id2label: Label name of each class index; the CLI takes it from the data.
+        num_frames: Frames per clip.
+        config: Any other field of VidPrismConfig, such as `readout: mean`. A checkpoint brings its own.
+        freeze_backbone: Whether the tower stays as it is.
+        learning_rate: Peak learning rate of everything but the tower.
+        backbone_lr_scale: The tower's learning rate as a share of it.
+        weight_decay: Weight decay of weights; biases, norms and the global query have none.
+        warmup_epochs: Epochs of linear warm-up before the cosine; may be a fraction.
+        gradient_checkpointing: Whether activations are recomputed in the backward pass, to save memory.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "b16",
+        checkpoint: str | None = None,
+        id2label: dict[int, str] | None = None,
+        num_frames: int = 32,
+        config: dict[str, Any] | None = None,
+        freeze_backbone: bool = False,
+        learning_rate: float = 5e-5,
+        backbone_lr_scale: float = 0.06,
+        weight_decay: float = 0.2,
+        warmup_epochs: float = 5,
+        gradient_checkpointing: bool = False,
+    ):
+        super().__init__()
+        self.save_hyperparameters()
+        if not id2label:
+            raise UserError("model.id2label is empty: a classifier needs the data's labels")
+        check_config_fields(config or {})
+        self.id2label = {int(index): label for index, label in id2label.items()}
+        self.model: VidPrismForVideoClassification | None = None
+        top_k = {"top1": 1, "top5": min(5, len(self.id2label))}
+        metrics = MetricCollection(
+            {
+                name: MulticlassAccuracy(num_classes=len(self.id2label), top_k=k, average="micro")
+                for name, k in top_k.items()
+            }
+        )
+        self.metrics = nn.ModuleDict({stage: metrics.clone(prefix=f"{stage}/") for stage in ("val", "test")})
+
+    def configure_model(self) -> None:
+        """Builds the model, once: Lightning may call this hook for each of fit and test."""
+        if self.model is not None:
+            return
+        hparams = self.hparams
+        if hparams.checkpoint:
+            self.model = load_checkpoint(hparams.checkpoint, self.id2label, hparams.num_frames)
+        else:
+            self.model = VidPrismForVideoClassification.from_vision_pretrained(
+                hparams.backbone, id2label=self.id2label, num_frames=hparams.num_frames, **(hparams.config or {})
+            )
+        # from_pretrained leaves eval mode, which Lightning would keep.
+        self.model.train()
+        if hparams.gradient_checkpointing:
+            self.model.activation_checkpointing_enable()
+        if hparams.freeze_backbone:
+            self.model.vidprism.vision_tower.requires_grad_(False).eval()
+        if self.model.vidprism.projection_head is not None:
+            # Classification does not use it; without a gradient DDP need not look for unused parameters.
+            self.model.vidprism.projection_head.requires_grad_(False)
+
+    def forward(
+        self, pixel_values_videos: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> VidPrismForVideoClassificationOutput:
+        """Classifies clips (B, T, 3, H, W)."""
+        return self.model(pixel_values_videos, labels=labels)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        output = self(batch["pixel_values_videos"], batch["labels"])
+        if self.trainer.world_size > 1:
+            self._balance_over_ranks(output)
+        self._log_losses("train", output)
+        return output.loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW on the parameter groups; linear warm-up and cosine to zero, stepped every step."""
+        hparams = self.hparams
+        groups = parameter_groups(
+            self.model, hparams.learning_rate, hparams.backbone_lr_scale, hparams.weight_decay
+        )
+        optimizer = torch.optim.AdamW(groups, lr=hparams.learning_rate, betas=(0.9, 0.999), eps=1e-8)
+        total = int(self.trainer.estimated_stepping_batches)
+        warmup = round(total * hparams.warmup_epochs / self.trainer.max_epochs) if self.trainer.max_epochs > 0 else 0
+        schedule = get_cosine_schedule_with_warmup(optimizer, min(warmup, total), total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _evaluate(self, stage: str, batch: dict[str, Any]) -> None:
+        output = self(batch["pixel_values_videos"], batch["labels"])
+        self.metrics[stage].update(output.logits.float(), batch["labels"])
+        self.log_dict(self.metrics[stage], on_step=False, on_epoch=True, prog_bar=stage == "val")
+        self._log_losses(stage, output)
+        for rate, weight in zip(self.model.config.rates, output.expert_weights.float().mean(0), strict=True):
+            self._log_mean(f"{stage}/expert_weight_rate_{rate}", weight, len(output.logits))
+
+    def _balance_over_ranks(self, output: VidPrismForVideoClassificationOutput) -> None:
+        """Replaces this rank's gate loss by that of the whole batch, over all ranks."""
+        mean = self.all_gather(output.expert_weights.float().mean(dim=0), sync_grads=True).mean(dim=0)
+        output.gate_loss = gate_balance_loss(mean)
+        output.loss = self.model.total_loss(*(output[part] for part in LOSS_PARTS))
+
+    def _log_losses(self, stage: str, output: VidPrismForVideoClassificationOutput) -> None:
+        size = len(output.logits)
+        self._log_mean(f"{stage}/loss", output.loss.detach(), size, prog_bar=stage == "train")
+        for part in LOSS_PARTS:
+            self._log_mean(f"{stage}/{part}", output[part].detach(), size)
+
+    def _log_mean(self, name: str, value: torch.Tensor, batch_size: int, prog_bar: bool = False) -> None:
+        training = name.startswith("train/")
+        self.log(
+            name,
+            value,
+            on_step=training,
+            on_epoch=not training,
+            batch_size=batch_size,
+            prog_bar=prog_bar,
+            sync_dist=not training,
+        )
+
+
+def check_config_fields(fields: dict[str, Any]) -> None:
+    """Checks the recipe's `model.config`.
+
+    Raises:
+        UserError: If a key is no field of `VidPrismConfig` or has an argument of its own.
+    """
+    own = {"num_frames", "vision_config", "vision_projection"}
+    known = {field.name for field in dataclasses.fields(VidPrismConfig)}
+    inherited = {field.name for field in dataclasses.fields(VidPrismConfig.__mro__[1])}
+    allowed = known - inherited - own | {"attn_implementation"}
+    for name in fields:
+        if name not in allowed:
+            raise UserError(f"model.config.{name}: no such field; there are {', '.join(sorted(allowed))}")
+
+
+def load_checkpoint(name_or_path: str, id2label: dict[int, str], num_frames: int) -> VidPrismForVideoClassification:
+    """Loads a VidPrism checkpoint whose labels are the data's.
+
+    Raises:
+        UserError: If it is no VidPrism checkpoint or its labels differ.
+    """
+    config = AutoConfig.from_pretrained(name_or_path)
+    if not isinstance(config, VidPrismConfig):
+        raise UserError(f"model.checkpoint {name_or_path}: a {config.model_type} model; give it as model.backbone")
+    if config.id2label != id2label:
+        theirs, ours = set(config.id2label.values()), set(id2label.values())
+        difference = (
+            f"only in the checkpoint: {listing(theirs - ours)}; only in the data: {listing(ours - theirs)}"
+            if theirs != ours
+            else "same names in another order"
+        )
+        raise UserError(f"model.checkpoint {name_or_path}: its labels are not the data's ({difference})")
+    config.num_frames = num_frames
+    return VidPrismForVideoClassification.from_pretrained(name_or_path, config=config, dtype=torch.float32)
+
+
+def listing(names: set[str], most: int = 5) -> str:
+    """The first few names of a set, for an error message."""
+    head = ", ".join(sorted(names)[:most]) or "none"
+    return head + (f" and {len(names) - most} more" if len(names) > most else "")
