@@ -32,3 +32,19 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the shared data: {folder} is missing (set VIDPRISM_SHARED)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def motion_clips(tmp_path_factory) -> Path:
+    """A folder of class folders: two motions of the demo, four training and two held-out clips each."""
+    from small import motion_folder
+
+    return motion_folder(tmp_path_factory.mktemp("data") / "motions")
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory) -> Path:
+    """An exported model of those two motions with random weights; read only."""
+    from small import tiny_export
+
+    return tiny_export(tmp_path_factory.mktemp("models") / "exported")

@@ -1,7 +1,8 @@
 """VidPrism: fine-tune CLIP on video with a mixture of temporal experts, and publish the result.
 
 Importing the package registers its classes with transformers' Auto classes, so that `AutoModel`,
-`AutoModelForVideoClassification`, `AutoVideoProcessor` and `pipeline("video-classification")` know `vidprism`.
+`AutoModelForVideoClassification`, `AutoVideoProcessor` and `pipeline("video-classification")` know
+`vidprism`.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForVideoClassification, AutoVideoProcessor

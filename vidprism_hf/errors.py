@@ -3,3 +3,14 @@
 
 class UserError(ValueError):
     """Bad input. The message is one line: which file or field, what is wrong, what to do."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message, which tells the cause; what follows are its hints."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def last_line(error: BaseException) -> str:
+    """The message of one of our own errors, which a DataLoader puts below its worker's traceback."""
+    name = f"{type(error).__module__}.{type(error).__qualname__}: "
+    return str(error).strip().splitlines()[-1].removeprefix(name)

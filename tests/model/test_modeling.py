@@ -142,7 +142,9 @@ def test_the_loss_is_the_weighted_sum_of_its_parts():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("fields", [{}, {"merge_normalization": "rest"}, {"readout": "max", "aggregation": "max"}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"merge_normalization": "rest"}, {"readout": "max", "aggregation": "max"}]
+)
 def test_every_parameter_gets_a_gradient(fields, checkpointing):
     model = small(**fields).train()
     if checkpointing:

@@ -1,6 +1,7 @@
 """transformers' common test suites for models and configurations, at the installed version, on ours."""
 
 import unittest
+import unittest.mock
 
 import torch
 from transformers.models.auto.modeling_auto import (
@@ -25,8 +26,9 @@ class VidPrismModelTester:
         self.batch_size, self.num_frames, self.num_channels, self.image_size = 3, 8, 3, 16
         self.hidden_size, self.num_labels, self.is_training = 16, 5, True
         self.num_attention_heads = 4
-        # The suite's layers are our experts (rates 2, 4, 8), its sequence the first expert's stream of 8 / 2 frames.
-        self.num_hidden_layers = self.expected_num_hidden_layers = 3
+        # The suite's layers are our experts, its sequence the first expert's stream of 8 / 2 frames.
+        self.rates = [2, 4]
+        self.num_hidden_layers = self.expected_num_hidden_layers = len(self.rates)
         self.seq_length = 4
 
     def get_config(self):
@@ -41,6 +43,7 @@ class VidPrismModelTester:
                 "projection_dim": self.hidden_size,
             },
             num_frames=self.num_frames,
+            rates=self.rates,
             num_labels=self.num_labels,
         )
 
@@ -56,17 +59,14 @@ class VidPrismModelTest(ModelTesterMixin, unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         # The suite decides by these names which inputs a class takes (labels, for one).
-        cls.names = (
+        names = (
             (MODEL_MAPPING_NAMES, VidPrismModel),
             (MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES, VidPrismForVideoClassification),
         )
-        for mapping, model in cls.names:
-            mapping["vidprism"] = model.__name__
-
-    @classmethod
-    def tearDownClass(cls):
-        for mapping, _ in cls.names:
-            del mapping["vidprism"]
+        for mapping, model in names:
+            patch = unittest.mock.patch.dict(mapping, vidprism=model.__name__)
+            patch.start()
+            cls.addClassCleanup(patch.stop)
 
     def setUp(self):
         self.model_tester = VidPrismModelTester(self)
@@ -76,9 +76,9 @@ class VidPrismModelTest(ModelTesterMixin, unittest.TestCase):
         self.config_tester.run_common_tests()
 
     def test_model_get_set_embeddings(self):
-        """Overridden as in transformers' vision models: the input embedding is a convolution, not an Embedding."""
+        """Overridden as in transformers' vision models: the input embedding is a convolution."""
         config, _ = self.model_tester.prepare_config_and_inputs_for_common()
         for model_class in self.all_model_classes:
             model = model_class(config)
-            self.assertIsInstance(model.get_input_embeddings(), torch.nn.Conv2d)
-            self.assertIsNone(model.get_output_embeddings())
+            assert isinstance(model.get_input_embeddings(), torch.nn.Conv2d)
+            assert model.get_output_embeddings() is None

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from vidprism_hf import VidPrismConfig, VidPrismTemporalModel
-from vidprism_hf.convert.released import infer_config, map_weights
+from vidprism_hf.convert.released import map_weights
 
 OWN = Path(__file__).with_name("recorded_head.safetensors")
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -24,7 +24,9 @@ def released_head(file):
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     recorded = load_file(file)
-    state = {name.removeprefix("state."): value for name, value in recorded.items() if name.startswith("state.")}
+    state = {
+        name.removeprefix("state."): value for name, value in recorded.items() if name.startswith("state.")
+    }
     rates, width = json.loads(metadata["rates"]), int(metadata["d_model"])
     config = VidPrismConfig.released(
         vision_config={"projection_dim": width},
@@ -51,7 +53,9 @@ def released_head(file):
 
 @pytest.mark.parametrize("num_frames", [8, 16, 32])
 def test_released_head(shared, num_frames):
-    model, recorded, weights = released_head(shared / "reference" / f"official_head_t{num_frames}.safetensors")
+    model, recorded, weights = released_head(
+        shared / "reference" / f"official_head_t{num_frames}.safetensors"
+    )
     with torch.no_grad():
         output = model(recorded["features"], output_streams=True, output_losses=True)
     for i in range(len(model.config.rates)):
@@ -69,7 +73,9 @@ def test_released_head(shared, num_frames):
     )
     torch.testing.assert_close(logits, recorded["logits"], **CLOSE)
     hidden = torch.nn.functional.linear(
-        output.pooler_output, weights["vidprism.projection_head.0.weight"], weights["vidprism.projection_head.0.bias"]
+        output.pooler_output,
+        weights["vidprism.projection_head.0.weight"],
+        weights["vidprism.projection_head.0.bias"],
     ).relu()
     projected = torch.nn.functional.linear(
         hidden, weights["vidprism.projection_head.2.weight"], weights["vidprism.projection_head.2.bias"]
@@ -81,7 +87,11 @@ def recorded_variants():
     """The configurations that the shipped recording holds: the defaults, and each switch the other way."""
     return {
         "defaults": {},
-        "released": {"interaction_pairs": "slow_fast", "interaction_gates": "edge", "interaction_update": "last"},
+        "released": {
+            "interaction_pairs": "slow_fast",
+            "interaction_gates": "edge",
+            "interaction_update": "last",
+        },
         "rest": {"merge_normalization": "rest", "kept_per_window": 2},
         "learned": {"time_position": "learned", "readout": "mean", "aggregation": "mean"},
     }
@@ -105,7 +115,9 @@ def stages(model, x):
 @pytest.mark.parametrize("variant", recorded_variants())
 def test_own_head(variant):
     recorded = load_file(OWN)
-    part = {name.removeprefix(f"{variant}."): v for name, v in recorded.items() if name.startswith(f"{variant}.")}
+    part = {
+        name.removeprefix(f"{variant}."): v for name, v in recorded.items() if name.startswith(f"{variant}.")
+    }
     model = own_model(recorded_variants()[variant])
     model.load_state_dict({n.removeprefix("state."): v for n, v in part.items() if n.startswith("state.")})
     now = stages(model, recorded["features"])

@@ -91,7 +91,9 @@ def test_a_clip_does_not_depend_on_its_neighbours(fields, num_frames):
         together = model(x, output_streams=True)
         for b in range(len(x)):
             alone = model(x[b : b + 1], output_streams=True)
-            torch.testing.assert_close(alone.pooler_output[0], together.pooler_output[b], rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(
+                alone.pooler_output[0], together.pooler_output[b], rtol=1e-6, atol=1e-6
+            )
             torch.testing.assert_close(alone.gates[0], together.gates[b], rtol=1e-6, atol=1e-6)
             # Bit for bit beside other neighbours in a batch of the same size: the same kernels run.
             swapped = torch.cat([x[b : b + 1], torch.randn(5, num_frames, WIDTH) * 10])
@@ -167,7 +169,10 @@ def test_learned_positions_tell_order_and_follow_the_length():
     # Without positions and interaction nothing tells the order of frames ...
     torch.testing.assert_close(plain(x).pooler_output, plain(x.flip(1)).pooler_output)
     # ... T-Conv does, and positions do.
-    for fields in ({"rates": [1, 2], "aggregation": "stride"}, {"time_position": "learned", "interaction": "none"}):
+    for fields in (
+        {"rates": [1, 2], "aggregation": "stride"},
+        {"time_position": "learned", "interaction": "none"},
+    ):
         ordered = small_model(**fields)
         assert (ordered(x).pooler_output - ordered(x.flip(1)).pooler_output).abs().max() > 1e-3
 
@@ -182,4 +187,11 @@ def test_optional_outputs_come_only_when_asked_for():
     model, x = small_model(), features(0, 1, 16)
     assert set(model(x).keys()) == {"last_hidden_state", "pooler_output", "expert_weights", "gates"}
     extra = model(x, output_streams=True, output_losses=True, output_hidden_states=True).keys()
-    assert {"streams", "interacted_streams", "frame_scores", "kept_indices", "rank_loss", "hidden_states"} <= set(extra)
+    assert {
+        "streams",
+        "interacted_streams",
+        "frame_scores",
+        "kept_indices",
+        "rank_loss",
+        "hidden_states",
+    } <= set(extra)

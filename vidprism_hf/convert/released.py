@@ -1,8 +1,8 @@
 """`vidprism convert`: a checkpoint of the authors' released trainer to the Hub's layout.
 
-The released file holds `model_state_dict` (`visual.*` in OpenAI CLIP's naming, the text tower, `logit_scale`),
-`fusion_model_state_dict` (the temporal head) and `optimizer_state_dict`. The converted model has the released code's
-switches (`VidPrismConfig.released`), which reproduce its numbers.
+The released file holds `model_state_dict` (`visual.*` in OpenAI CLIP's naming, the text tower,
+`logit_scale`), `fusion_model_state_dict` (the temporal head) and `optimizer_state_dict`. The converted model
+has the released code's switches (`VidPrismConfig.released`), which reproduce its numbers.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.table import Table
 
@@ -33,7 +34,11 @@ RULES = [
         ("vision tower", r"visual\.ln_pre\.(\w+)", r"{tower}.pre_layrnorm.\1"),
         ("vision tower", r"visual\.ln_post\.(\w+)", r"{tower}.post_layernorm.\1"),
         ("vision tower", r"visual\.proj", "vidprism.vision_tower.visual_projection.weight"),
-        ("vision tower", r"visual\.transformer\.resblocks\.(\d+)\.ln_([12])\.(\w+)", r"{layer}.\1.layer_norm\2.\3"),
+        (
+            "vision tower",
+            r"visual\.transformer\.resblocks\.(\d+)\.ln_([12])\.(\w+)",
+            r"{layer}.\1.layer_norm\2.\3",
+        ),
         (
             "vision tower",
             r"visual\.transformer\.resblocks\.(\d+)\.attn\.in_proj_(\w+)",
@@ -44,8 +49,16 @@ RULES = [
             r"visual\.transformer\.resblocks\.(\d+)\.attn\.out_proj\.(\w+)",
             r"{layer}.\1.self_attn.out_proj.\2",
         ),
-        ("vision tower", r"visual\.transformer\.resblocks\.(\d+)\.mlp\.c_fc\.(\w+)", r"{layer}.\1.mlp.fc1.\2"),
-        ("vision tower", r"visual\.transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(\w+)", r"{layer}.\1.mlp.fc2.\2"),
+        (
+            "vision tower",
+            r"visual\.transformer\.resblocks\.(\d+)\.mlp\.c_fc\.(\w+)",
+            r"{layer}.\1.mlp.fc1.\2",
+        ),
+        (
+            "vision tower",
+            r"visual\.transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(\w+)",
+            r"{layer}.\1.mlp.fc2.\2",
+        ),
         ("RgSTA", r"pooling_layers\.(\d+)\.metric_proj\.(\w+)", r"{head}.mergers.\1.metric_proj.\2"),
         ("RgSTA", r"pooling_layers\.(\d+)\.score_head\.0\.(\w+)", r"{head}.mergers.\1.score_norm.\2"),
         ("RgSTA", r"pooling_layers\.(\d+)\.score_head\.1\.(\w+)", r"{head}.mergers.\1.score_head.\2"),
@@ -55,9 +68,17 @@ RULES = [
             r"dynamic_interaction\.fast2slow_ops\.(\d+)->(\d+)\.tconv\.weight",
             r"{head}.interaction.fast_to_slow.\1_\2.weight",
         ),
-        ("DBI", r"dynamic_interaction\.score_mlps\.(\d+_\d+)\.(\d)\.(\w+)", r"{head}.interaction.gates.\1.\2.\3"),
+        (
+            "DBI",
+            r"dynamic_interaction\.score_mlps\.(\d+_\d+)\.(\d)\.(\w+)",
+            r"{head}.interaction.gates.\1.\2.\3",
+        ),
         ("experts", r"mote\.experts\.(\d+)\.attn\.in_proj_(\w+)", r"{head}.experts.\1.attention.qkv.\2"),
-        ("experts", r"mote\.experts\.(\d+)\.attn\.out_proj\.(\w+)", r"{head}.experts.\1.attention.out_proj.\2"),
+        (
+            "experts",
+            r"mote\.experts\.(\d+)\.attn\.out_proj\.(\w+)",
+            r"{head}.experts.\1.attention.out_proj.\2",
+        ),
         ("experts", r"mote\.experts\.(\d+)\.ln_1\.(\w+)", r"{head}.experts.\1.attention_norm.\2"),
         ("experts", r"mote\.experts\.(\d+)\.ln_2\.(\w+)", r"{head}.experts.\1.mlp_norm.\2"),
         ("experts", r"mote\.experts\.(\d+)\.ffn\.(\d)\.(\w+)", r"{head}.experts.\1.mlp.\2.\3"),
@@ -88,9 +109,14 @@ def load_released(file: Path) -> dict[str, torch.Tensor]:
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
     except Exception as error:  # torch.load raises whatever its unpickler meets
-        raise UserError(f"{file}: not a checkpoint of the released trainer ({type(error).__name__})") from error
+        raise UserError(
+            f"{file}: not a checkpoint of the released trainer ({type(error).__name__})"
+        ) from error
     return {
-        name.removeprefix("module."): tensor for part in parts for name, tensor in part.items() if tensor is not None
+        name.removeprefix("module."): tensor
+        for part in parts
+        for name, tensor in part.items()
+        if tensor is not None
     }
 
 
@@ -110,7 +136,9 @@ def infer_config(
         intermediate_size = state["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
         num_classes, hidden_size = state["head.weight"].shape
     except KeyError as error:
-        raise UserError(f"the checkpoint has no {error.args[0]}: not a released VidPrism with a ViT tower") from error
+        raise UserError(
+            f"the checkpoint has no {error.args[0]}: not a released VidPrism with a ViT tower"
+        ) from error
     layers, streams = (
         len({match[1] for name in state if (match := re.match(pattern, name))})
         for pattern in (r"visual\.transformer\.resblocks\.(\d+)\.", r"pooling_layers\.(\d+)\.")
@@ -120,23 +148,27 @@ def infer_config(
         raise UserError(f"--rates: the checkpoint has {streams} streams, not {len(rates)}")
     if len(labels) != num_classes:
         raise UserError(f"--labels: the checkpoint has {num_classes} classes, the file names {len(labels)}")
-    return VidPrismConfig.released(
-        vision_config={
-            "hidden_size": width,
-            "intermediate_size": intermediate_size,
-            "num_hidden_layers": layers,
-            "num_attention_heads": width // CLIP_HEAD_WIDTH,
-            "image_size": grid * patch_size,
-            "patch_size": patch_size,
-            "projection_dim": projection_dim,
-        },
-        num_frames=num_frames,
-        rates=rates,
-        hidden_size=hidden_size,
-        projection_head="projection_head.0.weight" in state,
-        id2label=dict(enumerate(labels)),
-        label2id={label: index for index, label in enumerate(labels)},
-    )
+    vision_config = {
+        "hidden_size": width,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // CLIP_HEAD_WIDTH,
+        "image_size": grid * patch_size,
+        "patch_size": patch_size,
+        "projection_dim": projection_dim,
+    }
+    try:
+        return VidPrismConfig.released(
+            vision_config=vision_config,
+            num_frames=num_frames,
+            rates=rates,
+            hidden_size=hidden_size,
+            projection_head="projection_head.0.weight" in state,
+            id2label=dict(enumerate(labels)),
+            label2id={label: index for index, label in enumerate(labels)},
+        )
+    except StrictDataclassError as error:
+        raise UserError(" ".join(str(error).split())) from error
 
 
 def map_weights(
@@ -145,12 +177,15 @@ def map_weights(
     """Renames and reshapes the released weights.
 
     Returns:
-        Our state dict, the tensors mapped for each part of the model, and the released names that have no place.
+        Our state dict, the tensors mapped for each part of the model, and the released names that have no
+        place.
     """
     mapped, counts, unused = {}, Counter(), []
     for released, tensor in state.items():
         name = edge_name(released, len(config.rates))
-        rule = next(((part, match.expand(ours)) for part, rx, ours in RULES if (match := rx.match(name))), None)
+        rule = next(
+            ((part, match.expand(ours)) for part, rx, ours in RULES if (match := rx.match(name))), None
+        )
         if rule is None:
             unused.append(released)
             continue
@@ -207,10 +242,15 @@ def convert(
     config = infer_config(state, num_frames, labels, rates)
     weights, counts, unused = map_weights(state, config)
     model = VidPrismForVideoClassification(config)
-    missing, unexpected = model.load_state_dict(weights, strict=False)
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # shapes
+        raise UserError(f"{file}: {' '.join(str(error).split())}") from error
     if missing or unexpected:
-        raise UserError(f"{file}: {len(missing)} weights are missing, {len(unexpected)} have no place: "
-                        f"{(missing + unexpected)[:3]}")
+        first = ", ".join((missing + unexpected)[:3])
+        raise UserError(
+            f"{file}: {len(missing)} weights are missing, {len(unexpected)} have no place: {first}"
+        )
     return model.eval(), counts, unused
 
 
@@ -222,14 +262,14 @@ def read_labels(file: Path) -> list[str]:
     """
     try:
         with open(file, newline="", encoding="utf-8") as lines:
-            rows = {int(row["id"]): row["name"] for row in csv.DictReader(lines)}
+            rows = sorted((int(row["id"]), row["name"].strip()) for row in csv.DictReader(lines))
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{file}: needs the columns id (a number) and name") from error
-    if sorted(rows) != list(range(len(rows))):
+    except (KeyError, ValueError, AttributeError, TypeError) as error:  # a short row has None in it
+        raise UserError(f"{file}: every line needs the columns id (a number) and name") from error
+    if [index for index, _ in rows] != list(range(len(rows))):
         raise UserError(f"{file}: ids must be 0 to {len(rows) - 1}, each once")
-    return [rows[index] for index in range(len(rows))]
+    return [name for _, name in rows]
 
 
 def main(argv: list[str]) -> int:

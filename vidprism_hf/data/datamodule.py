@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig
 
+from ..errors import first_line
 from ..model import VISION_PRESETS, VidPrismConfig, VidPrismVideoProcessor
 from .dataset import ClipDataset, ClipSampler
 from .demo import DEMO_CLASSES, demo_folder
@@ -45,6 +46,8 @@ class VideoDataModule(L.LightningDataModule):
         val_pattern: Rule: regular expression; clips in which it is found are held out. It is searched in the
             path below the class folder, so ^eli_ finds run/eli_run.avi.
         seed: Seed of the demo clips, of val_fraction, of the order and of the augmentation.
+        num_views: Random views of each training clip, gone through in turn, one an epoch; null draws a new view
+            each epoch. With a number, a frozen backbone computes the features of each view once, in memory.
         min_crop_scale: Smallest area of a training crop as a share of the picture, above 0 and at most 1.
         horizontal_flip: Whether to mirror half of the training clips; null does unless a label speaks of
             left, right or (counter-)clockwise.
@@ -66,6 +69,7 @@ class VideoDataModule(L.LightningDataModule):
         val_list: str | None = None,
         val_pattern: str | None = None,
         seed: int = 0,
+        num_views: int | None = None,
         min_crop_scale: float = 0.08,
         horizontal_flip: bool | None = None,
         grayscale: float = 0.2,
@@ -191,7 +195,7 @@ class VideoDataModule(L.LightningDataModule):
                 f"{table.root}: {len(table)} clips in a split for {world} processes; use fewer devices"
             )
         return DataLoader(
-            ClipDataset(table, self.video_processor, augmentation, seed),
+            ClipDataset(table, self.video_processor, augmentation, seed, self.hparams.num_views),
             batch_size=self.hparams.batch_size,
             sampler=ClipSampler(len(table), training=augmentation is not None, seed=seed),
             num_workers=workers,
@@ -221,10 +225,9 @@ def load_processor(name: str, num_frames: int) -> VidPrismVideoProcessor:
             return VidPrismVideoProcessor.from_pretrained(name, num_frames=num_frames)
         return VidPrismVideoProcessor.from_vision_pretrained(name, num_frames)
     except (OSError, ValueError) as error:
-        cause = str(error).strip().splitlines()[0]
         raise DataError(
-            f"{name}: no CLIP or VidPrism checkpoint ({cause}); give a folder, a Hub id or one of "
-            f"{', '.join(VISION_PRESETS)}"
+            f"{name}: no CLIP or VidPrism checkpoint ({first_line(error)}); give a folder, a Hub id or "
+            f"one of {', '.join(VISION_PRESETS)}"
         ) from error
 
 
@@ -251,6 +254,7 @@ def _check_arguments(
     batch_size: int,
     num_workers: int,
     num_frames: int,
+    num_views: int | None,
     seed: int,
     min_crop_scale: float,
     grayscale: float,
@@ -263,6 +267,7 @@ def _check_arguments(
         ("batch_size", batch_size, 1),
         ("num_frames", num_frames, 1),
         ("num_workers", num_workers, 0),
+        ("num_views", 1 if num_views is None else num_views, 1),
         ("seed", seed, 0),
     ):
         if value < least:

@@ -32,6 +32,8 @@ class ClipDataset(Dataset):
         processor: Gives the number of frames and makes the evaluation input.
         augmentation: Makes the training input.
         seed: Seed of frames and augmentation.
+        num_views: Random views of a clip that its epochs go through in turn; None draws a new one each epoch.
+            With a number, items also hold `view`, so that what was computed of a view can be kept.
     """
 
     def __init__(
@@ -40,11 +42,13 @@ class ClipDataset(Dataset):
         processor: VidPrismVideoProcessor,
         augmentation: ClipAugmentation | None = None,
         seed: int = 0,
+        num_views: int | None = None,
     ):
         self.table = table
         self.processor = processor
         self.augmentation = augmentation
         self.seed = seed
+        self.num_views = num_views
 
     def __len__(self) -> int:
         return len(self.table)
@@ -52,26 +56,27 @@ class ClipDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         path = self.table.path(index)
-        pixels = (
-            self._evaluation_view(path)
-            if self.augmentation is None
-            else self._random_view(path, epoch, index)
-        )
-        return {
+        view = epoch % self.num_views if self.num_views else epoch
+        if self.augmentation is None:
+            view, pixels = 0, self._evaluation_view(path)
+        else:
+            pixels = self._random_view(path, view, index)
+        item = {
             "pixel_values_videos": pixels,
             "labels": int(self.table.labels[index]),
             "clip_index": int(index),
         }
+        return item | {"view": view} if self.num_views else item
 
-    def _random_view(self, path: str, epoch: int, index: int) -> torch.Tensor:
+    def _random_view(self, path: str, view: int, index: int) -> torch.Tensor:
         def sample(total: int) -> np.ndarray:
             # A fresh generator: the decoder may ask twice, for the count it expects and for the true one.
-            generator = np.random.default_rng(stable_hash("frames", self.seed, epoch, index))
+            generator = np.random.default_rng(stable_hash("frames", self.seed, view, index))
             return random_in_segments(total, self.processor.num_frames, generator)
 
         frames, _ = decode_video(path, sample)
         clip = torch.from_numpy(frames).permute(0, 3, 1, 2)
-        return self.augmentation(clip, stable_hash("view", self.seed, epoch, index)).contiguous()
+        return self.augmentation(clip, stable_hash("view", self.seed, view, index)).contiguous()
 
     def _evaluation_view(self, path: str) -> torch.Tensor:
         frames, _ = decode_video(path, lambda total: segment_centers(total, self.processor.num_frames))

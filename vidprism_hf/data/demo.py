@@ -34,7 +34,7 @@ _SPLIT_STREAMS = {"train": 0, "val": 1}
 
 
 def demo_folder(
-    root: str | os.PathLike, seed: int = 0, train_per_class: int = 60, val_per_class: int = 20
+    root: str | os.PathLike, seed: int = 0, train_per_class: int = 100, val_per_class: int = 20
 ) -> Path:
     """The folder of demo clips below `root` for these settings, rendered if it is not there yet.
 
@@ -50,7 +50,7 @@ def demo_folder(
 
 
 def render_demo(
-    root: str | os.PathLike, seed: int = 0, train_per_class: int = 60, val_per_class: int = 20
+    root: str | os.PathLike, seed: int = 0, train_per_class: int = 100, val_per_class: int = 20
 ) -> None:
     """Renders the demo as `root/{train,val}/<class>/<nnn>.mp4`.
 

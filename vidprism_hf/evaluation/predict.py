@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
+from ..errors import UserError, first_line
 from ..model import VideoDecodeError, VidPrismForVideoClassification, VidPrismVideoProcessor
 
 
@@ -54,7 +56,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("model", help="exported folder or Hub id")
     parser.add_argument("files", nargs="+", metavar="FILE", help="video file or URL")
     parser.add_argument("--top-k", type=int, default=5, help="labels per file (5)")
-    parser.add_argument("--json", action="store_true", help="one JSON object a file and line instead of a table")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object a file and line instead of a table"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
 
@@ -77,6 +81,16 @@ def main(argv: list[str]) -> int:
 
 
 def load(name_or_path: str) -> tuple[VidPrismForVideoClassification, VidPrismVideoProcessor]:
-    """Loads a published classifier and its processor."""
-    model = AutoModelForVideoClassification.from_pretrained(name_or_path)
-    return model, AutoVideoProcessor.from_pretrained(name_or_path)
+    """Loads a published classifier and its processor.
+
+    Raises:
+        UserError: If there is no such model, or it is no VidPrism.
+    """
+    try:
+        model = AutoModelForVideoClassification.from_pretrained(name_or_path)
+        processor = AutoVideoProcessor.from_pretrained(name_or_path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{name_or_path}: cannot be loaded ({first_line(error)})") from error
+    if not isinstance(model, VidPrismForVideoClassification):
+        raise UserError(f"{name_or_path}: a {model.config.model_type} model, not a VidPrism")
+    return model, processor

@@ -1,7 +1,7 @@
 """The layout of a published model, the same for exports of a run, conversions and pushes.
 
-model.safetensors, config.json (architecture, labels, frames, `auto_map`), the video processor's configuration, the
-code files that trust_remote_code needs, and README.md.
+model.safetensors, config.json (architecture, labels, frames, `auto_map`), the video processor's
+configuration, the code files that trust_remote_code needs, and README.md.
 """
 
 import os
@@ -83,7 +83,9 @@ def check_weights(model: torch.nn.Module, file: Path) -> None:
         if name not in written or name not in expected or not torch.equal(written[name], expected[name].cpu())
     ]
     if wrong or not expected:
-        raise ExportError(f"{file}: {len(wrong)} of {len(expected)} tensors were not written right: {sorted(wrong)[:3]}")
+        raise ExportError(
+            f"{file}: {len(wrong)} of {len(expected)} tensors were not written right: {sorted(wrong)[:3]}"
+        )
 
 
 @contextmanager
@@ -93,7 +95,11 @@ def written_beside(folder: Path) -> Iterator[Path]:
     Raises:
         ExportError: If it cannot be written, or `folder` holds something that is no export.
     """
-    if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    if (
+        folder.exists()
+        and not (folder / "config.json").is_file()
+        and (not folder.is_dir() or any(folder.iterdir()))
+    ):
         raise ExportError(f"{folder}: exists and is not an exported model; choose another folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -109,5 +115,7 @@ def written_beside(folder: Path) -> Iterator[Path]:
         partial.rename(folder)
         if replaced is not None:
             shutil.rmtree(replaced)
+    except OSError as error:
+        raise ExportError(f"{folder}: cannot be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

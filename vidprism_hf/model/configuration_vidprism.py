@@ -32,9 +32,11 @@ VISION_PRESETS: dict[str, dict[str, Any]] = {
             "patch_size": 8,
             "hidden_size": 64,
             "intermediate_size": 128,
-            "num_hidden_layers": 2,
+            "num_hidden_layers": 1,
             "num_attention_heads": 4,
             "projection_dim": 64,
+            # Twice CLIP's initial scale: at this size the frames' features would hardly differ at first.
+            "initializer_factor": 2.0,
         },
     },
 }
@@ -159,7 +161,9 @@ class VidPrismConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_frames and kept_per_window must be at least 1, got {self.num_frames} and {self.kept_per_window}."
             )
-        if self.rates is not None and (not self.rates or self.rates[0] < 1 or list(self.rates) != sorted(self.rates)):
+        if self.rates is not None and (
+            not self.rates or self.rates[0] < 1 or list(self.rates) != sorted(self.rates)
+        ):
             raise ValueError(f"rates must be positive integers that do not decrease, got {list(self.rates)}.")
 
     def validate_width(self):
@@ -196,7 +200,11 @@ class VidPrismConfig(PreTrainedConfig):
     @classmethod
     def released(cls, **overrides) -> "VidPrismConfig":
         """The configuration with the switches of the authors' released code instead of the paper's."""
-        switches = {"interaction_pairs": "slow_fast", "interaction_gates": "edge", "interaction_update": "last"}
+        switches = {
+            "interaction_pairs": "slow_fast",
+            "interaction_gates": "edge",
+            "interaction_update": "last",
+        }
         return cls(**switches, **overrides)
 
 

@@ -172,7 +172,9 @@ class VidPrismTemporalModel(VidPrismPreTrainedModel):
     def __init__(self, config: VidPrismConfig):
         super().__init__(config)
         width, rates = config.hidden_size, config.rates
-        self.input_projection = nn.Linear(config.feature_size, width) if config.feature_size != width else None
+        self.input_projection = (
+            nn.Linear(config.feature_size, width) if config.feature_size != width else None
+        )
         self.position_embedding = None
         if config.time_position == "learned":
             self.position_embedding = nn.Parameter(torch.empty(1, config.num_frames, width))
@@ -230,14 +232,21 @@ class VidPrismTemporalModel(VidPrismPreTrainedModel):
     def _aggregate(self, frames: torch.Tensor) -> tuple[list, list, list, list]:
         """The streams of all rates; scores, kept indices and rank losses are empty for the ablation's poolings."""
         if self.mergers is None:
-            return [pool_windows(frames, rate, self.config.aggregation) for rate in self.config.rates], [], [], []
+            return (
+                [pool_windows(frames, rate, self.config.aggregation) for rate in self.config.rates],
+                [],
+                [],
+                [],
+            )
         return tuple(map(list, zip(*(merger(frames) for merger in self.mergers), strict=True)))
 
     def _positions(self, num_frames: int) -> torch.Tensor:
         """Position embeddings (1, T, D), interpolated in time where T is not the number of frames trained with."""
         positions = self.position_embedding
         if num_frames != positions.shape[1]:
-            positions = F.interpolate(positions.transpose(1, 2), size=num_frames, mode="linear").transpose(1, 2)
+            positions = F.interpolate(positions.transpose(1, 2), size=num_frames, mode="linear").transpose(
+                1, 2
+            )
         return positions
 
 
@@ -258,15 +267,25 @@ class VidPrismModel(VidPrismPreTrainedModel):
         return self.vision_tower.vision_model.get_input_embeddings()
 
     @can_return_tuple
-    def forward(self, pixel_values_videos: torch.Tensor, **kwargs) -> VidPrismModelOutput:
+    def forward(
+        self,
+        pixel_values_videos: torch.Tensor | None = None,
+        frame_features: torch.Tensor | None = None,
+        **kwargs,
+    ) -> VidPrismModelOutput:
         """Encodes clips.
 
         Args:
             pixel_values_videos: (B, T, 3, H, W), normalised by the video processor; any T >= 1.
+            frame_features: (B, T, D_features) instead of pixels, where the tower has run already.
             kwargs: `output_streams`, `output_losses`, `output_hidden_states`, `output_attentions`: see
                 `VidPrismModelOutput`.
         """
-        return self.temporal_model(self.get_frame_features(pixel_values_videos), **kwargs)
+        if (pixel_values_videos is None) == (frame_features is None):
+            raise ValueError("Give either pixel_values_videos or frame_features.")
+        if frame_features is None:
+            frame_features = self.get_frame_features(pixel_values_videos)
+        return self.temporal_model(frame_features, **kwargs)
 
     def get_frame_features(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
         """Frame features (B, T, D_features) of clips (B, T, 3, H, W)."""
@@ -300,22 +319,29 @@ class VidPrismForVideoClassification(VidPrismPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, pixel_values_videos: torch.Tensor, labels: torch.Tensor | None = None, **kwargs
+        self,
+        pixel_values_videos: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        frame_features: torch.Tensor | None = None,
+        **kwargs,
     ) -> VidPrismForVideoClassificationOutput:
         """Classifies clips.
 
         Args:
             pixel_values_videos: (B, T, 3, H, W), normalised by the video processor; any T >= 1.
+            frame_features: (B, T, D_features) instead of pixels, where the tower has run already.
             labels: (B,) class indices ((B, K) for multi-label problems). With labels the loss and its parts are
                 returned.
             kwargs: `output_streams`, `output_hidden_states`, `output_attentions`: see `VidPrismModelOutput`.
         """
         kwargs["output_losses"] = labels is not None
-        clip = self.vidprism(pixel_values_videos, **kwargs)
+        clip = self.vidprism(pixel_values_videos, frame_features=frame_features, **kwargs)
         logits = self.classifier(self.dropout(clip.pooler_output))
         output = VidPrismForVideoClassificationOutput(logits=logits)
         if labels is not None:
-            output.classification_loss = self.loss_function(pooled_logits=logits, labels=labels, config=self.config)
+            output.classification_loss = self.loss_function(
+                pooled_logits=logits, labels=labels, config=self.config
+            )
             output.loss = self.total_loss(
                 output.classification_loss, clip.rank_loss, clip.gate_loss, clip.diversity_loss
             )
@@ -392,7 +418,9 @@ def load_vision_tower(name_or_path: str, **kwargs) -> CLIPVisionModelWithProject
     Raises:
         ValueError: If the checkpoint lacks weights of a CLIP vision tower.
     """
-    tower, info = CLIPVisionModelWithProjection.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    tower, info = CLIPVisionModelWithProjection.from_pretrained(
+        name_or_path, output_loading_info=True, **kwargs
+    )
     missing = set(info["missing_keys"]) - {"visual_projection.weight"}
     if missing or info["mismatched_keys"]:
         raise ValueError(

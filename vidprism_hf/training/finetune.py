@@ -6,19 +6,27 @@ A run's folder (`output`) holds config.yaml, logs/, checkpoints/{best,last}.ckpt
 import json
 import os
 import shlex
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import ArgumentError
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar, TQDMProgressBar
-from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.callbacks import (
+    Callback,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    RichProgressBar,
+    TQDMProgressBar,
+)
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ..data import VideoDataModule
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..hub import CardFacts, export_model, render_card
 from .module import VidPrismLightningModule
 
@@ -47,6 +55,17 @@ class FinetuneCLI(LightningCLI):
         )
         parser.link_arguments("data.id2label", "model.id2label", apply_on="instantiate")
 
+    def instantiate_trainer(self, **settings) -> Trainer:
+        """Builds the recipe's trainer.
+
+        Raises:
+            UserError: If this machine cannot give what the recipe asks for.
+        """
+        try:
+            return super().instantiate_trainer(**settings)
+        except (MisconfigurationException, ValueError) as error:
+            raise UserError(f"trainer: {first_line(error)}") from error
+
 
 def finetune(argv: list[str]) -> None:
     """Trains by a recipe, evaluates the best checkpoint on the held-out clips and exports it.
@@ -61,13 +80,16 @@ def finetune(argv: list[str]) -> None:
     """
     argv = list(argv)
     cli = parse(argv)
-    output = Path(cli.config.output)
-    if cli.config.resume is None:
+    output, resume = Path(cli.config.output), cli.config.resume
+    if resume is None:
         keep_previous_run(output)
+    else:
+        check_resume(resume)
+    save_settings(cli, output)
     trainer = build_trainer(cli, output)
     print_once(f"Run folder: {output}")
     try:
-        trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.resume, weights_only=True)
+        trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume, weights_only=True)
     except SystemExit:
         # Lightning's way to end after Ctrl-C; the checkpoint callback has saved last.ckpt by now.
         last = output / "checkpoints" / "last.ckpt"
@@ -91,7 +113,7 @@ def evaluate(argv: list[str]) -> dict[str, float]:
     if not argv or argv[0].startswith("-"):
         raise UserError("vidprism evaluate: name the model first, then --config RECIPE")
     cli = parse([*argv[1:], "--model.checkpoint", argv[0]])
-    trainer = cli.instantiate_trainer(logger=False, callbacks=[progress_bar()])
+    trainer = cli.instantiate_trainer(logger=False, callbacks=progress_bars(cli))
     metrics = evaluate_best(trainer, cli, checkpoint=None)
     print_once(f"{argv[0]} on {len(cli.datamodule.val_table)} held-out clips")
     for name, value in metrics.items():
@@ -106,6 +128,8 @@ def parse(argv: list[str]) -> FinetuneCLI:
         UserError: With jsonargparse's message as one line, if a key does not exist or a value does not fit.
     """
     try:
+        # LightningCLI warns of its own arguments where the process has some too, which are the same here.
+        warnings.filterwarnings("ignore", "LightningCLI's args parameter")
         return FinetuneCLI(
             VidPrismLightningModule,
             VideoDataModule,
@@ -115,7 +139,12 @@ def parse(argv: list[str]) -> FinetuneCLI:
             save_config_callback=None,
             trainer_defaults=TRAINER_DEFAULTS,
             auto_configure_optimizers=False,
-            parser_kwargs={"exit_on_error": False, "prog": "vidprism finetune", "description": finetune.__doc__},
+            parser_kwargs={
+                "exit_on_error": False,
+                "allow_abbrev": False,  # a misspelt key is an error, not the beginning of another one
+                "prog": "vidprism finetune",
+                "description": finetune.__doc__,
+            },
         )
     except ArgumentError as error:
         raise UserError(" ".join(str(error).split())) from error
@@ -125,23 +154,26 @@ def build_trainer(cli: FinetuneCLI, output: Path) -> Trainer:
     """The trainer of the recipe, with the run's loggers and callbacks."""
     checkpoints = output / "checkpoints"
     callbacks = [
-        ModelCheckpoint(checkpoints, filename="best", monitor="val/top1", mode="max", enable_version_counter=False),
+        ModelCheckpoint(
+            checkpoints, filename="best", monitor="val/top1", mode="max", enable_version_counter=False
+        ),
         # A checkpoint of its own, so that "last" is the last, not the best; also written on Ctrl-C.
         ModelCheckpoint(checkpoints, filename="last", enable_version_counter=False, save_on_exception=True),
         LearningRateMonitor(logging_interval="step"),
-        progress_bar(),
-        SaveConfigCallback(cli.parser, cli.config, overwrite=True),
+        *progress_bars(cli),
     ]
     loggers = [
         TensorBoardLogger(output, name="logs", version="tensorboard"),
-        CSVLogger(output, name="logs", version="csv"),
+        CSVLogger(output, name="logs", version=free_name(output / "logs" / "csv").name),
     ]
     return cli.instantiate_trainer(default_root_dir=str(output), callbacks=callbacks, logger=loggers)
 
 
-def progress_bar():
-    """Rich on a terminal; elsewhere plain lines that a log file can hold."""
-    return RichProgressBar() if os.isatty(1) else TQDMProgressBar(refresh_rate=20)
+def progress_bars(cli: FinetuneCLI) -> list[Callback]:
+    """Rich on a terminal; elsewhere plain lines for a log file; none where the recipe wants none."""
+    if cli.config.trainer.enable_progress_bar is False:
+        return []
+    return [RichProgressBar() if os.isatty(1) else TQDMProgressBar(refresh_rate=20)]
 
 
 def evaluate_best(trainer: Trainer, cli: FinetuneCLI, checkpoint: str | None = "best") -> dict[str, float]:
@@ -209,16 +241,55 @@ def keep_previous_run(output: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"output {output}: cannot be written ({error.strerror}); choose another folder") from error
+        raise UserError(
+            f"output {output}: cannot be written ({error.strerror}); choose another folder"
+        ) from error
     if not any(output.iterdir()):
         return
     if not (output / "config.yaml").is_file():
         raise UserError(f"output {output}: exists and is not a run's folder; choose another one")
-    number = 1
-    while (kept := output.with_name(f"{output.name}.{number}")).exists():
-        number += 1
+    kept = free_name(output)
     output.rename(kept)
     print(f"The earlier run in {output} is kept as {kept}")
+
+
+def check_resume(file: str) -> None:
+    """Looks whether a checkpoint can be read, before anything is written.
+
+    Raises:
+        UserError: If it cannot.
+    """
+    try:
+        torch.load(file, map_location="cpu", mmap=True, weights_only=True)["optimizer_states"]
+    except Exception as error:  # torch.load raises whatever its unpickler meets
+        raise UserError(
+            f"resume {file}: not a run's checkpoint ({type(error).__name__}); give its checkpoints/last.ckpt"
+        ) from error
+
+
+def free_name(path: Path) -> Path:
+    """The path, or the first of `<path>.1`, `<path>.2`, ... that is not there yet."""
+    number, free = 0, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}.{number}")
+    return free
+
+
+@rank_zero_only
+def save_settings(cli: FinetuneCLI, output: Path) -> None:
+    """Writes all settings to the run's folder, at its start: config.yaml is what tells that it is one.
+
+    Raises:
+        UserError: If the folder cannot be written.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        cli.parser.save(cli.config, output / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+    except OSError as error:
+        raise UserError(
+            f"output {output}: cannot be written ({error.strerror}); choose another folder"
+        ) from error
 
 
 @rank_zero_only
@@ -229,7 +300,8 @@ def print_once(text: str) -> None:
 
 def print_usage(export: Path, metrics: dict[str, float], num_clips: int) -> None:
     """The three lines that end a run."""
-    code = f"import vidprism_hf, transformers as t; print(t.pipeline('video-classification', '{export}')('CLIP.mp4'))"
+    classify = f"t.pipeline('video-classification', '{export}')('CLIP.mp4')"
+    code = f"import vidprism_hf, transformers as t; print({classify})"
     print_once(f"Held-out top-1 {metrics['top1']:.4f} on {num_clips} clips; exported to {export}")
     print_once(f"  vidprism predict {export} CLIP.mp4")
     print_once(f'  python -c "{code}"')

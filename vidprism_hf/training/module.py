@@ -5,12 +5,14 @@ from typing import Any
 
 import lightning as L
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoConfig, get_cosine_schedule_with_warmup
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..model import VidPrismConfig, VidPrismForVideoClassification
 from ..model.modeling_vidprism import VidPrismForVideoClassificationOutput
 from ..model.temporal_vidprism import gate_balance_loss
@@ -23,9 +25,10 @@ class VidPrismLightningModule(L.LightningModule):
     """Fine-tunes a VidPrism classifier.
 
     Args:
-        backbone: CLIP checkpoint the tower starts from: a Hub id, a folder, or a preset (b32, b16, l14, tiny; tiny
-            has random weights).
-        checkpoint: VidPrism checkpoint (folder or Hub id) to start from instead; its labels must be the data's.
+        backbone: CLIP checkpoint the tower starts from: a Hub id, a folder, or a preset (b32, b16, l14, tiny;
+            tiny has random weights).
+        checkpoint: VidPrism checkpoint (folder or Hub id) to start from instead; its labels must be the
+            data's.
         id2label: Label name of each class index; the CLI takes it from the data.
         num_frames: Frames per clip.
         config: Any other field of VidPrismConfig, such as `readout: mean`. A checkpoint brings its own.
@@ -55,9 +58,13 @@ class VidPrismLightningModule(L.LightningModule):
         self.save_hyperparameters()
         if not id2label:
             raise UserError("model.id2label is empty: a classifier needs the data's labels")
-        check_config_fields(config or {})
+        check_config(config or {}, num_frames)
         self.id2label = {int(index): label for index, label in id2label.items()}
+        if checkpoint:
+            load_checkpoint_config(checkpoint, self.id2label)  # now, before a run's folder is made
         self.model: VidPrismForVideoClassification | None = None
+        # Frame features (T, D) by split, view and clip: see _classify. No buffer, so no part of checkpoints.
+        self._features: dict[tuple[str, int, int], torch.Tensor] = {}
         top_k = {"top1": 1, "top5": min(5, len(self.id2label))}
         metrics = MetricCollection(
             {
@@ -68,20 +75,36 @@ class VidPrismLightningModule(L.LightningModule):
         self.metrics = nn.ModuleDict({stage: metrics.clone(prefix=f"{stage}/") for stage in ("val", "test")})
 
     def configure_model(self) -> None:
-        """Builds the model, once: Lightning may call this hook for each of fit and test."""
+        """Builds the model, once: Lightning may call this hook for each of fit and test.
+
+        Raises:
+            UserError: If backbone or checkpoint cannot be loaded.
+        """
         if self.model is not None:
             return
         hparams = self.hparams
         if hparams.checkpoint:
             self.model = load_checkpoint(hparams.checkpoint, self.id2label, hparams.num_frames)
         else:
-            self.model = VidPrismForVideoClassification.from_vision_pretrained(
-                hparams.backbone, id2label=self.id2label, num_frames=hparams.num_frames, **(hparams.config or {})
-            )
+            try:
+                self.model = VidPrismForVideoClassification.from_vision_pretrained(
+                    hparams.backbone,
+                    id2label=self.id2label,
+                    num_frames=hparams.num_frames,
+                    **(hparams.config or {}),
+                )
+            except (OSError, ValueError, StrictDataclassError) as error:
+                raise UserError(
+                    f"model.backbone {hparams.backbone}: cannot be loaded ({first_line(error)})"
+                ) from error
         # from_pretrained leaves eval mode, which Lightning would keep.
         self.model.train()
         if hparams.gradient_checkpointing:
-            self.model.activation_checkpointing_enable()
+            # The name since transformers 5.21; before, only the other one exists.
+            enable = getattr(
+                self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable
+            )
+            enable()
         if hparams.freeze_backbone:
             self.model.vidprism.vision_tower.requires_grad_(False).eval()
         if self.model.vidprism.projection_head is not None:
@@ -95,7 +118,7 @@ class VidPrismLightningModule(L.LightningModule):
         return self.model(pixel_values_videos, labels=labels)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
-        output = self(batch["pixel_values_videos"], batch["labels"])
+        output = self._classify("train", batch)
         if self.trainer.world_size > 1:
             self._balance_over_ranks(output)
         self._log_losses("train", output)
@@ -115,12 +138,29 @@ class VidPrismLightningModule(L.LightningModule):
         )
         optimizer = torch.optim.AdamW(groups, lr=hparams.learning_rate, betas=(0.9, 0.999), eps=1e-8)
         total = int(self.trainer.estimated_stepping_batches)
-        warmup = round(total * hparams.warmup_epochs / self.trainer.max_epochs) if self.trainer.max_epochs > 0 else 0
+        warmup = (
+            round(total * hparams.warmup_epochs / self.trainer.max_epochs)
+            if self.trainer.max_epochs > 0
+            else 0
+        )
         schedule = get_cosine_schedule_with_warmup(optimizer, min(warmup, total), total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def _classify(self, stage: str, batch: dict[str, Any]) -> VidPrismForVideoClassificationOutput:
+        """The model's output; a frozen tower runs once for each clip and view that `data.num_views` fixes."""
+        if not self.hparams.freeze_backbone or "view" not in batch:
+            return self(batch["pixel_values_videos"], batch["labels"])
+        split = "train" if stage == "train" else "val"  # test goes over the held-out clips again
+        pairs = zip(batch["view"].tolist(), batch["clip_index"].tolist(), strict=True)
+        keys = [(split, view, index) for view, index in pairs]
+        if any(key not in self._features for key in keys):
+            features = self.model.vidprism.get_frame_features(batch["pixel_values_videos"])
+            self._features.update(zip(keys, features.detach().cpu(), strict=True))
+        features = torch.stack([self._features[key] for key in keys]).to(self.device)
+        return self.model(labels=batch["labels"], frame_features=features)
+
     def _evaluate(self, stage: str, batch: dict[str, Any]) -> None:
-        output = self(batch["pixel_values_videos"], batch["labels"])
+        output = self._classify(stage, batch)
         self.metrics[stage].update(output.logits.float(), batch["labels"])
         self.log_dict(self.metrics[stage], on_step=False, on_epoch=True, prog_bar=stage == "val")
         self._log_losses(stage, output)
@@ -152,11 +192,12 @@ class VidPrismLightningModule(L.LightningModule):
         )
 
 
-def check_config_fields(fields: dict[str, Any]) -> None:
+def check_config(fields: dict[str, Any], num_frames: int) -> None:
     """Checks the recipe's `model.config`.
 
     Raises:
-        UserError: If a key is no field of `VidPrismConfig` or has an argument of its own.
+        UserError: If a key is no field of `VidPrismConfig` or has an argument of its own, or a value does not
+            fit.
     """
     own = {"num_frames", "vision_config", "vision_projection"}
     known = {field.name for field in dataclasses.fields(VidPrismConfig)}
@@ -165,17 +206,44 @@ def check_config_fields(fields: dict[str, Any]) -> None:
     for name in fields:
         if name not in allowed:
             raise UserError(f"model.config.{name}: no such field; there are {', '.join(sorted(allowed))}")
+    try:
+        VidPrismConfig(num_frames=num_frames, **fields)
+    except StrictDataclassError as error:
+        raise UserError(f"model.config: {' '.join(str(error).split())}") from error
 
 
-def load_checkpoint(name_or_path: str, id2label: dict[int, str], num_frames: int) -> VidPrismForVideoClassification:
+def load_checkpoint(
+    name_or_path: str, id2label: dict[int, str], num_frames: int
+) -> VidPrismForVideoClassification:
     """Loads a VidPrism checkpoint whose labels are the data's.
 
     Raises:
         UserError: If it is no VidPrism checkpoint or its labels differ.
     """
-    config = AutoConfig.from_pretrained(name_or_path)
+    config = load_checkpoint_config(name_or_path, id2label)
+    config.num_frames = num_frames
+    try:
+        return VidPrismForVideoClassification.from_pretrained(
+            name_or_path, config=config, dtype=torch.float32
+        )
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"model.checkpoint {name_or_path}: cannot be loaded ({first_line(error)})") from error
+
+
+def load_checkpoint_config(name_or_path: str, id2label: dict[int, str]) -> VidPrismConfig:
+    """Loads the configuration of a VidPrism checkpoint whose labels are the data's.
+
+    Raises:
+        UserError: If it is no VidPrism checkpoint or its labels differ.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.checkpoint {name_or_path}: cannot be loaded ({first_line(error)})") from error
     if not isinstance(config, VidPrismConfig):
-        raise UserError(f"model.checkpoint {name_or_path}: a {config.model_type} model; give it as model.backbone")
+        raise UserError(
+            f"model.checkpoint {name_or_path}: a {config.model_type} model; give it as model.backbone"
+        )
     if config.id2label != id2label:
         theirs, ours = set(config.id2label.values()), set(id2label.values())
         difference = (
@@ -184,8 +252,7 @@ def load_checkpoint(name_or_path: str, id2label: dict[int, str], num_frames: int
             else "same names in another order"
         )
         raise UserError(f"model.checkpoint {name_or_path}: its labels are not the data's ({difference})")
-    config.num_frames = num_frames
-    return VidPrismForVideoClassification.from_pretrained(name_or_path, config=config, dtype=torch.float32)
+    return config
 
 
 def listing(names: set[str], most: int = 5) -> str:

@@ -20,7 +20,8 @@ def parameter_groups(
         weight_decay: Of weights; biases, norms and the global query have none.
 
     Returns:
-        Up to four groups with `name`, `params`, `lr` and `weight_decay`; those without parameters are left out.
+        Up to four groups with `name`, `params`, `lr` and `weight_decay`; those without parameters are left
+        out.
     """
     groups = {}
     for name, parameter in trainable_parameters(model):

@@ -1,0 +1,78 @@
+# Set-up, training and tests by one word each. `make` alone prints what there is.
+
+DATASET  ?= demo     ## demo, a recipe's name, or a folder of clips
+DATA_ROOT ?=         ## where demo clips are rendered (the recipe's data.root)
+BACKBONE ?=          ## CLIP checkpoint: Hub id, folder or preset (b32, b16, l14, tiny)
+DEVICES  ?=          ## number of devices (the recipe's trainer.devices)
+STRATEGY ?=          ## Lightning strategy (auto, ddp, ...)
+PRECISION ?=         ## 32, bf16-mixed, 16-mixed
+EPOCHS   ?=          ## epochs (the recipe's trainer.max_epochs)
+OUT      ?=          ## folder of the run (the recipe's output)
+MODEL    ?=          ## exported folder or Hub id, for evaluate and predict
+FILES    ?=          ## video files, for predict
+ARGS     ?=          ## anything else for the command line, such as --model.freeze_backbone true
+
+PYTHON   ?= python3
+VENV     := .venv
+BIN      := $(VENV)/bin
+READY    := $(VENV)/.ready
+SUITE    := $(VENV)/transformers-tests/VERSION
+
+# A comment behind a value leaves blanks: strip them once.
+DATASET := $(strip $(DATASET))
+# A name with a recipe, else a path to clips for the folder recipe.
+RECIPE := $(if $(wildcard recipes/$(DATASET).yaml),recipes/$(DATASET).yaml,recipes/folder.yaml)
+SOURCE := $(if $(filter recipes/folder.yaml,$(RECIPE)),--data.source "$(DATASET)")
+option = $(if $(strip $(2)),$(1) $(strip $(2)))
+OPTIONS = $(SOURCE) $(call option,--data.root,$(DATA_ROOT)) $(call option,--model.backbone,$(BACKBONE)) \
+	$(call option,--trainer.devices,$(DEVICES)) $(call option,--trainer.strategy,$(STRATEGY)) \
+	$(call option,--trainer.precision,$(PRECISION)) $(call option,--trainer.max_epochs,$(EPOCHS)) \
+	$(call option,--output,$(OUT)) $(ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup finetune evaluate predict test test-fast lint format clean
+
+help:  ## print this
+	@echo "targets:"
+	@sed -nE 's/^([a-z-]+):.*  ## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@echo "variables:"
+	@sed -nE 's/^([A-Z_]+) *\?=.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+setup: $(READY)  ## make .venv and install the package with the pinned stack
+
+$(READY): setup.cfg pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt
+	@touch $@
+
+finetune: $(READY)  ## train, evaluate and export: make finetune DATASET=/path/to/folder
+	$(BIN)/vidprism finetune --config $(RECIPE) $(OPTIONS)
+
+evaluate: $(READY)  ## held-out accuracy: make evaluate MODEL=runs/demo/export
+	$(BIN)/vidprism evaluate $(MODEL) --config $(RECIPE) $(OPTIONS)
+
+predict: $(READY)  ## top labels of files: make predict MODEL=runs/demo/export FILES="a.mp4 b.mp4"
+	$(BIN)/vidprism predict $(MODEL) $(FILES) $(ARGS)
+
+# transformers' own model tests, at the installed version; not in its wheel.
+$(SUITE): $(READY) tests/transformers_suite.py
+	$(BIN)/python tests/transformers_suite.py $(dir $@)
+	@touch $@
+
+test: $(READY) $(SUITE)  ## all tests, with the slow ones
+	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+
+test-fast: $(READY) $(SUITE)  ## the tests that take a few minutes in all
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)  ## check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)  ## mend style and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv and what tools left behind; keeps runs and data
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,214 @@
+"""`vidprism finetune` and `evaluate` from end to end, on a few clips with the `tiny` tower."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from small import LABELS, files_of, run_arguments
+
+from vidprism_hf import VidPrismForVideoClassification, VidPrismLightningModule, VidPrismVideoProcessor
+from vidprism_hf.cli import main
+
+pytestmark = pytest.mark.slow
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """The exported weights of a run."""
+    return load_file(run / "export" / "model.safetensors")
+
+
+def last_weights(run: Path) -> dict[str, torch.Tensor]:
+    """The weights at the end of a run, which the best ones need not be."""
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def differing(one: dict, other: dict) -> list[str]:
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+@pytest.fixture(scope="module")
+def run(motion_clips, tmp_path_factory):
+    """A finished run; read only."""
+    output = tmp_path_factory.mktemp("runs") / "run"
+    assert main(run_arguments(motion_clips, output)) == 0
+    return output
+
+
+def test_folder_of_a_run(run, motion_clips):
+    files = files_of(run)
+    assert {"config.yaml", "metrics.json", "checkpoints/best.ckpt", "checkpoints/last.ckpt"} <= files.keys()
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert any(name.startswith("logs/tensorboard/events.") for name in files)
+    assert "val/top1" in files["logs/csv/metrics.csv"].decode().splitlines()[0]
+    settings = yaml.safe_load(files["config.yaml"])
+    assert settings["data"]["source"] == str(motion_clips)
+    assert settings["model"]["backbone"] == "tiny"
+    metrics = json.loads(files["metrics.json"])
+    assert 0 <= metrics["top1"] <= metrics["top5"] == 1
+
+
+def test_export_of_a_run(run):
+    export = run / "export"
+    model = VidPrismForVideoClassification.from_pretrained(export)
+    assert model.config.id2label == dict(enumerate(LABELS))
+    assert VidPrismVideoProcessor.from_pretrained(export).num_frames == model.config.num_frames == 8
+    best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    exported = {f"model.{name}": tensor for name, tensor in weights(run).items()}
+    assert differing(exported, {name: best[name] for name in best if name.startswith("model.")}) == []
+    card = ModelCard.load(export / "README.md")
+    top1 = json.loads((run / "metrics.json").read_text())["top1"]
+    assert card.data.eval_results[0].metric_value == top1
+    for line in ("| training clips | 8 |", "| held-out clips | 4 |", "| epochs | 2 |", "| steps | 4 |"):
+        assert line in card.text.splitlines()
+
+
+def test_ends_with_three_lines_that_work(motion_clips, tmp_path, capsys):
+    output, clip = tmp_path / "run", str(motion_clips / "val" / "growing" / "0.mp4")
+    assert main(run_arguments(motion_clips, output)) == 0
+    said, predict, python = capsys.readouterr().out.splitlines()[-3:]
+    top1 = json.loads((output / "metrics.json").read_text())["top1"]
+    assert said == f"Held-out top-1 {top1:.4f} on 4 clips; exported to {output / 'export'}"
+    verb, *words = predict.replace("CLIP.mp4", clip).split()
+    assert verb == "vidprism"
+    assert main([*words, "--json"]) == 0
+    best = json.loads(capsys.readouterr().out)["labels"][0]
+    code = re.fullmatch(r'  python -c "(.*)"', python)[1].replace("CLIP.mp4", clip)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert re.search(r"'label': '(\w+)'", done.stdout)[1] == best
+
+
+def test_same_seed_same_weights(run, motion_clips, tmp_path):
+    assert main(run_arguments(motion_clips, tmp_path / "again")) == 0
+    assert differing(weights(run), weights(tmp_path / "again")) == []
+    assert differing(last_weights(run), last_weights(tmp_path / "again")) == []
+    assert main(run_arguments(motion_clips, tmp_path / "other", "--seed_everything=1")) == 0
+    assert "model.classifier.weight" in differing(last_weights(run), last_weights(tmp_path / "other"))
+
+
+def test_workers_do_not_change_the_weights(run, motion_clips, tmp_path):
+    assert main(run_arguments(motion_clips, tmp_path / "run", "--data.num_workers=2")) == 0
+    assert differing(last_weights(run), last_weights(tmp_path / "run")) == []
+
+
+def test_earlier_runs_are_kept(motion_clips, tmp_path, capsys):
+    output = tmp_path / "run"
+    arguments = run_arguments(motion_clips, output, "--trainer.max_epochs=1")
+    kept = []
+    for number in (None, 1, 2):
+        assert main(arguments) == 0
+        if number is not None:
+            assert f"The earlier run in {output} is kept as {output}.{number}" in capsys.readouterr().out
+            assert files_of(Path(f"{output}.{number}")) == kept[-1]
+        kept.append(files_of(output))
+        assert "logs/csv/metrics.csv" in kept[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.1", "run.2"]
+
+
+@pytest.mark.parametrize("with_recipe", [True, False], ids=["config.yaml", "overrides"])
+def test_evaluate_finds_what_the_run_found(run, motion_clips, capsys, with_recipe):
+    if with_recipe:
+        arguments = ["--config", str(run / "config.yaml")]
+    else:
+        arguments = ["--data.source", str(motion_clips), "--model.num_frames=8", "--trainer.accelerator=cpu"]
+    before = files_of(run)
+    assert main(["evaluate", str(run / "export"), *arguments]) == 0
+    printed = capsys.readouterr().out
+    for name, value in json.loads((run / "metrics.json").read_text()).items():
+        assert re.search(rf"^  {name} +{value:.4f}$", printed, flags=re.MULTILINE)
+    assert files_of(run) == before
+
+
+LONGER = ("--trainer.max_epochs=4", "--trainer.log_every_n_steps=1")
+
+
+def interrupted_run(motion_clips, output, monkeypatch, epoch, batch) -> Path:
+    """The last checkpoint of a run of four epochs that Ctrl-C ended right before a step."""
+
+    def hook(module, _, batch_idx):
+        if (module.current_epoch, batch_idx) == (epoch, batch):
+            raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)  # Lightning ignores the signal after the first one
+    with monkeypatch.context() as patch:
+        patch.setattr(VidPrismLightningModule, "on_train_batch_start", hook)
+        with pytest.raises(SystemExit) as ended:
+            main(run_arguments(motion_clips, output, *LONGER))
+    signal.signal(signal.SIGINT, handler)
+    assert ended.value.code == 1
+    last = output / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 2 * epoch + batch
+    return last
+
+
+def test_resume_goes_on_where_the_run_stopped(motion_clips, tmp_path, monkeypatch):
+    """Stopped and resumed is the same as run at once: order, augmentation, schedule and optimiser go on."""
+    whole, halved = tmp_path / "whole", tmp_path / "halved"
+    assert main(run_arguments(motion_clips, whole, *LONGER)) == 0
+    last = interrupted_run(motion_clips, halved, monkeypatch, epoch=1, batch=0)
+    first_part = files_of(halved / "logs" / "csv")
+    assert main(run_arguments(motion_clips, halved, *LONGER, f"--resume={last}")) == 0
+    assert differing(last_weights(halved), last_weights(whole)) == []
+    assert differing(weights(halved), weights(whole)) == []
+    assert (halved / "metrics.json").read_text() == (whole / "metrics.json").read_text()
+    assert not (tmp_path / "halved.1").exists()
+    assert files_of(halved / "logs" / "csv") == first_part  # what was logged before stays
+    assert (halved / "logs" / "csv.1" / "metrics.csv").is_file()
+
+
+def test_resume_within_an_epoch_ends_with_the_same_number_of_steps(motion_clips, tmp_path, monkeypatch):
+    last = interrupted_run(motion_clips, tmp_path / "run", monkeypatch, epoch=2, batch=1)
+    assert main(run_arguments(motion_clips, tmp_path / "run", *LONGER, f"--resume={last}")) == 0
+    assert torch.load(last, weights_only=True)["global_step"] == 8
+
+
+def test_starts_from_an_export(run, motion_clips, tmp_path):
+    arguments = run_arguments(motion_clips, tmp_path / "run", f"--model.checkpoint={run / 'export'}")
+    assert main([*arguments, "--model.freeze_backbone=true", "--trainer.max_epochs=1"]) == 0
+    changed = differing(weights(run), weights(tmp_path / "run"))
+    assert "classifier.weight" in changed
+    assert not [name for name in changed if name.startswith("vidprism.vision_tower.")]
+
+
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(motion_clips, tmp_path):
+    output = tmp_path / "run"
+    arguments = run_arguments(motion_clips, output, "--trainer.max_epochs=2000")
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vidprism_hf.cli", *arguments],
+        cwd=Path(__file__).parents[1],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    last = output / "checkpoints" / "last.ckpt"
+    try:
+        while not last.is_file() and process.poll() is None:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        printed, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    assert not (output / "export").exists()
+    step = torch.load(last, weights_only=True)["global_step"]
+    assert 0 < step < 4000
+    said = re.search(r"^Stopped\. Go on with: vidprism (.*)$", printed, flags=re.MULTILINE)[1].split()
+    assert said == [*arguments, "--resume", str(last)]
+    # The same command, with an end that is near.
+    epochs = -(-step // 2) + 1
+    assert main([*said, f"--trainer.max_epochs={epochs}"]) == 0
+    assert torch.load(last, weights_only=True)["global_step"] == 2 * epochs
+    assert (output / "export" / "model.safetensors").is_file()

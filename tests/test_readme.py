@@ -1,0 +1,70 @@
+"""The README's promises: its commands run as written, in order, in a copy of the tree, and do what it says."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """The tree as git would commit it, with this environment as its `.venv`."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs a git checkout, to know which files belong to the tree")
+    folder = tmp_path_factory.mktemp("readme") / "vidprism_hf"
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.check_output(listed, cwd=ROOT, text=True).splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name, follow_symlinks=True)
+    # `make` takes an environment with this file, newer than setup.cfg, as installed.
+    venv = folder / ".venv"
+    venv.mkdir()
+    (venv / "bin").symlink_to(Path(sys.executable).parent)
+    (venv / ".ready").touch()
+    return folder
+
+
+def run(command, folder):
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1200)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_command_runs_as_written(clone):
+    outputs = {}
+    for language, block in BLOCKS:
+        commands = [["bash", "-c", line] for line in block.splitlines()] if language == "bash" else [None]
+        for command in commands:
+            if command == ["bash", "-c", "make test"]:
+                continue  # this very test
+            finished = run(command or [sys.executable, "-c", block], clone)
+            text = block if command is None else command[-1]
+            assert finished.returncode == 0, f"{text}\n{finished.stdout}\n{finished.stderr[-3000:]}"
+            outputs[text] = finished.stdout
+    trained = re.search(r"Held-out top-1 (\S+) on", outputs["make finetune"])
+    assert float(trained[1]) >= 0.9
+    evaluated = next(text for command, text in outputs.items() if " evaluate " in command)
+    assert re.search(r"top1\s+(\S+)", evaluated)[1] == trained[1]
+    assert "moving_left" in next(text for command, text in outputs.items() if " predict " in command)
+    assert any("expert weights" in text for text in outputs.values())
+
+
+@pytest.mark.slow
+def test_make_prints_help_and_installs_nothing_twice(clone):
+    text = run(["make"], clone).stdout
+    for target in ("setup", "finetune", "test", "lint"):
+        assert re.search(rf"^  {target} ", text, re.MULTILINE)
+    assert "pip install" not in run(["make", "-n", "setup"], clone).stdout
+
+
+def test_files_it_names_exist():
+    for name in re.findall(r"`((?:vidprism_hf|tests|recipes)/[\w/.]*)`", README):
+        assert (ROOT / name).exists(), name
