@@ -16,9 +16,7 @@ def tiny_model(labels=LABELS, seed: int = 0, **config) -> VidPrismForVideoClassi
     """A classifier on the `tiny` tower with random weights, in eval mode."""
     torch.manual_seed(seed)
     config = {"num_frames": NUM_FRAMES} | config
-    model = VidPrismForVideoClassification.from_vision_pretrained(
-        "tiny", id2label=dict(enumerate(labels)), **config
-    )
+    model = VidPrismForVideoClassification.from_vision_pretrained("tiny", id2label=dict(enumerate(labels)), **config)
     return model.eval()
 
 
@@ -45,9 +43,7 @@ def card_facts(labels=LABELS, **facts) -> CardFacts:
 
 def tiny_export(folder: Path, labels=LABELS, **settings) -> Path:
     """An exported model with random weights."""
-    return export_model(
-        tiny_model(labels, **settings), tiny_processor(), folder, render_card(card_facts(labels))
-    )
+    return export_model(tiny_model(labels, **settings), tiny_processor(), folder, render_card(card_facts(labels)))
 
 
 def motion_folder(root: Path, train: int = 4, val: int = 2) -> Path:

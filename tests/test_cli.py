@@ -208,12 +208,8 @@ def test_predict_table(capsys, exported, three_files):
     assert captured.err.count("vidprism predict: ") == 1
     assert f"vidprism predict: {three_files[1]}: " in captured.err
     rows = re.findall(r"│ +(growing|shrinking) +│ (\d\.\d{4}) │", captured.out)
-    assert [{label for label, _ in rows[place : place + 2]} for place in (0, 2)] == [
-        {"growing", "shrinking"}
-    ] * 2
-    assert [float(rows[place][1]) + float(rows[place + 1][1]) for place in (0, 2)] == pytest.approx(
-        [1, 1], abs=2e-4
-    )
+    assert [{label for label, _ in rows[place : place + 2]} for place in (0, 2)] == [{"growing", "shrinking"}] * 2
+    assert [float(rows[place][1]) + float(rows[place + 1][1]) for place in (0, 2)] == pytest.approx([1, 1], abs=2e-4)
 
 
 def test_predict_json(capsys, exported, three_files):

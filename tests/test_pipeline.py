@@ -99,8 +99,7 @@ def test_pipeline_in_this_process(exported, clip, capsys):
     assert main(["predict", str(exported), str(clip), "--json"]) == 0
     ours = json.loads(capsys.readouterr().out)
     assert [(each["label"], each["score"]) for each in found] == [
-        (label, pytest.approx(score, abs=1e-5))
-        for label, score in zip(ours["labels"], ours["scores"], strict=True)
+        (label, pytest.approx(score, abs=1e-5)) for label, score in zip(ours["labels"], ours["scores"], strict=True)
     ]
 
 

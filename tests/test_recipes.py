@@ -65,8 +65,7 @@ def test_every_key_has_a_comment(recipe):
     bare = [
         key.value
         for key in scalar_keys(yaml.compose(text))
-        if "#" not in lines[key.start_mark.line]
-        and not lines[key.start_mark.line - 1].lstrip().startswith("#")
+        if "#" not in lines[key.start_mark.line] and not lines[key.start_mark.line - 1].lstrip().startswith("#")
     ]
     assert bare == []
 

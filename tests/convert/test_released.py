@@ -162,9 +162,7 @@ def test_says_what_went_where(tmp_path, checkpoint, capsys):
     assert counts["DBI"] == gates + mappings
     assert counts["RgSTA"] == 4 * 5
     assert counts["classifier"] == 2
-    assert sum(counts.values()) + 33 == sum(
-        len(part) for name, part in checkpoint.items() if "model_state" in name
-    )
+    assert sum(counts.values()) + 33 == sum(len(part) for name, part in checkpoint.items() if "model_state" in name)
     assert "not used (33): logit_scale, " in printed  # and the gates of the eight pairs without an edge
     assert "5 classes, 16 frames, rates [2, 4, 8, 16]" in printed
 
@@ -177,9 +175,7 @@ def test_rates_can_be_given(tmp_path, checkpoint):
 @pytest.fixture
 def recorded(shared):
     reference = shared / "reference"
-    return reference / "official_checkpoint_tiny.pt", load_file(
-        reference / "official_checkpoint_tiny_io.safetensors"
-    )
+    return reference / "official_checkpoint_tiny.pt", load_file(reference / "official_checkpoint_tiny_io.safetensors")
 
 
 @pytest.mark.parametrize("prefixed", [False, True], ids=["plain", "module-prefix"])

@@ -92,9 +92,7 @@ def test_whole_picture_without_flip_keeps_sides():
     clip[..., :16] = 255
     plain = ClipAugmentation((32, 32), min_crop_scale=0.9, horizontal_flip=False, grayscale=0.0)
     flipped = ClipAugmentation((32, 32), min_crop_scale=0.9, horizontal_flip=True, grayscale=0.0)
-    left = [
-        [bool(a(clip, seed)[..., 2].float().mean() > 128) for seed in range(20)] for a in (plain, flipped)
-    ]
+    left = [[bool(a(clip, seed)[..., 2].float().mean() > 128) for seed in range(20)] for a in (plain, flipped)]
     assert all(left[0])
     assert set(left[1]) == {True, False}
 

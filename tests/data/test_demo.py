@@ -91,11 +91,7 @@ def pair_accuracy(clips, features):
     for pair in DEMO_PAIRS:
         x, y = {}, {}
         for split in ("train", "val"):
-            rows = [
-                (features(f), sign)
-                for label, sign in zip(pair, (-1, 1), strict=True)
-                for f in clips[split, label]
-            ]
+            rows = [(features(f), sign) for label, sign in zip(pair, (-1, 1), strict=True) for f in clips[split, label]]
             x[split] = np.stack([np.append(row, 1) for row, _ in rows])
             y[split] = np.array([sign for _, sign in rows])
         gram = x["train"].T @ x["train"] + 10 * np.eye(x["train"].shape[1])

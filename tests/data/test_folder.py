@@ -34,9 +34,7 @@ def flat(tmp_path):
 
 
 def test_split_folders(tmp_path):
-    make(
-        tmp_path, "train/run/b.mp4", "train/run/a.AVI", "train/bend/x.webm", "val/run/a.mp4", "val/bend/y.mkv"
-    )
+    make(tmp_path, "train/run/b.mp4", "train/run/a.AVI", "train/bend/x.webm", "val/run/a.mp4", "val/bend/y.mkv")
     splits = scan_folder(tmp_path)
     assert splits.id2label == {0: "bend", 1: "run"}
     assert names(splits.train) == ["train/bend/x.webm", "train/run/a.AVI", "train/run/b.mp4"]

@@ -70,9 +70,7 @@ def test_round_trip(exported, tmp_path):
     pixels = torch.randn(1, NUM_FRAMES, 3, 32, 32)
     torch.testing.assert_close(model(pixels).logits, tiny_model()(pixels).logits, atol=1e-6, rtol=0)
     clip = torch.randint(0, 255, (20, 3, 40, 50), dtype=torch.uint8)
-    ours, theirs = (
-        each(clip, return_tensors="pt")["pixel_values_videos"] for each in (processor, tiny_processor())
-    )
+    ours, theirs = (each(clip, return_tensors="pt")["pixel_values_videos"] for each in (processor, tiny_processor()))
     assert torch.equal(ours, theirs)
     # Loaded and exported again: the same files, though transformers renames keys of CLIP's on its own accord.
     again = export_model(model, processor, tmp_path / "again", card())

@@ -70,15 +70,11 @@ def merge(state, name, config, frames, rate):
             merged = frames[place].clone()
             for other in rest:
                 merged += (
-                    config.merge_weight
-                    * weight(config, similarity, window, kept, rest, other, place)
-                    * frames[other]
+                    config.merge_weight * weight(config, similarity, window, kept, rest, other, place) * frames[other]
                 )
             stream.append(merged)
         kept_frames += kept
-        target = torch.stack(
-            [lengths[a] + sum(similarity[a, b] for b in window) / len(window) for a in window]
-        )
+        target = torch.stack([lengths[a] + sum(similarity[a, b] for b in window) / len(window) for a in window])
         target = (target.detach() / config.score_temperature).softmax(0)
         guess = (predicted[window] / config.score_temperature).log_softmax(0)
         losses.append((target * (target.log() - guess)).nansum())
@@ -89,9 +85,7 @@ def weight(config, similarity, window, kept, rest, other, place):
     """A[other, place]."""
     tau = config.merge_temperature
     if config.merge_normalization == "rest":
-        return math.exp(similarity[other, place] / tau) / sum(
-            math.exp(similarity[r, place] / tau) for r in rest
-        )
+        return math.exp(similarity[other, place] / tau) / sum(math.exp(similarity[r, place] / tau) for r in rest)
     whole = sum(math.exp(similarity[other, b] / tau) for b in window)
     spread = {b: math.exp(similarity[other, b] / tau) / whole for b in kept}
     return spread[place] / (sum(spread.values()) + EPS)
@@ -107,9 +101,7 @@ def interact(state, config, streams):
             if not interacts(config, i, j):
                 continue
             first, second = (i, j) if config.interaction_gates == "edge" else (min(i, j), max(i, j))
-            hidden = linear(
-                state, f"interaction.gates.{first}_{second}.0", torch.cat([means[first], means[second]])
-            )
+            hidden = linear(state, f"interaction.gates.{first}_{second}.0", torch.cat([means[first], means[second]]))
             gates[i, j] = linear(state, f"interaction.gates.{first}_{second}.2", hidden.relu())[0].sigmoid()
             if gates[i, j] >= config.gate_threshold:
                 sources.append(gates[i, j] * message(state, config, streams, i, j))

@@ -59,9 +59,7 @@ def test_fills_the_tower_from_every_layout(layout, tower, tmp_path):
         if layout == "vision-v4":
             file = tmp_path / "model.safetensors"
             save_file(names_of_transformers_4(load_file(file)), file, metadata={"format": "pt"})
-    model = VidPrismForVideoClassification.from_vision_pretrained(
-        str(tmp_path), id2label=LABELS, num_frames=16
-    ).eval()
+    model = VidPrismForVideoClassification.from_vision_pretrained(str(tmp_path), id2label=LABELS, num_frames=16).eval()
     pixels = clips()
     with torch.no_grad():
         features = model.vidprism.get_frame_features(pixels).flatten(0, 1)
@@ -135,16 +133,12 @@ def test_the_loss_is_the_weighted_sum_of_its_parts():
     output = model(clips(), labels=labels)
     parts = output.classification_loss + 0.3 * output.rank_loss + 0.2 * output.gate_loss
     torch.testing.assert_close(output.loss, parts + 0.1 * output.diversity_loss)
-    torch.testing.assert_close(
-        output.classification_loss, torch.nn.functional.cross_entropy(output.logits, labels)
-    )
+    torch.testing.assert_close(output.classification_loss, torch.nn.functional.cross_entropy(output.logits, labels))
     assert model(clips()).loss is None
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(
-    "fields", [{}, {"merge_normalization": "rest"}, {"readout": "max", "aggregation": "max"}]
-)
+@pytest.mark.parametrize("fields", [{}, {"merge_normalization": "rest"}, {"readout": "max", "aggregation": "max"}])
 def test_every_parameter_gets_a_gradient(fields, checkpointing):
     model = small(**fields).train()
     if checkpointing:

@@ -24,9 +24,7 @@ def released_head(file):
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     recorded = load_file(file)
-    state = {
-        name.removeprefix("state."): value for name, value in recorded.items() if name.startswith("state.")
-    }
+    state = {name.removeprefix("state."): value for name, value in recorded.items() if name.startswith("state.")}
     rates, width = json.loads(metadata["rates"]), int(metadata["d_model"])
     config = VidPrismConfig.released(
         vision_config={"projection_dim": width},
@@ -53,9 +51,7 @@ def released_head(file):
 
 @pytest.mark.parametrize("num_frames", [8, 16, 32])
 def test_released_head(shared, num_frames):
-    model, recorded, weights = released_head(
-        shared / "reference" / f"official_head_t{num_frames}.safetensors"
-    )
+    model, recorded, weights = released_head(shared / "reference" / f"official_head_t{num_frames}.safetensors")
     with torch.no_grad():
         output = model(recorded["features"], output_streams=True, output_losses=True)
     for i in range(len(model.config.rates)):
@@ -68,9 +64,7 @@ def test_released_head(shared, num_frames):
     torch.testing.assert_close(output.expert_weights, recorded["expert_weights"], **CLOSE)
     torch.testing.assert_close(output.rank_loss, recorded["rank_loss"][0], **CLOSE)
     torch.testing.assert_close(output.gate_loss, recorded["gate_loss"][0], **CLOSE)
-    logits = torch.nn.functional.linear(
-        output.pooler_output, weights["classifier.weight"], weights["classifier.bias"]
-    )
+    logits = torch.nn.functional.linear(output.pooler_output, weights["classifier.weight"], weights["classifier.bias"])
     torch.testing.assert_close(logits, recorded["logits"], **CLOSE)
     hidden = torch.nn.functional.linear(
         output.pooler_output,
@@ -115,9 +109,7 @@ def stages(model, x):
 @pytest.mark.parametrize("variant", recorded_variants())
 def test_own_head(variant):
     recorded = load_file(OWN)
-    part = {
-        name.removeprefix(f"{variant}."): v for name, v in recorded.items() if name.startswith(f"{variant}.")
-    }
+    part = {name.removeprefix(f"{variant}."): v for name, v in recorded.items() if name.startswith(f"{variant}.")}
     model = own_model(recorded_variants()[variant])
     model.load_state_dict({n.removeprefix("state."): v for n, v in part.items() if n.startswith("state.")})
     now = stages(model, recorded["features"])

@@ -91,9 +91,7 @@ def test_a_clip_does_not_depend_on_its_neighbours(fields, num_frames):
         together = model(x, output_streams=True)
         for b in range(len(x)):
             alone = model(x[b : b + 1], output_streams=True)
-            torch.testing.assert_close(
-                alone.pooler_output[0], together.pooler_output[b], rtol=1e-6, atol=1e-6
-            )
+            torch.testing.assert_close(alone.pooler_output[0], together.pooler_output[b], rtol=1e-6, atol=1e-6)
             torch.testing.assert_close(alone.gates[0], together.gates[b], rtol=1e-6, atol=1e-6)
             # Bit for bit beside other neighbours in a batch of the same size: the same kernels run.
             swapped = torch.cat([x[b : b + 1], torch.randn(5, num_frames, WIDTH) * 10])

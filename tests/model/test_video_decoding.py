@@ -54,9 +54,7 @@ KINDS = {
     "gif.gif": functools.partial(render_ordinary, codec="gif", pix_fmt="rgb8"),
     "odd.mkv": lambda path: clips.render(path, clips.greys(20, 49, 63), codec="ffv1"),
     "one.mp4": lambda path: clips.render(path, clips.greys(1)),
-    "gaps.avi": lambda path: clips.render(
-        path, clips.greys(5), codec="mjpeg", pix_fmt="yuvj420p", pts=[0, 1, 4, 8, 9]
-    ),
+    "gaps.avi": lambda path: clips.render(path, clips.greys(5), codec="mjpeg", pix_fmt="yuvj420p", pts=[0, 1, 4, 8, 9]),
 }
 
 
@@ -162,8 +160,7 @@ def test_frames_are_upright(tmp_path, degrees, hflip):
 
 def test_a_change_of_size_is_scaled_to_the_first(tmp_path):
     parts = [
-        clips.render(tmp_path / f"{size}.h264", clips.greys(3, size, size), options={"bf": "0"})
-        for size in (48, 96)
+        clips.render(tmp_path / f"{size}.h264", clips.greys(3, size, size), options={"bf": "0"}) for size in (48, 96)
     ]
     path = tmp_path / "both.h264"
     path.write_bytes(b"".join(part.read_bytes() for part in parts))

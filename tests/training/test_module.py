@@ -82,9 +82,7 @@ def test_frozen_backbone(tmp_path, frozen):
     trainer(tmp_path, callbacks=[watch]).fit(model, random_batches(3))
     assert {parameter.requires_grad for parameter in tower.parameters()} == {not frozen}
     assert watch.graphs == watch.gradients == [not frozen] * 3
-    changed = {
-        name for name, tensor in model.model.state_dict().items() if not torch.equal(tensor, before[name])
-    }
+    changed = {name for name, tensor in model.model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert any(name.startswith("vidprism.vision_tower.") for name in changed) is not frozen
     assert {"classifier.weight", "vidprism.temporal_model.readout.query"} <= changed
 

@@ -109,14 +109,9 @@ def load_released(file: Path) -> dict[str, torch.Tensor]:
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
     except Exception as error:  # torch.load raises whatever its unpickler meets
-        raise UserError(
-            f"{file}: not a checkpoint of the released trainer ({type(error).__name__})"
-        ) from error
+        raise UserError(f"{file}: not a checkpoint of the released trainer ({type(error).__name__})") from error
     return {
-        name.removeprefix("module."): tensor
-        for part in parts
-        for name, tensor in part.items()
-        if tensor is not None
+        name.removeprefix("module."): tensor for part in parts for name, tensor in part.items() if tensor is not None
     }
 
 
@@ -136,9 +131,7 @@ def infer_config(
         intermediate_size = state["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
         num_classes, hidden_size = state["head.weight"].shape
     except KeyError as error:
-        raise UserError(
-            f"the checkpoint has no {error.args[0]}: not a released VidPrism with a ViT tower"
-        ) from error
+        raise UserError(f"the checkpoint has no {error.args[0]}: not a released VidPrism with a ViT tower") from error
     layers, streams = (
         len({match[1] for name in state if (match := re.match(pattern, name))})
         for pattern in (r"visual\.transformer\.resblocks\.(\d+)\.", r"pooling_layers\.(\d+)\.")
@@ -183,9 +176,7 @@ def map_weights(
     mapped, counts, unused = {}, Counter(), []
     for released, tensor in state.items():
         name = edge_name(released, len(config.rates))
-        rule = next(
-            ((part, match.expand(ours)) for part, rx, ours in RULES if (match := rx.match(name))), None
-        )
+        rule = next(((part, match.expand(ours)) for part, rx, ours in RULES if (match := rx.match(name))), None)
         if rule is None:
             unused.append(released)
             continue
@@ -248,9 +239,7 @@ def convert(
         raise UserError(f"{file}: {' '.join(str(error).split())}") from error
     if missing or unexpected:
         first = ", ".join((missing + unexpected)[:3])
-        raise UserError(
-            f"{file}: {len(missing)} weights are missing, {len(unexpected)} have no place: {first}"
-        )
+        raise UserError(f"{file}: {len(missing)} weights are missing, {len(unexpected)} have no place: {first}")
     return model.eval(), counts, unused
 
 

@@ -159,9 +159,7 @@ class VideoDataModule(L.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Normalises the pixels where they are now."""
-        return batch | {
-            "pixel_values_videos": normalize_clips(batch["pixel_values_videos"], self.video_processor)
-        }
+        return batch | {"pixel_values_videos": normalize_clips(batch["pixel_values_videos"], self.video_processor)}
 
     def _scan(self) -> ClipSplits:
         if self._splits is None:
@@ -191,9 +189,7 @@ class VideoDataModule(L.LightningDataModule):
         world = self.trainer.world_size if self.trainer is not None else 1
         if len(table) < world:
             # A process without a clip would leave the others waiting for it.
-            raise DataError(
-                f"{table.root}: {len(table)} clips in a split for {world} processes; use fewer devices"
-            )
+            raise DataError(f"{table.root}: {len(table)} clips in a split for {world} processes; use fewer devices")
         return DataLoader(
             ClipDataset(table, self.video_processor, augmentation, seed, self.hparams.num_views),
             batch_size=self.hparams.batch_size,

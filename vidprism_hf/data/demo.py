@@ -33,25 +33,19 @@ SHAPES = ("disc", "square", "diamond", "triangle", "ring", "cross")
 _SPLIT_STREAMS = {"train": 0, "val": 1}
 
 
-def demo_folder(
-    root: str | os.PathLike, seed: int = 0, train_per_class: int = 100, val_per_class: int = 20
-) -> Path:
+def demo_folder(root: str | os.PathLike, seed: int = 0, train_per_class: int = 100, val_per_class: int = 20) -> Path:
     """The folder of demo clips below `root` for these settings, rendered if it is not there yet.
 
     Raises:
         DataError: If the clips cannot be written below `root`.
     """
-    folder = (
-        Path(root) / "demo_clips" / f"v{DEMO_VERSION}-{train_per_class}train-{val_per_class}val-seed{seed}"
-    )
+    folder = Path(root) / "demo_clips" / f"v{DEMO_VERSION}-{train_per_class}train-{val_per_class}val-seed{seed}"
     if not folder.is_dir():
         render_demo(folder, seed, train_per_class, val_per_class)
     return folder
 
 
-def render_demo(
-    root: str | os.PathLike, seed: int = 0, train_per_class: int = 100, val_per_class: int = 20
-) -> None:
+def render_demo(root: str | os.PathLike, seed: int = 0, train_per_class: int = 100, val_per_class: int = 20) -> None:
     """Renders the demo as `root/{train,val}/<class>/<nnn>.mp4`.
 
     Every clip has a random stream of its own, named by seed, split, class and number: the splits share none,
@@ -76,9 +70,7 @@ def render_demo(
             _render_splits(Path(partial) / root.name, seed, {"train": train_per_class, "val": val_per_class})
             _publish(Path(partial) / root.name, root)
     except (OSError, av.FFmpegError) as error:
-        raise DataError(
-            f"{root}: demo clips cannot be written ({error.strerror}); choose another data.root"
-        ) from error
+        raise DataError(f"{root}: demo clips cannot be written ({error.strerror}); choose another data.root") from error
 
 
 def _render_splits(root: Path, seed: int, clips_per_class: dict[str, int]) -> None:

@@ -209,9 +209,7 @@ def _list_classes(folder: Path, root: Path, seen: dict[str, str] | None = None) 
             )
         clips[label].sort()
     if not clips:
-        raise DataError(
-            f"{folder}: has no class folders; put the clips of each class in a folder of its name"
-        )
+        raise DataError(f"{folder}: has no class folders; put the clips of each class in a folder of its name")
     return _Listing(clips, ignored)
 
 
@@ -227,9 +225,7 @@ def _read_split_folders(root: Path, held_out: str) -> ClipSplits:
         )
     others = [name for name in _visible(os.listdir(root)) if name not in (TRAIN_FOLDER, held_out)]
     files = [name for name in others if not (root / name).is_dir()]
-    notes = [
-        f"{root / name}: not read; {held_out}/ is the held-out split" for name in others if name not in files
-    ]
+    notes = [f"{root / name}: not read; {held_out}/ is the held-out split" for name in others if name not in files]
     return _assemble(root, train.clips, val.clips, files + train.ignored + val.ignored, notes)
 
 
@@ -237,9 +233,7 @@ def _split_one_level(root: Path, rules: dict[str, Any], seed: int) -> ClipSplits
     listing = _list_classes(root, root)
     if len(rules) != 1:
         problem = f"{' and '.join(rules)} are given" if rules else f"has no {TRAIN_FOLDER}/ and val/"
-        raise DataError(
-            f"{root}: {problem}; give exactly one of data.val_fraction, data.val_list, data.val_pattern"
-        )
+        raise DataError(f"{root}: {problem}; give exactly one of data.val_fraction, data.val_list, data.val_pattern")
     ((name, value),) = rules.items()
     if name == "data.val_fraction":
         is_held_out = _by_fraction(listing, value, seed)
@@ -258,16 +252,12 @@ def _split_one_level(root: Path, rules: dict[str, Any], seed: int) -> ClipSplits
 
 def _check_split(root: Path, train: dict[str, list[str]], val: dict[str, list[str]], rule: str) -> None:
     if not val:
-        raise DataError(
-            f"{root}: {rule} holds out none of {sum(map(len, train.values()))} clips; change the rule"
-        )
+        raise DataError(f"{root}: {rule} holds out none of {sum(map(len, train.values()))} clips; change the rule")
     if not train:
         raise DataError(f"{root}: {rule} holds out every clip and leaves none to train on; change the rule")
     untrained = sorted(set(val) - set(train))
     if untrained:
-        raise DataError(
-            f"{root / untrained[0]}: {rule} holds out every clip of this label; leave some to train on"
-        )
+        raise DataError(f"{root / untrained[0]}: {rule} holds out every clip of this label; leave some to train on")
 
 
 def _by_fraction(listing: _Listing, fraction: float, seed: int) -> Callable[[str], bool]:
@@ -293,9 +283,7 @@ def _by_list(root: Path, listing: _Listing, path: Path) -> Callable[[str], bool]
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         if name not in known:
-            raise DataError(
-                f"{path}, line {number}: no clip {name!r} below {root}; give paths relative to it"
-            )
+            raise DataError(f"{path}, line {number}: no clip {name!r} below {root}; give paths relative to it")
         if name in held_out:
             raise DataError(f"{path}, line {number}: {name!r} is listed twice; remove one")
         held_out.add(name)

@@ -56,9 +56,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("model", help="exported folder or Hub id")
     parser.add_argument("files", nargs="+", metavar="FILE", help="video file or URL")
     parser.add_argument("--top-k", type=int, default=5, help="labels per file (5)")
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object a file and line instead of a table"
-    )
+    parser.add_argument("--json", action="store_true", help="one JSON object a file and line instead of a table")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
 

@@ -95,11 +95,7 @@ def written_beside(folder: Path) -> Iterator[Path]:
     Raises:
         ExportError: If it cannot be written, or `folder` holds something that is no export.
     """
-    if (
-        folder.exists()
-        and not (folder / "config.json").is_file()
-        and (not folder.is_dir() or any(folder.iterdir()))
-    ):
+    if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise ExportError(f"{folder}: exists and is not an exported model; choose another folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -3,12 +3,11 @@
 from .configuration_vidprism import VISION_PRESETS, VidPrismConfig
 from .modeling_vidprism import (
     VidPrismForVideoClassification,
-    VidPrismForVideoClassificationOutput,
     VidPrismModel,
-    VidPrismModelOutput,
     VidPrismPreTrainedModel,
     VidPrismTemporalModel,
 )
+from .outputs_vidprism import VidPrismForVideoClassificationOutput, VidPrismModelOutput
 from .video_decoding_vidprism import VideoDecodeError, VideoInfo, decode_video, segment_centers
 from .video_processing_vidprism import VidPrismVideoProcessor
 

@@ -161,9 +161,7 @@ class VidPrismConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_frames and kept_per_window must be at least 1, got {self.num_frames} and {self.kept_per_window}."
             )
-        if self.rates is not None and (
-            not self.rates or self.rates[0] < 1 or list(self.rates) != sorted(self.rates)
-        ):
+        if self.rates is not None and (not self.rates or self.rates[0] < 1 or list(self.rates) != sorted(self.rates)):
             raise ValueError(f"rates must be positive integers that do not decrease, got {list(self.rates)}.")
 
     def validate_width(self):

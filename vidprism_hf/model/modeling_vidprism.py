@@ -8,18 +8,17 @@ to clip vector), `VidPrismModel` (pixels to clip vector), `VidPrismForVideoClass
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPVisionModel, CLIPVisionModelWithProjection, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_vidprism import VISION_PRESETS, VidPrismConfig
+from .outputs_vidprism import VidPrismForVideoClassificationOutput, VidPrismModelOutput
 from .temporal_vidprism import (
     VidPrismAttention,
     VidPrismExpert,
@@ -31,80 +30,6 @@ from .temporal_vidprism import (
     gate_balance_loss,
     pool_windows,
 )
-
-
-@dataclass
-class VidPrismModelOutput(ModelOutput):
-    """Clip vectors and what the streams, gates and experts did.
-
-    Args:
-        last_hidden_state: (B, sum of L_i, D), the outputs of all experts, one after the other in time.
-        pooler_output: (B, D), the clip vector.
-        expert_weights: (B, N), attention mass on each expert; sums to 1.
-        gates: (B, N, N), entry [i, j] the gate of the edge from stream i to j, 0 where there is no edge.
-        streams: N tensors (B, L_i, D) before interaction, with `output_streams=True`.
-        interacted_streams: N tensors (B, L_i, D) after interaction, with `output_streams=True`.
-        frame_scores: (B, N, T), importance of each frame for each stream, with `output_streams=True` (RgSTA only).
-        kept_indices: N tensors (B, L_i), frames kept by each stream, with `output_streams=True` (RgSTA only).
-        rank_loss: Scalar, mean over streams, with `output_losses=True`.
-        gate_loss: Scalar, with `output_losses=True`.
-        diversity_loss: Scalar, with `output_losses=True`.
-        hidden_states: N tensors (B, L_i, D), the output of each expert, with `output_hidden_states=True`.
-        attentions: N tensors (B, heads, L_i, L_i), with `output_attentions=True` under eager attention.
-    """
-
-    last_hidden_state: torch.Tensor | None = None
-    pooler_output: torch.Tensor | None = None
-    expert_weights: torch.Tensor | None = None
-    gates: torch.Tensor | None = None
-    streams: tuple[torch.Tensor, ...] | None = None
-    interacted_streams: tuple[torch.Tensor, ...] | None = None
-    frame_scores: torch.Tensor | None = None
-    kept_indices: tuple[torch.Tensor, ...] | None = None
-    rank_loss: torch.Tensor | None = None
-    gate_loss: torch.Tensor | None = None
-    diversity_loss: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-
-
-@dataclass
-class VidPrismForVideoClassificationOutput(ModelOutput):
-    """Logits, and the loss and its four parts when labels were given.
-
-    Args:
-        loss: Scalar, the weighted sum of the four parts below.
-        logits: (B, K).
-        classification_loss: Scalar, unweighted like the other parts.
-        rank_loss: Scalar.
-        gate_loss: Scalar.
-        diversity_loss: Scalar.
-        pooler_output: (B, D), the clip vector.
-        expert_weights: (B, N).
-        gates: (B, N, N).
-        streams: See `VidPrismModelOutput`, as all that follow.
-        interacted_streams: N tensors (B, L_i, D).
-        frame_scores: (B, N, T).
-        kept_indices: N tensors (B, L_i).
-        hidden_states: N tensors (B, L_i, D).
-        attentions: N tensors (B, heads, L_i, L_i).
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    classification_loss: torch.Tensor | None = None
-    rank_loss: torch.Tensor | None = None
-    gate_loss: torch.Tensor | None = None
-    diversity_loss: torch.Tensor | None = None
-    pooler_output: torch.Tensor | None = None
-    expert_weights: torch.Tensor | None = None
-    gates: torch.Tensor | None = None
-    streams: tuple[torch.Tensor, ...] | None = None
-    interacted_streams: tuple[torch.Tensor, ...] | None = None
-    frame_scores: torch.Tensor | None = None
-    kept_indices: tuple[torch.Tensor, ...] | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class VidPrismVisionTower(nn.Module):
@@ -172,9 +97,7 @@ class VidPrismTemporalModel(VidPrismPreTrainedModel):
     def __init__(self, config: VidPrismConfig):
         super().__init__(config)
         width, rates = config.hidden_size, config.rates
-        self.input_projection = (
-            nn.Linear(config.feature_size, width) if config.feature_size != width else None
-        )
+        self.input_projection = nn.Linear(config.feature_size, width) if config.feature_size != width else None
         self.position_embedding = None
         if config.time_position == "learned":
             self.position_embedding = nn.Parameter(torch.empty(1, config.num_frames, width))
@@ -244,9 +167,7 @@ class VidPrismTemporalModel(VidPrismPreTrainedModel):
         """Position embeddings (1, T, D), interpolated in time where T is not the number of frames trained with."""
         positions = self.position_embedding
         if num_frames != positions.shape[1]:
-            positions = F.interpolate(positions.transpose(1, 2), size=num_frames, mode="linear").transpose(
-                1, 2
-            )
+            positions = F.interpolate(positions.transpose(1, 2), size=num_frames, mode="linear").transpose(1, 2)
         return positions
 
 
@@ -290,9 +211,8 @@ class VidPrismModel(VidPrismPreTrainedModel):
     def get_frame_features(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
         """Frame features (B, T, D_features) of clips (B, T, 3, H, W)."""
         if pixel_values_videos.dim() != 5:
-            raise ValueError(
-                f"pixel_values_videos must be (clips, frames, 3, height, width), got {tuple(pixel_values_videos.shape)}."
-            )
+            shape = tuple(pixel_values_videos.shape)
+            raise ValueError(f"pixel_values_videos must be (clips, frames, 3, height, width), got {shape}.")
         return self.vision_tower(pixel_values_videos)
 
     def get_text_aligned_features(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
@@ -339,9 +259,7 @@ class VidPrismForVideoClassification(VidPrismPreTrainedModel):
         logits = self.classifier(self.dropout(clip.pooler_output))
         output = VidPrismForVideoClassificationOutput(logits=logits)
         if labels is not None:
-            output.classification_loss = self.loss_function(
-                pooled_logits=logits, labels=labels, config=self.config
-            )
+            output.classification_loss = self.loss_function(pooled_logits=logits, labels=labels, config=self.config)
             output.loss = self.total_loss(
                 output.classification_loss, clip.rank_loss, clip.gate_loss, clip.diversity_loss
             )
@@ -418,9 +336,7 @@ def load_vision_tower(name_or_path: str, **kwargs) -> CLIPVisionModelWithProject
     Raises:
         ValueError: If the checkpoint lacks weights of a CLIP vision tower.
     """
-    tower, info = CLIPVisionModelWithProjection.from_pretrained(
-        name_or_path, output_loading_info=True, **kwargs
-    )
+    tower, info = CLIPVisionModelWithProjection.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
     missing = set(info["missing_keys"]) - {"visual_projection.weight"}
     if missing or info["mismatched_keys"]:
         raise ValueError(

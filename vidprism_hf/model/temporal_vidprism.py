@@ -191,9 +191,7 @@ class VidPrismInteraction(nn.Module):
             updated.append(stream + self._combine(messages, [gates[e] for e in edges]) if edges else stream)
         none = summaries[0].new_zeros(summaries[0].shape[0])
         size = range(len(streams))
-        table = torch.stack(
-            [torch.stack([gates.get((i, j), none) for j in size], dim=-1) for i in size], dim=-2
-        )
+        table = torch.stack([torch.stack([gates.get((i, j), none) for j in size], dim=-1) for i in size], dim=-2)
         return updated, table
 
     def _gate_name(self, src: int, dst: int) -> str:
@@ -252,9 +250,7 @@ class VidPrismGateOutput(nn.Linear):
 
 def gate_mlp(width: int) -> nn.Sequential:
     """The gate's MLP, 2D -> D/4 -> 1, ending in a sigmoid."""
-    return nn.Sequential(
-        nn.Linear(2 * width, width // 4), nn.ReLU(), VidPrismGateOutput(width // 4, 1), nn.Sigmoid()
-    )
+    return nn.Sequential(nn.Linear(2 * width, width // 4), nn.ReLU(), VidPrismGateOutput(width // 4, 1), nn.Sigmoid())
 
 
 class VidPrismAttention(nn.Module):
@@ -275,9 +271,7 @@ class VidPrismAttention(nn.Module):
             part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for part in self.qkv(hidden_states).chunk(3, dim=-1)
         )
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(self, query, key, value, None, scaling=self.scaling, dropout=0.0, **kwargs)
         return self.out_proj(output.flatten(-2)), weights
 
@@ -290,9 +284,7 @@ class VidPrismExpert(GradientCheckpointingLayer):
         width = config.hidden_size
         self.attention = VidPrismAttention(config)
         self.attention_norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 2 * width), ACT2FN["quick_gelu"], nn.Linear(2 * width, width)
-        )
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), ACT2FN["quick_gelu"], nn.Linear(2 * width, width))
         self.mlp_norm = nn.LayerNorm(width)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:

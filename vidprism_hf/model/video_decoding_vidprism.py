@@ -81,9 +81,7 @@ def segment_centers(total: int, num_frames: int) -> np.ndarray:
         ValueError: If either count is below 1.
     """
     if total < 1 or num_frames < 1:
-        raise ValueError(
-            f"Need at least one frame and one segment, got total={total}, num_frames={num_frames}."
-        )
+        raise ValueError(f"Need at least one frame and one segment, got total={total}, num_frames={num_frames}.")
     # Integers throughout: the float form rounds differently at some lengths.
     return (2 * np.arange(num_frames, dtype=np.int64) + 1) * total // (2 * num_frames)
 
@@ -142,9 +140,7 @@ def _flat(indices: Sequence[int]) -> list[int]:
 
 def _check_range(indices: list[int], total: int) -> None:
     if min(indices) < 0 or max(indices) >= total:
-        raise ValueError(
-            f"Frame indices {min(indices)} to {max(indices)} leave the video's range 0 to {total - 1}."
-        )
+        raise ValueError(f"Frame indices {min(indices)} to {max(indices)} leave the video's range 0 to {total - 1}.")
 
 
 # --- where the bytes come from
@@ -232,9 +228,7 @@ def _stream(file: BinaryIO, name: str) -> Iterator[tuple[av.container.InputConta
         # Old AVI files hold titles in any encoding. No protocol is open to a file that names others.
         container = av.open(file, "r", metadata_errors="replace", options={"protocol_whitelist": "none"})
     except (av.FFmpegError, OSError, ValueError) as exc:
-        raise _error(
-            name, f"is not a video, or its head or end is missing ({_reason(exc)})", FETCH_AGAIN
-        ) from exc
+        raise _error(name, f"is not a video, or its head or end is missing ({_reason(exc)})", FETCH_AGAIN) from exc
     with closing(container):  # an open one keeps its buffers until collected: a worker's memory grows
         stream = _first_video(container, name)
         # One thread: clips are short, workers decode side by side, and threads cost more than they save.
@@ -270,9 +264,7 @@ def _first_video(container: av.container.InputContainer, name: str) -> av.VideoS
     return stream
 
 
-def _packets(
-    container: av.container.InputContainer, stream: av.VideoStream, name: str
-) -> Iterator[av.Packet]:
+def _packets(container: av.container.InputContainer, stream: av.VideoStream, name: str) -> Iterator[av.Packet]:
     for number, packet in enumerate(container.demux(stream)):
         # Empty packets repeat a frame (avi) or end the stream (PyAV); to a decoder each means the end.
         if not packet.size:
@@ -291,9 +283,7 @@ def _count_packets(file: BinaryIO, name: str) -> int:
     return count
 
 
-def _frames(
-    container: av.container.InputContainer, stream: av.VideoStream, name: str
-) -> Iterator[av.VideoFrame]:
+def _frames(container: av.container.InputContainer, stream: av.VideoStream, name: str) -> Iterator[av.VideoFrame]:
     """Every frame of the stream in presentation order, or an error at the first one that is damaged."""
 
     def decoded():

@@ -72,9 +72,7 @@ class VidPrismVideoProcessor(BaseVideoProcessor):
         """
         config = _read_json(name_or_path, "config.json", **hub_kwargs)
         if config is None:
-            raise OSError(
-                f"{name_or_path} holds no config.json: pass the Hub id or folder of a CLIP checkpoint."
-            )
+            raise OSError(f"{name_or_path} holds no config.json: pass the Hub id or folder of a CLIP checkpoint.")
         vision = config.get("vision_config") or config
         # Configs leave out what equals the default of their class.
         image_size = vision.get("image_size", CLIPVisionConfig().image_size)
@@ -168,9 +166,7 @@ class VidPrismVideoProcessor(BaseVideoProcessor):
             )
         return super().rescale_and_normalize(images.contiguous(), do_rescale, *args, **kwargs)
 
-    def _decode_and_sample_videos(
-        self, videos, video_metadata, do_sample_frames=None, sample_indices_fn=None
-    ):
+    def _decode_and_sample_videos(self, videos, video_metadata, do_sample_frames=None, sample_indices_fn=None):
         videos = _as_list(videos)
         given = make_batched_metadata(videos, video_metadata) if video_metadata is not None else None
         clips, facts = [], []

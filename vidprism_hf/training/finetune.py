@@ -154,9 +154,7 @@ def build_trainer(cli: FinetuneCLI, output: Path) -> Trainer:
     """The trainer of the recipe, with the run's loggers and callbacks."""
     checkpoints = output / "checkpoints"
     callbacks = [
-        ModelCheckpoint(
-            checkpoints, filename="best", monitor="val/top1", mode="max", enable_version_counter=False
-        ),
+        ModelCheckpoint(checkpoints, filename="best", monitor="val/top1", mode="max", enable_version_counter=False),
         # A checkpoint of its own, so that "last" is the last, not the best; also written on Ctrl-C.
         ModelCheckpoint(checkpoints, filename="last", enable_version_counter=False, save_on_exception=True),
         LearningRateMonitor(logging_interval="step"),
@@ -178,9 +176,7 @@ def progress_bars(cli: FinetuneCLI) -> list[Callback]:
 
 def evaluate_best(trainer: Trainer, cli: FinetuneCLI, checkpoint: str | None = "best") -> dict[str, float]:
     """Held-out top-1 and top-5 of the best checkpoint, which stays loaded in the module."""
-    results = trainer.test(
-        cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True, verbose=False
-    )
+    results = trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True, verbose=False)
     return {name: results[0][f"test/{name}"] for name in ("top1", "top5")}
 
 
@@ -241,9 +237,7 @@ def keep_previous_run(output: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(
-            f"output {output}: cannot be written ({error.strerror}); choose another folder"
-        ) from error
+        raise UserError(f"output {output}: cannot be written ({error.strerror}); choose another folder") from error
     if not any(output.iterdir()):
         return
     if not (output / "config.yaml").is_file():
@@ -287,9 +281,7 @@ def save_settings(cli: FinetuneCLI, output: Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
         cli.parser.save(cli.config, output / "config.yaml", skip_none=False, overwrite=True, multifile=False)
     except OSError as error:
-        raise UserError(
-            f"output {output}: cannot be written ({error.strerror}); choose another folder"
-        ) from error
+        raise UserError(f"output {output}: cannot be written ({error.strerror}); choose another folder") from error
 
 
 @rank_zero_only

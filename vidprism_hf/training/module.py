@@ -13,8 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoConfig, get_cosine_schedule_with_warmup
 
 from ..errors import UserError, first_line
-from ..model import VidPrismConfig, VidPrismForVideoClassification
-from ..model.modeling_vidprism import VidPrismForVideoClassificationOutput
+from ..model import VidPrismConfig, VidPrismForVideoClassification, VidPrismForVideoClassificationOutput
 from ..model.temporal_vidprism import gate_balance_loss
 from .optimization import parameter_groups
 
@@ -94,16 +93,12 @@ class VidPrismLightningModule(L.LightningModule):
                     **(hparams.config or {}),
                 )
             except (OSError, ValueError, StrictDataclassError) as error:
-                raise UserError(
-                    f"model.backbone {hparams.backbone}: cannot be loaded ({first_line(error)})"
-                ) from error
+                raise UserError(f"model.backbone {hparams.backbone}: cannot be loaded ({first_line(error)})") from error
         # from_pretrained leaves eval mode, which Lightning would keep.
         self.model.train()
         if hparams.gradient_checkpointing:
             # The name since transformers 5.21; before, only the other one exists.
-            enable = getattr(
-                self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable
-            )
+            enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
             enable()
         if hparams.freeze_backbone:
             self.model.vidprism.vision_tower.requires_grad_(False).eval()
@@ -133,16 +128,10 @@ class VidPrismLightningModule(L.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW on the parameter groups; linear warm-up and cosine to zero, stepped every step."""
         hparams = self.hparams
-        groups = parameter_groups(
-            self.model, hparams.learning_rate, hparams.backbone_lr_scale, hparams.weight_decay
-        )
+        groups = parameter_groups(self.model, hparams.learning_rate, hparams.backbone_lr_scale, hparams.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=hparams.learning_rate, betas=(0.9, 0.999), eps=1e-8)
         total = int(self.trainer.estimated_stepping_batches)
-        warmup = (
-            round(total * hparams.warmup_epochs / self.trainer.max_epochs)
-            if self.trainer.max_epochs > 0
-            else 0
-        )
+        warmup = round(total * hparams.warmup_epochs / self.trainer.max_epochs) if self.trainer.max_epochs > 0 else 0
         schedule = get_cosine_schedule_with_warmup(optimizer, min(warmup, total), total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -212,9 +201,7 @@ def check_config(fields: dict[str, Any], num_frames: int) -> None:
         raise UserError(f"model.config: {' '.join(str(error).split())}") from error
 
 
-def load_checkpoint(
-    name_or_path: str, id2label: dict[int, str], num_frames: int
-) -> VidPrismForVideoClassification:
+def load_checkpoint(name_or_path: str, id2label: dict[int, str], num_frames: int) -> VidPrismForVideoClassification:
     """Loads a VidPrism checkpoint whose labels are the data's.
 
     Raises:
@@ -223,9 +210,7 @@ def load_checkpoint(
     config = load_checkpoint_config(name_or_path, id2label)
     config.num_frames = num_frames
     try:
-        return VidPrismForVideoClassification.from_pretrained(
-            name_or_path, config=config, dtype=torch.float32
-        )
+        return VidPrismForVideoClassification.from_pretrained(name_or_path, config=config, dtype=torch.float32)
     except (OSError, SafetensorError) as error:
         raise UserError(f"model.checkpoint {name_or_path}: cannot be loaded ({first_line(error)})") from error
 
@@ -241,9 +226,7 @@ def load_checkpoint_config(name_or_path: str, id2label: dict[int, str]) -> VidPr
     except (OSError, ValueError) as error:
         raise UserError(f"model.checkpoint {name_or_path}: cannot be loaded ({first_line(error)})") from error
     if not isinstance(config, VidPrismConfig):
-        raise UserError(
-            f"model.checkpoint {name_or_path}: a {config.model_type} model; give it as model.backbone"
-        )
+        raise UserError(f"model.checkpoint {name_or_path}: a {config.model_type} model; give it as model.backbone")
     if config.id2label != id2label:
         theirs, ours = set(config.id2label.values()), set(id2label.values())
         difference = (
