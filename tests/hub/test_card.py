@@ -101,3 +101,10 @@ def test_leaves_out_what_is_not_known(tmp_path):
     text = load(tmp_path).text
     assert not [heading for heading in ("## Data", "## Evaluation", "## Training") if heading in text]
     assert "None" not in text
+
+
+def test_a_split_rule_with_bars_stays_in_its_cell():
+    card = render_card(
+        card_facts(dataset="clips", split="held out: `^(anna|ben)_`", num_train_clips=1, num_eval_clips=1)
+    )
+    assert r"| split | held out: `^(anna\|ben)_` |" in str(card)

@@ -14,6 +14,7 @@ from vidprism_hf.hub.export import ExportError
 CODE = {
     "configuration_vidprism.py",
     "modeling_vidprism.py",
+    "outputs_vidprism.py",
     "temporal_vidprism.py",
     "video_decoding_vidprism.py",
     "video_processing_vidprism.py",

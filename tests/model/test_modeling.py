@@ -71,8 +71,9 @@ def test_fills_the_tower_from_every_layout(layout, tower, tmp_path):
     torch.testing.assert_close(features, wanted)
     assert model.config.id2label == LABELS
 
-    # Saved and loaded again, nothing is lost or renamed.
+    # Saved and loaded again, nothing is lost or renamed, and no path of this machine travels.
     model.save_pretrained(tmp_path / "saved", save_original_format=False)
+    assert str(tmp_path) not in (tmp_path / "saved" / "config.json").read_text()
     again, info = VidPrismForVideoClassification.from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]

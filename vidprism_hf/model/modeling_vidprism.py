@@ -315,8 +315,10 @@ class VidPrismForVideoClassification(VidPrismPreTrainedModel):
             return cls._from_config(config, dtype=dtype)
         name_or_path = preset["name_or_path"] if preset is not None else name_or_path
         tower = load_vision_tower(name_or_path, dtype=dtype, **(hub_kwargs or {}))
+        vision_config = tower.config.to_dict()
+        vision_config.pop("_name_or_path", None)  # may be a path of this machine
         config = VidPrismConfig(
-            vision_config=tower.config.to_dict(),
+            vision_config=vision_config,
             vision_projection=tower.visual_projection is not None,
             **labels,
             **config_overrides,

@@ -28,6 +28,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from ..data import VideoDataModule
 from ..errors import UserError, first_line
 from ..hub import CardFacts, export_model, render_card
+from ..model import VISION_PRESETS
 from .module import VidPrismLightningModule
 
 # What a recipe need not say.
@@ -81,6 +82,7 @@ def finetune(argv: list[str]) -> None:
     argv = list(argv)
     cli = parse(argv)
     output, resume = Path(cli.config.output), cli.config.resume
+    _ = cli.datamodule.video_processor  # a backbone that is not there shows here, before a run's folder is made
     if resume is None:
         keep_previous_run(output)
     else:
@@ -88,6 +90,7 @@ def finetune(argv: list[str]) -> None:
     save_settings(cli, output)
     trainer = build_trainer(cli, output)
     print_once(f"Run folder: {output}")
+    warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")  # a frozen tower is meant to be
     try:
         trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume, weights_only=True)
     except SystemExit:
@@ -96,7 +99,7 @@ def finetune(argv: list[str]) -> None:
         if last.is_file():
             print_once(f"Stopped. Go on with: vidprism finetune {shlex.join(argv)} --resume {last}")
         raise
-    metrics = evaluate_best(trainer, cli)
+    metrics = held_out_accuracy(trainer, cli, trainer.checkpoint_callback.best_model_path)
     export = export_run(trainer, cli, metrics, output / "export")
     print_usage(export, metrics, len(cli.datamodule.val_table))
 
@@ -114,7 +117,7 @@ def evaluate(argv: list[str]) -> dict[str, float]:
         raise UserError("vidprism evaluate: name the model first, then --config RECIPE")
     cli = parse([*argv[1:], "--model.checkpoint", argv[0]])
     trainer = cli.instantiate_trainer(logger=False, callbacks=progress_bars(cli))
-    metrics = evaluate_best(trainer, cli, checkpoint=None)
+    metrics = held_out_accuracy(trainer, cli, checkpoint=None)
     print_once(f"{argv[0]} on {len(cli.datamodule.val_table)} held-out clips")
     for name, value in metrics.items():
         print_once(f"  {name:<5} {value:.4f}")
@@ -174,8 +177,8 @@ def progress_bars(cli: FinetuneCLI) -> list[Callback]:
     return [RichProgressBar() if os.isatty(1) else TQDMProgressBar(refresh_rate=20)]
 
 
-def evaluate_best(trainer: Trainer, cli: FinetuneCLI, checkpoint: str | None = "best") -> dict[str, float]:
-    """Held-out top-1 and top-5 of the best checkpoint, which stays loaded in the module."""
+def held_out_accuracy(trainer: Trainer, cli: FinetuneCLI, checkpoint: str | None) -> dict[str, float]:
+    """Held-out top-1 and top-5 of a checkpoint, which stays loaded in the module, or of the module as it is."""
     results = trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True, verbose=False)
     return {name: results[0][f"test/{name}"] for name in ("top1", "top5")}
 
@@ -193,7 +196,6 @@ def export_run(trainer: Trainer, cli: FinetuneCLI, metrics: dict[str, float], fo
 def run_facts(trainer: Trainer, cli: FinetuneCLI, metrics: dict[str, float]) -> CardFacts:
     """What the card says of this run."""
     model, data, hparams = cli.model.model, cli.datamodule, cli.model.hparams
-    base_model = model.config.vision_config._name_or_path or None
     hyper_parameters: dict[str, Any] = {
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
@@ -211,7 +213,7 @@ def run_facts(trainer: Trainer, cli: FinetuneCLI, metrics: dict[str, float]) -> 
         num_frames=model.config.num_frames,
         rates=model.config.rates,
         origin="It was fine-tuned with `vidprism finetune`.",
-        base_model=base_model if base_model and not os.path.exists(base_model) else None,
+        base_model=hub_id(hparams.checkpoint or hparams.backbone),
         backbone=Path(hparams.checkpoint or hparams.backbone).name,
         dataset=data.name,
         split=data.split_description,
@@ -222,6 +224,13 @@ def run_facts(trainer: Trainer, cli: FinetuneCLI, metrics: dict[str, float]) -> 
         "The same clips chose the checkpoint, so the figure is optimistic.",
         hyper_parameters=hyper_parameters,
     )
+
+
+def hub_id(name: str) -> str | None:
+    """The Hub id that a backbone or checkpoint was loaded by; None for folders and random weights."""
+    if name in VISION_PRESETS:
+        return VISION_PRESETS[name]["name_or_path"]
+    return None if os.path.exists(name) else name
 
 
 @rank_zero_only

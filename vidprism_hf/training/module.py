@@ -208,6 +208,11 @@ def load_checkpoint(name_or_path: str, id2label: dict[int, str], num_frames: int
         UserError: If it is no VidPrism checkpoint or its labels differ.
     """
     config = load_checkpoint_config(name_or_path, id2label)
+    if config.time_position == "learned" and config.num_frames != num_frames:
+        raise UserError(
+            f"model.checkpoint {name_or_path}: has learned positions for {config.num_frames} frames; "
+            f"set model.num_frames to that, not {num_frames}"
+        )
     config.num_frames = num_frames
     try:
         return VidPrismForVideoClassification.from_pretrained(name_or_path, config=config, dtype=torch.float32)
