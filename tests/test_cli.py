@@ -12,6 +12,7 @@ import pytest
 import yaml
 from small import complaint, files_of, run_arguments, tiny_export
 
+from vidprism_hf import VidPrismModel
 from vidprism_hf.cli import VERBS, main
 
 
@@ -239,6 +240,13 @@ def test_predict_with_damaged_weights(tmp_path, capsys, three_files):
     model = tiny_export(tmp_path / "model")
     (model / "model.safetensors").write_bytes(b"no tensors")
     assert "cannot be loaded" in refuse(capsys, ["predict", str(model), *three_files])
+
+
+def test_predict_with_a_model_that_has_no_classifier(tmp_path, capsys, exported, three_files):
+    VidPrismModel.from_pretrained(exported).save_pretrained(tmp_path / "model", save_original_format=False)
+    shutil.copy(exported / "video_preprocessor_config.json", tmp_path / "model")
+    said = refuse(capsys, ["predict", str(tmp_path / "model"), *three_files])
+    assert said.endswith("/model: not a whole classifier, 2 weights are missing (classifier.bias)")
 
 
 def test_evaluate_without_a_model(capsys):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +55,11 @@ print(json.dumps({"classes": classes, "found": found, "imported": "vidprism_hf" 
 
 def run(tmp_path, preamble: str, folder, clip) -> tuple[dict, str]:
     """What the script found, and its stderr."""
+    return execute(tmp_path, preamble, SCRIPT, tmp_path, str(folder), str(clip))
+
+
+def execute(tmp_path, preamble: str, script: str, cwd, *arguments: str) -> tuple[dict, str]:
+    """What a script prints last, in a clean process, and its stderr."""
     env = {
         **os.environ,
         "HF_HOME": str(tmp_path / "hf"),  # a clean cache of dynamic modules too
@@ -61,8 +68,8 @@ def run(tmp_path, preamble: str, folder, clip) -> tuple[dict, str]:
     }
     env.pop("HF_MODULES_CACHE", None)
     done = subprocess.run(
-        [sys.executable, "-c", preamble + SCRIPT, str(folder), str(clip)],
-        cwd=tmp_path,
+        [sys.executable, "-c", preamble + script, *arguments],
+        cwd=cwd,
         env=env,
         capture_output=True,
         text=True,
@@ -92,6 +99,20 @@ def test_clean_process(tmp_path, capsys, exported, clip, preamble):
     assert [each["label"] for each in result["found"]] == ours["labels"]
     assert [each["score"] for each in result["found"]] == pytest.approx(ours["scores"], abs=1e-5)
     assert "is not supported for" not in stderr  # what the pipeline logs of a class it does not know
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preamble", [IMPORTED, BLOCKED], ids=["imported", "trust_remote_code"])
+def test_snippet_of_the_card_runs_in_the_folder(tmp_path, exported, clip, preamble):
+    folder = Path(shutil.copytree(exported, tmp_path / "model"))
+    shutil.copy(clip, folder / "clip.mp4")
+    snippet = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    if preamble is BLOCKED:  # what the snippet's comment says to change
+        snippet = re.sub(r"^import vidprism_hf.*$", "", snippet, flags=re.MULTILINE)
+        snippet = snippet.replace('model=".")', 'model=".", trust_remote_code=True)')
+    snippet = f"import json\n{snippet.rstrip()}".replace('\nclassify("clip.mp4")', '\nfound = classify("clip.mp4")')
+    found, _ = execute(tmp_path, preamble, snippet + "\nprint(json.dumps(found))", folder)
+    assert {each["label"] for each in found} == {"growing", "shrinking"}
 
 
 def test_pipeline_in_this_process(exported, clip, capsys):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from small import motion_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -63,6 +64,15 @@ def test_make_prints_help_and_installs_nothing_twice(clone):
     for target in ("setup", "finetune", "test", "lint"):
         assert re.search(rf"^  {target} ", text, re.MULTILINE)
     assert "pip install" not in run(["make", "-n", "setup"], clone).stdout
+
+
+@pytest.mark.slow
+def test_own_clips_train_by_the_same_word(clone, tmp_path):
+    source = motion_folder(tmp_path / "my clips")
+    variables = [f"DATASET={source}", "BACKBONE=tiny", "EPOCHS=1", f"OUT={tmp_path / 'run'}", "DEVICES=1"]
+    finished = run(["make", "finetune", *variables, "ARGS=--model.num_frames 8 --trainer.accelerator cpu"], clone)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
 
 
 def test_files_it_names_exist():

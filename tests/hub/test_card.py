@@ -57,7 +57,8 @@ def test_facts(tmp_path):
     lines = load(tmp_path, **FULL).text.splitlines()
     expected = [
         "# weizmann_small",
-        'classify = pipeline("video-classification", model="weizmann_small")',
+        "Run in this folder, or give its path or Hub id as the model:",
+        'classify = pipeline("video-classification", model=".")',
         "| dataset | weizmann |",
         "| split | held out: file names in which `^eli_` is found |",
         "| training clips | 60 |",

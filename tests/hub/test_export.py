@@ -1,6 +1,8 @@
 """The layout of an exported model, and that it is written whole or not at all."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,10 +91,12 @@ def test_processor_takes_the_frames_of_the_model(tmp_path):
 
 def test_new_export_replaces_the_old_one(tmp_path):
     folder = tiny_export(tmp_path / "model")
-    (folder / "left_over.py").write_text("from an older version")
+    (folder / "left_over_vidprism.py").write_text("from an older version")
+    (folder / "model-00001-of-00002.safetensors").write_text("a shard")
     tiny_export(folder, labels=("a", "b", "c"))
     assert VidPrismForVideoClassification.from_pretrained(folder).config.num_labels == 3
-    assert not (folder / "left_over.py").exists()
+    assert not (folder / "left_over_vidprism.py").exists()
+    assert not (folder / "model-00001-of-00002.safetensors").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -133,6 +137,79 @@ def test_refuses_a_folder_of_something_else(tmp_path):
     with pytest.raises(ExportError, match="exists and is not an exported model"):
         tiny_export(folder)
     assert files_of(tmp_path) == {"model/notes.txt": b"mine"}
+
+
+def foreign_file(folder):
+    (folder / "thesis.tex").write_text("years of work")
+    return "it holds 'thesis.tex'"
+
+
+def foreign_folder(folder):
+    (folder / "README.md").unlink()
+    (folder / "README.md").mkdir()
+    (folder / "README.md" / "notes.txt").write_text("mine")
+    return "it holds 'README.md'"
+
+
+def other_model(folder):
+    (folder / "config.json").write_text('{"model_type": "videomae"}')
+    return "it has no config.json of a VidPrism"
+
+
+def broken_config(folder):
+    (folder / "config.json").write_text("[]")
+    return "it has no config.json of a VidPrism"
+
+
+@pytest.mark.parametrize("spoil", [foreign_file, foreign_folder, other_model, broken_config])
+def test_replaces_only_what_is_an_export_and_nothing_else(tmp_path, spoil):
+    folder = tiny_export(tmp_path / "model")
+    reason = spoil(folder)
+    before = files_of(tmp_path)
+    with pytest.raises(ExportError) as caught:
+        tiny_export(folder)
+    assert str(caught.value) == (f"{folder}: exists and is not an exported model ({reason}); choose another folder")
+    assert files_of(tmp_path) == before
+
+
+def test_a_file_that_comes_while_writing_stays(tmp_path, monkeypatch):
+    def save_slowly(*args, **kwargs):
+        (folder / "notes.txt").write_text("mine")
+        return original(*args, **kwargs)
+
+    folder = tiny_export(tmp_path / "model")
+    original = VidPrismVideoProcessor.save_pretrained
+    monkeypatch.setattr(VidPrismVideoProcessor, "save_pretrained", save_slowly)
+    with pytest.raises(ExportError, match=r"it holds 'notes\.txt'"):
+        tiny_export(folder)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_old_export_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    def rename(path, target):
+        calls.append(path)
+        if len(calls) == 2:  # the first moved the old export aside
+            raise PermissionError(13, "Permission denied")
+        return original(path, target)
+
+    folder = tiny_export(tmp_path / "model")
+    before, calls, original = files_of(tmp_path), [], Path.rename
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(ExportError, match="Permission denied"):
+        tiny_export(folder, labels=("a", "b", "c"))
+    assert files_of(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_remains_of_the_old_export_are_no_failure(tmp_path, monkeypatch):
+    def refuse(path, *_, **__):
+        raise PermissionError(13, "Permission denied", path)
+
+    folder = tiny_export(tmp_path / "model")
+    monkeypatch.setattr(os, "unlink", refuse)  # by which shutil.rmtree removes files
+    tiny_export(folder, labels=("a", "b", "c"))
+    assert VidPrismForVideoClassification.from_pretrained(folder).config.num_labels == 3
 
 
 def test_fills_an_empty_folder(tmp_path):

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
 
-from vidprism_hf import VidPrismConfig, VidPrismForVideoClassification, VidPrismModel
+from vidprism_hf import VidPrismConfig, VidPrismForVideoClassification, VidPrismModel, VidPrismTemporalModel
 
 VISION = {
     "image_size": 16,
@@ -113,11 +113,39 @@ def test_presets():
         ({"merge_temperature": 0.0}, "positive"),
         ({"hidden_size": 18}, "multiple of num_attention_heads"),
         ({"readout": "sum"}, "readout"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be at least 1"),
+        ({"gate_threshold": -0.1}, "must not be negative"),
+        ({"merge_weight": -1.0}, "must not be negative"),
+        ({"merge_weight": float("nan")}, "must not be negative"),
+        ({"score_mix": 1.5}, "between 0 and 1"),
+        ({"score_mix": -0.5}, "between 0 and 1"),
     ],
 )
 def test_bad_configurations_say_what_is_wrong(fields, message):
     with pytest.raises(Exception, match=message):
         VidPrismConfig(**fields)
+
+
+def test_released_switches_can_be_overridden():
+    config = VidPrismConfig.released(interaction_update="sum")
+    assert (config.interaction_pairs, config.interaction_gates, config.interaction_update) == (
+        "slow_fast",
+        "edge",
+        "sum",
+    )
+
+
+@pytest.mark.parametrize("part", ["classifier", "model", "temporal"])
+def test_temporal_model_loads_from_every_checkpoint(part, tmp_path):
+    whole = small(projection_head=True)
+    trained = whole.vidprism.temporal_model
+    {"classifier": whole, "model": whole.vidprism, "temporal": trained}[part].save_pretrained(tmp_path / "whole")
+    loaded, info = VidPrismTemporalModel.from_pretrained(tmp_path / "whole", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    loaded.save_pretrained(tmp_path / "part")
+    for model in (loaded, VidPrismTemporalModel.from_pretrained(tmp_path / "part")):
+        torch.testing.assert_close(dict(model.state_dict()), dict(trained.state_dict()), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -136,6 +164,16 @@ def test_the_loss_is_the_weighted_sum_of_its_parts():
     torch.testing.assert_close(output.loss, parts + 0.1 * output.diversity_loss)
     torch.testing.assert_close(output.classification_loss, torch.nn.functional.cross_entropy(output.logits, labels))
     assert model(clips()).loss is None
+
+
+def test_auxiliary_losses_without_labels():
+    model, labels = small().eval(), torch.tensor([0, 2])
+    names = ("rank_loss", "gate_loss", "diversity_loss")
+    assert not set(names) & model(clips()).keys()
+    asked, labelled = model(clips(), output_losses=True), model(clips(), labels=labels, output_losses=False)
+    assert (asked.loss, asked.classification_loss) == (None, None)
+    for name in names:
+        torch.testing.assert_close(asked[name], labelled[name])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

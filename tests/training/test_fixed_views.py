@@ -1,4 +1,4 @@
-"""Fixed views (`data.num_views`): with a frozen tower their features are computed once, and nothing else changes."""
+"""Fixed views (`data.train_views`): with a frozen tower their features are computed once, and nothing else changes."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def tower_clips(monkeypatch):
 
 
 def test_views_repeat_after_their_number(source):
-    data = VideoDataModule(str(source), processor="tiny", num_frames=8, num_views=2, num_workers=0)
+    data = VideoDataModule(str(source), processor="tiny", num_frames=8, train_views=2, num_workers=0)
     data.setup("fit")
     clips = data.train_dataloader().dataset
     epochs = [clips[(epoch, 0)] for epoch in range(4)]
@@ -41,7 +41,7 @@ def test_views_repeat_after_their_number(source):
 
 def test_a_frozen_tower_sees_each_view_once(source, tmp_path, tower_clips):
     frozen = ("--model.freeze_backbone=true", "--trainer.max_epochs=6")
-    views = (*frozen, "--data.num_views=2")
+    views = (*frozen, "--data.train_views=2")
     assert main(run_arguments(source, tmp_path / "once", *views)) == 0
     # 8 training clips in two views; 4 held-out clips once, the final evaluation and its reload included.
     assert sum(tower_clips) == 2 * 8 + 4
@@ -51,7 +51,7 @@ def test_a_frozen_tower_sees_each_view_once(source, tmp_path, tower_clips):
 
 
 def test_remembered_features_change_no_number(source, tmp_path, monkeypatch):
-    settings = ("--model.freeze_backbone=true", "--data.num_views=1", "--trainer.max_epochs=3")
+    settings = ("--model.freeze_backbone=true", "--data.train_views=1", "--trainer.max_epochs=3")
     weights = []
     for name in ("remembered", "computed"):
         if name == "computed":

@@ -44,7 +44,7 @@ def test_logs_losses_and_accuracies(tmp_path):
         )
     assert logged["val/top1"] == pytest.approx(ranks[:, :1].any(-1).float().mean().item())
     assert logged["val/top5"] == pytest.approx(ranks[:, :5].any(-1).float().mean().item())
-    shares = [logged[f"val/expert_weight_rate_{rate}"] for rate in config.rates]
+    shares = [logged[f"val/expert_{i}_rate_{rate}_weight"] for i, rate in enumerate(config.rates)]
     assert sum(shares) == pytest.approx(1, abs=1e-5)
 
 
@@ -138,15 +138,16 @@ def test_refuses_a_bad_config(config, message):
 
 
 def test_refuses_no_labels():
-    with pytest.raises(UserError, match="needs the data's labels"):
-        module(labels=())
+    for labels in ((), ("alone",)):
+        with pytest.raises(UserError, match="needs at least two"):
+            module(labels=labels)
 
 
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
         (("growing", "turning"), "only in the checkpoint: shrinking; only in the data: turning"),
-        (("growing",), "only in the checkpoint: shrinking; only in the data: none"),
+        (("growing", "shrinking", "turning"), "only in the checkpoint: none; only in the data: turning"),
         (("shrinking", "growing"), "same names in another order"),
     ],
 )
@@ -182,3 +183,22 @@ def test_checkpoint_files_hold_no_code(tmp_path):
     expected = model.state_dict()
     assert loaded.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_builds_under_an_accelerators_device_context(tmp_path):
+    """Lightning calls configure_model so; transformers would want to place the weights itself."""
+    model = module(checkpoint=str(tiny_export(tmp_path / "export")))
+    with torch.device("meta"):
+        model.configure_model()
+    assert {parameter.device.type for parameter in model.model.parameters()} == {"cpu"}
+
+
+def test_refuses_a_configuration_beside_a_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="brings its own configuration"):
+        module(checkpoint=str(tiny_export(tmp_path / "export")), config={"readout": "mean"})
+
+
+def test_heads_that_fit_the_towers_width_are_taken():
+    module(config={"num_attention_heads": 6})  # 768 / 6, though not the default width of 512
+    with pytest.raises(UserError, match="num_attention_heads"):
+        module(config={"num_attention_heads": 0})

@@ -46,7 +46,7 @@ class VideoDataModule(L.LightningDataModule):
         val_pattern: Rule: regular expression; clips in which it is found are held out. It is searched in the
             path below the class folder, so ^eli_ finds run/eli_run.avi.
         seed: Seed of the demo clips, of val_fraction, of the order and of the augmentation.
-        num_views: Random views of each training clip, gone through in turn, one an epoch; null draws a new view
+        train_views: Random views of each training clip, gone through in turn, one an epoch; null draws a new view
             each epoch. With a number, a frozen backbone computes the features of each view once, in memory.
         min_crop_scale: Smallest area of a training crop as a share of the picture, above 0 and at most 1.
         horizontal_flip: Whether to mirror half of the training clips; null does unless a label speaks of
@@ -69,7 +69,7 @@ class VideoDataModule(L.LightningDataModule):
         val_list: str | None = None,
         val_pattern: str | None = None,
         seed: int = 0,
-        num_views: int | None = None,
+        train_views: int | None = None,
         min_crop_scale: float = 0.08,
         horizontal_flip: bool | None = None,
         grayscale: float = 0.2,
@@ -191,7 +191,7 @@ class VideoDataModule(L.LightningDataModule):
             # A process without a clip would leave the others waiting for it.
             raise DataError(f"{table.root}: {len(table)} clips in a split for {world} processes; use fewer devices")
         return DataLoader(
-            ClipDataset(table, self.video_processor, augmentation, seed, self.hparams.num_views),
+            ClipDataset(table, self.video_processor, augmentation, seed, self.hparams.train_views),
             batch_size=self.hparams.batch_size,
             sampler=ClipSampler(len(table), training=augmentation is not None, seed=seed),
             num_workers=workers,
@@ -250,7 +250,7 @@ def _check_arguments(
     batch_size: int,
     num_workers: int,
     num_frames: int,
-    num_views: int | None,
+    train_views: int | None,
     seed: int,
     min_crop_scale: float,
     grayscale: float,
@@ -263,7 +263,7 @@ def _check_arguments(
         ("batch_size", batch_size, 1),
         ("num_frames", num_frames, 1),
         ("num_workers", num_workers, 0),
-        ("num_views", 1 if num_views is None else num_views, 1),
+        ("train_views", 1 if train_views is None else train_views, 1),
         ("seed", seed, 0),
     ):
         if value < least:

@@ -32,7 +32,7 @@ class ClipDataset(Dataset):
         processor: Gives the number of frames and makes the evaluation input.
         augmentation: Makes the training input.
         seed: Seed of frames and augmentation.
-        num_views: Random views of a clip that its epochs go through in turn; None draws a new one each epoch.
+        train_views: Random views of a clip that its epochs go through in turn; None draws a new one each epoch.
             With a number, items also hold `view`, so that what was computed of a view can be kept.
     """
 
@@ -42,13 +42,13 @@ class ClipDataset(Dataset):
         processor: VidPrismVideoProcessor,
         augmentation: ClipAugmentation | None = None,
         seed: int = 0,
-        num_views: int | None = None,
+        train_views: int | None = None,
     ):
         self.table = table
         self.processor = processor
         self.augmentation = augmentation
         self.seed = seed
-        self.num_views = num_views
+        self.train_views = train_views
 
     def __len__(self) -> int:
         return len(self.table)
@@ -56,7 +56,7 @@ class ClipDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         path = self.table.path(index)
-        view = epoch % self.num_views if self.num_views else epoch
+        view = epoch % self.train_views if self.train_views else epoch
         if self.augmentation is None:
             view, pixels = 0, self._evaluation_view(path)
         else:
@@ -66,7 +66,7 @@ class ClipDataset(Dataset):
             "labels": int(self.table.labels[index]),
             "clip_index": int(index),
         }
-        return item | {"view": view} if self.num_views else item
+        return item | {"view": view} if self.train_views else item
 
     def _random_view(self, path: str, view: int, index: int) -> torch.Tensor:
         def sample(total: int) -> np.ndarray:

@@ -82,13 +82,15 @@ def load(name_or_path: str) -> tuple[VidPrismForVideoClassification, VidPrismVid
     """Loads a published classifier and its processor.
 
     Raises:
-        UserError: If there is no such model, or it is no VidPrism.
+        UserError: If there is no such model, it is no VidPrism, or some of its weights are not there.
     """
     try:
-        model = AutoModelForVideoClassification.from_pretrained(name_or_path)
+        model, info = AutoModelForVideoClassification.from_pretrained(name_or_path, output_loading_info=True)
         processor = AutoVideoProcessor.from_pretrained(name_or_path)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{name_or_path}: cannot be loaded ({first_line(error)})") from error
     if not isinstance(model, VidPrismForVideoClassification):
         raise UserError(f"{name_or_path}: a {model.config.model_type} model, not a VidPrism")
+    if missing := sorted(info["missing_keys"]):  # transformers has filled them with random numbers
+        raise UserError(f"{name_or_path}: not a whole classifier, {len(missing)} weights are missing ({missing[0]})")
     return model, processor

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
 from transformers.models.clip.configuration_clip import CLIPVisionConfig
 
 # Towers that can be named by a short word. `tiny` has no pretrained weights: it is for tests and demonstrations.
@@ -111,7 +112,7 @@ class VidPrismConfig(PreTrainedConfig):
     ```"""
 
     model_type = "vidprism"
-    sub_configs_defaults = {"vision_config": CLIPVisionConfig}  # noqa: RUF012 (transformers' convention)
+    sub_configs_defaults = {"vision_config": SubConfigSpec(config_class=CLIPVisionConfig)}  # noqa: RUF012 (transformers' convention)
 
     vision_config: dict | PreTrainedConfig | None = None
     vision_projection: bool = True
@@ -166,6 +167,8 @@ class VidPrismConfig(PreTrainedConfig):
 
     def validate_width(self):
         """Part of `@strict` validation: the width divides into heads."""
+        if self.num_attention_heads < 1:
+            raise ValueError(f"num_attention_heads must be at least 1, got {self.num_attention_heads}.")
         if self.hidden_size is not None and self.hidden_size % self.num_attention_heads != 0:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
@@ -178,6 +181,17 @@ class VidPrismConfig(PreTrainedConfig):
             raise ValueError(
                 "merge_temperature and score_temperature must be positive, got "
                 f"{self.merge_temperature} and {self.score_temperature}."
+            )
+
+    def validate_shares(self):
+        """Part of `@strict` validation: shares and thresholds. `not` refuses NaN too."""
+        if not 0 <= self.score_mix <= 1:
+            raise ValueError(f"score_mix must be between 0 and 1, got {self.score_mix}.")
+        # A threshold above 1 is allowed: it closes every gate.
+        if not (self.merge_weight >= 0 and self.gate_threshold >= 0):
+            raise ValueError(
+                "merge_weight and gate_threshold must not be negative, got "
+                f"{self.merge_weight} and {self.gate_threshold}."
             )
 
     @classmethod
@@ -197,13 +211,17 @@ class VidPrismConfig(PreTrainedConfig):
 
     @classmethod
     def released(cls, **overrides) -> "VidPrismConfig":
-        """The configuration with the switches of the authors' released code instead of the paper's."""
+        """The configuration with the switches of the authors' released code instead of the paper's.
+
+        Args:
+            overrides: Any field of the configuration, the switches too.
+        """
         switches = {
             "interaction_pairs": "slow_fast",
             "interaction_gates": "edge",
             "interaction_update": "last",
         }
-        return cls(**switches, **overrides)
+        return cls(**switches | overrides)
 
 
 __all__ = ["VISION_PRESETS", "VidPrismConfig"]

@@ -93,6 +93,11 @@ class VidPrismTemporalModel(VidPrismPreTrainedModel):
         "hidden_states": OutputRecorder(VidPrismExpert, capture_initial_hidden_state=False),
         "attentions": OutputRecorder(VidPrismAttention, index=1),
     }
+    # The rest of a whole checkpoint, which may be loaded here.
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012 (transformers' convention)
+        r"^(vidprism\.)?(vision_tower|projection_head)\.",
+        r"^classifier\.",
+    ]
 
     def __init__(self, config: VidPrismConfig):
         super().__init__(config)
@@ -108,6 +113,17 @@ class VidPrismTemporalModel(VidPrismPreTrainedModel):
         self.experts = nn.ModuleList(VidPrismExpert(config) for _ in rates)
         self.readout = VidPrismReadout(config)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs) -> "VidPrismTemporalModel":
+        """Loads a temporal model, from a checkpoint of its own or from that of a whole model."""
+        kwargs.setdefault("key_mapping", {r"^(vidprism\.)?temporal_model\.": ""})
+        return super().from_pretrained(*args, **kwargs)
+
+    def save_pretrained(self, *args, **kwargs):
+        """Saves under the names of this model: transformers would undo the mapping of the checkpoint it loaded."""
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(*args, **kwargs)
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
@@ -252,9 +268,11 @@ class VidPrismForVideoClassification(VidPrismPreTrainedModel):
             frame_features: (B, T, D_features) instead of pixels, where the tower has run already.
             labels: (B,) class indices ((B, K) for multi-label problems). With labels the loss and its parts are
                 returned.
-            kwargs: `output_streams`, `output_hidden_states`, `output_attentions`: see `VidPrismModelOutput`.
+            kwargs: `output_streams`, `output_losses` (always with labels), `output_hidden_states`,
+                `output_attentions`: see `VidPrismModelOutput`.
         """
-        kwargs["output_losses"] = labels is not None
+        if labels is not None:
+            kwargs["output_losses"] = True
         clip = self.vidprism(pixel_values_videos, frame_features=frame_features, **kwargs)
         logits = self.classifier(self.dropout(clip.pooler_output))
         output = VidPrismForVideoClassificationOutput(logits=logits)

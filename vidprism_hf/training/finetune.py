@@ -29,7 +29,7 @@ from ..data import VideoDataModule
 from ..errors import UserError, first_line
 from ..hub import CardFacts, export_model, render_card
 from ..model import VISION_PRESETS
-from .module import VidPrismLightningModule
+from .module import VidPrismLightningModule, read_checkpoint_config
 
 # What a recipe need not say.
 TRAINER_DEFAULTS = {
@@ -62,8 +62,11 @@ class FinetuneCLI(LightningCLI):
         Raises:
             UserError: If this machine cannot give what the recipe asks for.
         """
+        asked = self.config_init.trainer.callbacks or []
+        # A list of its own for each trainer, which puts default callbacks into the list that it is given.
+        callbacks = [*(asked if isinstance(asked, list) else [asked]), *settings.pop("callbacks", [])]
         try:
-            return super().instantiate_trainer(**settings)
+            return super().instantiate_trainer(callbacks=callbacks, **settings)
         except (MisconfigurationException, ValueError) as error:
             raise UserError(f"trainer: {first_line(error)}") from error
 
@@ -86,7 +89,7 @@ def finetune(argv: list[str]) -> None:
     if resume is None:
         keep_previous_run(output)
     else:
-        check_resume(resume)
+        check_resume(resume, output)
     save_settings(cli, output)
     trainer = build_trainer(cli, output)
     print_once(f"Run folder: {output}")
@@ -99,7 +102,7 @@ def finetune(argv: list[str]) -> None:
         if last.is_file():
             print_once(f"Stopped. Go on with: vidprism finetune {shlex.join(argv)} --resume {last}")
         raise
-    metrics = held_out_accuracy(trainer, cli, trainer.checkpoint_callback.best_model_path)
+    metrics = held_out_accuracy(trainer, cli, str(best_checkpoint(output)))
     export = export_run(trainer, cli, metrics, output / "export")
     print_usage(export, metrics, len(cli.datamodule.val_table))
 
@@ -113,9 +116,15 @@ def evaluate(argv: list[str]) -> dict[str, float]:
     Raises:
         UserError: If the model's labels are not the data's.
     """
+    if {"-h", "--help"}.intersection(argv):
+        print("usage: vidprism evaluate MODEL --config RECIPE [--key value], with the keys of vidprism finetune --help")
+        return {}
     if not argv or argv[0].startswith("-"):
-        raise UserError("vidprism evaluate: name the model first, then --config RECIPE")
-    cli = parse([*argv[1:], "--model.checkpoint", argv[0]])
+        raise UserError("name the model first, then --config RECIPE")
+    # The model brings its configuration and number of frames; what the recipe says of them is for training.
+    num_frames = read_checkpoint_config(argv[0]).num_frames
+    own = ["--model.checkpoint", argv[0], "--model.config", "null", "--model.num_frames", str(num_frames)]
+    cli = parse([*argv[1:], *own])
     trainer = cli.instantiate_trainer(logger=False, callbacks=progress_bars(cli))
     metrics = held_out_accuracy(trainer, cli, checkpoint=None)
     print_once(f"{argv[0]} on {len(cli.datamodule.val_table)} held-out clips")
@@ -159,15 +168,26 @@ def build_trainer(cli: FinetuneCLI, output: Path) -> Trainer:
     callbacks = [
         ModelCheckpoint(checkpoints, filename="best", monitor="val/top1", mode="max", enable_version_counter=False),
         # A checkpoint of its own, so that "last" is the last, not the best; also written on Ctrl-C.
-        ModelCheckpoint(checkpoints, filename="last", enable_version_counter=False, save_on_exception=True),
-        LearningRateMonitor(logging_interval="step"),
+        ModelCheckpoint(
+            checkpoints,
+            filename="last",
+            enable_version_counter=False,
+            save_on_train_epoch_end=True,
+            save_on_exception=True,
+        ),
         *progress_bars(cli),
     ]
     loggers = [
         TensorBoardLogger(output, name="logs", version="tensorboard"),
         CSVLogger(output, name="logs", version=free_name(output / "logs" / "csv").name),
     ]
-    return cli.instantiate_trainer(default_root_dir=str(output), callbacks=callbacks, logger=loggers)
+    asked = cli.config_init.trainer
+    if asked.default_root_dir is not None:
+        raise UserError("trainer.default_root_dir: the run's folder is output; set that")
+    logger = loggers if asked.logger in (None, True) else asked.logger
+    if logger:
+        callbacks.append(LearningRateMonitor(logging_interval="step"))
+    return cli.instantiate_trainer(default_root_dir=str(output), callbacks=callbacks, logger=logger)
 
 
 def progress_bars(cli: FinetuneCLI) -> list[Callback]:
@@ -177,10 +197,22 @@ def progress_bars(cli: FinetuneCLI) -> list[Callback]:
     return [RichProgressBar() if os.isatty(1) else TQDMProgressBar(refresh_rate=20)]
 
 
+def best_checkpoint(output: Path) -> Path:
+    """The run's best checkpoint, or its last one if no epoch was validated.
+
+    By its place, not by the path that the checkpoint callback remembers: that of a resumed run may be from before
+    the run's folder was moved.
+    """
+    best, last = (output / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
+    if not best.is_file():
+        print_once("No epoch was validated (trainer.check_val_every_n_epoch): the last checkpoint is evaluated")
+    return best if best.is_file() else last
+
+
 def held_out_accuracy(trainer: Trainer, cli: FinetuneCLI, checkpoint: str | None) -> dict[str, float]:
     """Held-out top-1 and top-5 of a checkpoint, which stays loaded in the module, or of the module as it is."""
     results = trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True, verbose=False)
-    return {name: results[0][f"test/{name}"] for name in ("top1", "top5")}
+    return {name: results[0][f"test/{name}"] for name in ("top1", "top5") if f"test/{name}" in results[0]}
 
 
 def export_run(trainer: Trainer, cli: FinetuneCLI, metrics: dict[str, float], folder: Path) -> Path:
@@ -256,11 +288,11 @@ def keep_previous_run(output: Path) -> None:
     print(f"The earlier run in {output} is kept as {kept}")
 
 
-def check_resume(file: str) -> None:
-    """Looks whether a checkpoint can be read, before anything is written.
+def check_resume(file: str, output: Path) -> None:
+    """Looks whether a checkpoint can be read and is this run's, before anything is written.
 
     Raises:
-        UserError: If it cannot.
+        UserError: If it cannot, or belongs to another run: going on would mix the two in one folder.
     """
     try:
         torch.load(file, map_location="cpu", mmap=True, weights_only=True)["optimizer_states"]
@@ -268,6 +300,8 @@ def check_resume(file: str) -> None:
         raise UserError(
             f"resume {file}: not a run's checkpoint ({type(error).__name__}); give its checkpoints/last.ckpt"
         ) from error
+    if Path(file).resolve().parent != (output / "checkpoints").resolve():
+        raise UserError(f"resume {file}: not in {output / 'checkpoints'}; set output to the folder of its run")
 
 
 def free_name(path: Path) -> Path:

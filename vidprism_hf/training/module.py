@@ -1,11 +1,13 @@
 """The LightningModule: a VidPrism classifier with its losses, metrics, optimiser and schedule."""
 
 import dataclasses
+import math
 from typing import Any
 
 import lightning as L
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 from torch import nn
 from torchmetrics import MetricCollection
@@ -55,8 +57,10 @@ class VidPrismLightningModule(L.LightningModule):
     ):
         super().__init__()
         self.save_hyperparameters()
-        if not id2label:
-            raise UserError("model.id2label is empty: a classifier needs the data's labels")
+        if not id2label or len(id2label) < 2:
+            raise UserError(f"model.id2label has {len(id2label or {})} labels: a classifier needs at least two")
+        if checkpoint and config:
+            raise UserError("model.config: a checkpoint brings its own configuration; remove one of the two")
         check_config(config or {}, num_frames)
         self.id2label = {int(index): label for index, label in id2label.items()}
         if checkpoint:
@@ -64,7 +68,8 @@ class VidPrismLightningModule(L.LightningModule):
         self.model: VidPrismForVideoClassification | None = None
         # Frame features (T, D) by split, view and clip: see _classify. No buffer, so no part of checkpoints.
         self._features: dict[tuple[str, int, int], torch.Tensor] = {}
-        top_k = {"top1": 1, "top5": min(5, len(self.id2label))}
+        # With five classes or fewer the right one is always among the top five.
+        top_k = {"top1": 1, "top5": 5} if len(self.id2label) > 5 else {"top1": 1}
         metrics = MetricCollection(
             {
                 name: MulticlassAccuracy(num_classes=len(self.id2label), top_k=k, average="micro")
@@ -81,6 +86,11 @@ class VidPrismLightningModule(L.LightningModule):
         """
         if self.model is not None:
             return
+        # Lightning sets the accelerator as default device here, which transformers would take for a device map.
+        with torch.device("cpu"):
+            self._build_model()
+
+    def _build_model(self) -> None:
         hparams = self.hparams
         if hparams.checkpoint:
             self.model = load_checkpoint(hparams.checkpoint, self.id2label, hparams.num_frames)
@@ -131,12 +141,18 @@ class VidPrismLightningModule(L.LightningModule):
         groups = parameter_groups(self.model, hparams.learning_rate, hparams.backbone_lr_scale, hparams.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=hparams.learning_rate, betas=(0.9, 0.999), eps=1e-8)
         total = int(self.trainer.estimated_stepping_batches)
-        warmup = round(total * hparams.warmup_epochs / self.trainer.max_epochs) if self.trainer.max_epochs > 0 else 0
-        schedule = get_cosine_schedule_with_warmup(optimizer, min(warmup, total), total)
+        steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        warmup = round(steps_per_epoch * hparams.warmup_epochs)
+        if warmup >= total:
+            rank_zero_warn(
+                f"model.warmup_epochs={hparams.warmup_epochs} is the whole run; a tenth of it warms up instead"
+            )
+            warmup = total // 10
+        schedule = get_cosine_schedule_with_warmup(optimizer, warmup, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _classify(self, stage: str, batch: dict[str, Any]) -> VidPrismForVideoClassificationOutput:
-        """The model's output; a frozen tower runs once for each clip and view that `data.num_views` fixes."""
+        """The model's output; a frozen tower runs once for each clip and view that `data.train_views` fixes."""
         if not self.hparams.freeze_backbone or "view" not in batch:
             return self(batch["pixel_values_videos"], batch["labels"])
         split = "train" if stage == "train" else "val"  # test goes over the held-out clips again
@@ -153,8 +169,9 @@ class VidPrismLightningModule(L.LightningModule):
         self.metrics[stage].update(output.logits.float(), batch["labels"])
         self.log_dict(self.metrics[stage], on_step=False, on_epoch=True, prog_bar=stage == "val")
         self._log_losses(stage, output)
-        for rate, weight in zip(self.model.config.rates, output.expert_weights.float().mean(0), strict=True):
-            self._log_mean(f"{stage}/expert_weight_rate_{rate}", weight, len(output.logits))
+        weights = output.expert_weights.float().mean(0)
+        for index, (rate, weight) in enumerate(zip(self.model.config.rates, weights, strict=True)):
+            self._log_mean(f"{stage}/expert_{index}_rate_{rate}_weight", weight, len(output.logits))
 
     def _balance_over_ranks(self, output: VidPrismForVideoClassificationOutput) -> None:
         """Replaces this rank's gate loss by that of the whole batch, over all ranks."""
@@ -196,7 +213,9 @@ def check_config(fields: dict[str, Any], num_frames: int) -> None:
         if name not in allowed:
             raise UserError(f"model.config.{name}: no such field; there are {', '.join(sorted(allowed))}")
     try:
-        VidPrismConfig(num_frames=num_frames, **fields)
+        # The real width comes from the tower; any that divides into the heads serves to check the rest.
+        width = {"hidden_size": 64 * int(fields.get("num_attention_heads", 4))}
+        VidPrismConfig(num_frames=num_frames, **width | fields)
     except StrictDataclassError as error:
         raise UserError(f"model.config: {' '.join(str(error).split())}") from error
 
@@ -216,7 +235,7 @@ def load_checkpoint(name_or_path: str, id2label: dict[int, str], num_frames: int
     config.num_frames = num_frames
     try:
         return VidPrismForVideoClassification.from_pretrained(name_or_path, config=config, dtype=torch.float32)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model.checkpoint {name_or_path}: cannot be loaded ({first_line(error)})") from error
 
 
@@ -226,12 +245,7 @@ def load_checkpoint_config(name_or_path: str, id2label: dict[int, str]) -> VidPr
     Raises:
         UserError: If it is no VidPrism checkpoint or its labels differ.
     """
-    try:
-        config = AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.checkpoint {name_or_path}: cannot be loaded ({first_line(error)})") from error
-    if not isinstance(config, VidPrismConfig):
-        raise UserError(f"model.checkpoint {name_or_path}: a {config.model_type} model; give it as model.backbone")
+    config = read_checkpoint_config(name_or_path)
     if config.id2label != id2label:
         theirs, ours = set(config.id2label.values()), set(id2label.values())
         difference = (
@@ -240,6 +254,21 @@ def load_checkpoint_config(name_or_path: str, id2label: dict[int, str]) -> VidPr
             else "same names in another order"
         )
         raise UserError(f"model.checkpoint {name_or_path}: its labels are not the data's ({difference})")
+    return config
+
+
+def read_checkpoint_config(name_or_path: str) -> VidPrismConfig:
+    """Loads the configuration of a VidPrism checkpoint.
+
+    Raises:
+        UserError: If it is no VidPrism checkpoint.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.checkpoint {name_or_path}: cannot be loaded ({first_line(error)})") from error
+    if not isinstance(config, VidPrismConfig):
+        raise UserError(f"model.checkpoint {name_or_path}: a {config.model_type} model; give it as model.backbone")
     return config
 
 
