@@ -358,6 +358,10 @@ def load_vision_tower(name_or_path: str, **kwargs) -> CLIPVisionModelWithProject
     """
     tower, info = CLIPVisionModelWithProjection.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
     missing = set(info["missing_keys"]) - {"visual_projection.weight"}
+    if len(missing) == len(tower.vision_model.state_dict()):
+        # Before transformers 5.21 the class with projection does not find the tower of the class without.
+        tower.vision_model, info = CLIPVisionModel.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+        missing, tower.visual_projection = set(info["missing_keys"]), None
     if missing or info["mismatched_keys"]:
         raise ValueError(
             f"{name_or_path} is not a CLIP vision tower: {len(missing)} weights are missing (first: "
