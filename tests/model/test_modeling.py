@@ -290,3 +290,15 @@ def test_the_projection_head_stays_out_of_the_classifier():
 def test_wrong_pixel_shape_says_the_right_one():
     with pytest.raises(ValueError, match=r"\(clips, frames, 3, height, width\)"):
         VidPrismModel(small().config)(clips()[0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_forward_and_backward_never_wait_for_the_device():
+    model, pixels = small().cuda().train(), clips().cuda()
+    labels = torch.tensor([0, 2], device="cuda")
+    model(pixels, labels=labels).loss.backward()  # libraries set themselves up at the first call
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(pixels, labels=labels, output_streams=True).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
