@@ -75,7 +75,7 @@ def test_seed_changes_the_batches(folder):
 def test_normalised_pixels_equal_the_processors_full_output(folder):
     data = module(folder)
     batch = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
-    paths = [data.val_table.path(index) for index in batch["clip_index"].tolist()]
+    paths = [data.val_table.video(index) for index in batch["clip_index"].tolist()]
     served = data.video_processor(paths, return_tensors="pt")["pixel_values_videos"]
     assert batch["pixel_values_videos"].dtype == torch.float32
     torch.testing.assert_close(batch["pixel_values_videos"], served, rtol=0, atol=2e-6)

@@ -13,7 +13,7 @@ from vidprism_hf.data import (
     ClipAugmentation,
     ClipDataset,
     ClipSampler,
-    ClipTable,
+    FileTable,
     load_processor,
     random_in_segments,
 )
@@ -26,7 +26,7 @@ def table(tmp_path_factory):
     names = [f"{index}.mp4" for index in range(3)]
     for index, name in enumerate(names):
         render(root / name, greys(20 + index))
-    return ClipTable.from_lists(root, names, [2, 0, 1])
+    return FileTable.from_lists(root, names, [2, 0, 1])
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_training_frames_come_one_from_each_segment(table, processor, augmentati
 def test_evaluation_example_is_what_the_processor_makes_of_the_file(table, processor):
     dataset = ClipDataset(table, processor)
     for index in range(len(dataset)):
-        served = processor(table.path(index), do_rescale=False, do_normalize=False, return_tensors="pt")
+        served = processor(table.video(index), do_rescale=False, do_normalize=False, return_tensors="pt")
         pixels = dataset[index]["pixel_values_videos"]
         assert pixels.dtype == torch.uint8
         assert torch.equal(pixels, served["pixel_values_videos"][0])
@@ -148,7 +148,7 @@ def test_evaluation_example_is_what_the_processor_makes_of_the_file(table, proce
 def test_a_bad_clip_is_named(tmp_path, processor, augmentation, training):
     (tmp_path / "bad.mp4").write_text("not a video")
     dataset = ClipDataset(
-        ClipTable.from_lists(tmp_path, ["bad.mp4"], [0]), processor, augmentation if training else None
+        FileTable.from_lists(tmp_path, ["bad.mp4"], [0]), processor, augmentation if training else None
     )
     with pytest.raises(VideoDecodeError, match=r"bad\.mp4"):
         dataset[0]

@@ -19,7 +19,7 @@ def clips(tmp_path_factory):
     decoded = {}
     for split, table in (("train", splits.train), ("val", splits.val)):
         for index in range(len(table)):
-            frames, _ = decode_video(table.path(index), range)
+            frames, _ = decode_video(table.video(index), range)
             decoded.setdefault((split, splits.id2label[int(table.labels[index])]), []).append(frames)
     return decoded
 

@@ -3,7 +3,8 @@
 from .datamodule import VideoDataModule, load_processor, normalize_clips
 from .dataset import ClipDataset, ClipSampler
 from .demo import DEMO_CLASSES, demo_folder, render_demo
-from .folder import ClipSplits, ClipTable, DataError, scan_folder
+from .folder import scan_folder
+from .tables import ClipSplits, ClipTable, DataError, FileTable
 from .transforms import ClipAugmentation, random_in_segments
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "ClipSplits",
     "ClipTable",
     "DataError",
+    "FileTable",
     "VideoDataModule",
     "demo_folder",
     "load_processor",

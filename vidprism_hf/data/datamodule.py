@@ -15,7 +15,8 @@ from ..errors import first_line
 from ..model import VISION_PRESETS, VidPrismConfig, VidPrismVideoProcessor
 from .dataset import ClipDataset, ClipSampler
 from .demo import DEMO_CLASSES, demo_folder
-from .folder import ClipSplits, ClipTable, DataError, scan_folder
+from .folder import scan_folder
+from .tables import ClipSplits, ClipTable, DataError
 from .transforms import ClipAugmentation
 
 DEMO = "demo"
@@ -189,7 +190,7 @@ class VideoDataModule(L.LightningDataModule):
         world = self.trainer.world_size if self.trainer is not None else 1
         if len(table) < world:
             # A process without a clip would leave the others waiting for it.
-            raise DataError(f"{table.root}: {len(table)} clips in a split for {world} processes; use fewer devices")
+            raise DataError(f"{table.origin}: {len(table)} clips in a split for {world} processes; use fewer devices")
         return DataLoader(
             ClipDataset(table, self.video_processor, augmentation, seed, self.hparams.train_views),
             batch_size=self.hparams.batch_size,

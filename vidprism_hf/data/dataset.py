@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from ..model import VidPrismVideoProcessor, decode_video, segment_centers
-from .folder import ClipTable, stable_hash
+from .tables import ClipTable, stable_hash
 from .transforms import ClipAugmentation, random_in_segments
 
 
@@ -55,7 +55,7 @@ class ClipDataset(Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        path = self.table.path(index)
+        path = self.table.video(index)
         view = epoch % self.train_views if self.train_views else epoch
         if self.augmentation is None:
             view, pixels = 0, self._evaluation_view(path)

@@ -14,7 +14,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from .folder import DataError
+from .tables import DataError
 
 # The second of each pair is the first played backwards.
 DEMO_PAIRS = (

@@ -7,7 +7,6 @@ Two layouts are read. Either the split is in the folders,
 or there is one level, `source/<class>/...`, and exactly one rule says which clips are held out.
 """
 
-import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ..errors import UserError
+from .tables import ClipSplits, DataError, FileTable, stable_hash
 
 # fmt: off
 VIDEO_EXTENSIONS = frozenset({
@@ -27,63 +24,6 @@ VIDEO_EXTENSIONS = frozenset({
 # fmt: on
 TRAIN_FOLDER = "train"
 HELD_OUT_FOLDERS = ("val", "validation", "test")
-
-
-class DataError(UserError):
-    """A data source that cannot be used as it is. One line: where, what is wrong, what to do."""
-
-
-@dataclass(frozen=True, eq=False)
-class ClipTable:
-    """The clips of one split, as two flat arrays that worker processes share without copying.
-
-    Attributes:
-        root: The folder that the names are relative to.
-        names: File names below `root`, (N,), as file-system bytes.
-        labels: Class indices, (N,), int64.
-    """
-
-    root: str
-    names: np.ndarray
-    labels: np.ndarray
-
-    @classmethod
-    def from_lists(cls, root: str | os.PathLike, names: Sequence[str], labels: Sequence[int]) -> "ClipTable":
-        """Builds a table from file names relative to `root` and their class indices."""
-        encoded = np.array([os.fsencode(name) for name in names], dtype=bytes)
-        return cls(str(root), encoded, np.array(labels, dtype=np.int64))
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def path(self, index: int) -> str:
-        """The path of one clip."""
-        return os.path.join(self.root, os.fsdecode(self.names[index]))
-
-
-@dataclass(frozen=True, eq=False)
-class ClipSplits:
-    """What a source of clips comes to.
-
-    Attributes:
-        train: The clips to train on, sorted by name.
-        val: The held-out clips, sorted by name.
-        id2label: Class index to label name; names are in sorted order.
-        ignored: Files below the source that are not clips, sorted; hidden ones are not listed.
-        notes: Sentences about the source that its user should see once.
-    """
-
-    train: ClipTable
-    val: ClipTable
-    id2label: dict[int, str]
-    ignored: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-
-def stable_hash(*parts: object) -> int:
-    """A number in [0, 2**63) that depends on nothing but the parts: the same in every process and version."""
-    digest = hashlib.blake2b("\0".join(map(str, parts)).encode("utf-8", "surrogateescape"), digest_size=8)
-    return int.from_bytes(digest.digest(), "big") >> 1
 
 
 def scan_folder(
@@ -321,9 +261,9 @@ def _assemble(
     )
 
 
-def _table(root: Path, clips: dict[str, list[str]], label2id: dict[str, int]) -> ClipTable:
+def _table(root: Path, clips: dict[str, list[str]], label2id: dict[str, int]) -> FileTable:
     rows = sorted((name, label2id[label]) for label, names in clips.items() for name in names)
-    return ClipTable.from_lists(root, [name for name, _ in rows], [label for _, label in rows])
+    return FileTable.from_lists(root, [name for name, _ in rows], [label for _, label in rows])
 
 
 def _some(names: Sequence[str], limit: int = 5) -> str:
