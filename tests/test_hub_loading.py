@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from hub_server import serve
+from hub_server import Hub, serve
 from small import tiny_export
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -25,6 +25,15 @@ import vidprism_hf
 from transformers import AutoModel, AutoModelForVideoClassification, AutoVideoProcessor
 for auto in (AutoModel, AutoModelForVideoClassification, AutoVideoProcessor):
     print(type(auto.from_pretrained("org/vidprism")).__name__)
+"""
+
+PUSH = """
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+sizes = dict(image_size=16, patch_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+model = CLIPVisionModelWithProjection._from_config(CLIPVisionConfig(**sizes))
+model.push_to_hub("alice/tower", private=True, max_shard_size="10KB", commit_message="pushed")
+loaded = CLIPVisionModelWithProjection.from_pretrained("alice/tower").state_dict()
+print(all(bool((loaded[name] == value).all()) for name, value in model.state_dict().items()))
 """
 
 
@@ -57,3 +66,20 @@ def test_a_published_model_by_its_id_and_then_offline(tmp_path):
     with serve({"org/vidprism": tiny_export(tmp_path / "export")}) as endpoint:
         assert run(MODEL, endpoint, tmp_path / "home") == names
     assert run(MODEL, "http://127.0.0.1:9", tmp_path / "home", HF_HUB_OFFLINE="1") == names
+
+
+@pytest.mark.parametrize("xet", ["0", "1"])
+def test_transformers_pushes_and_loads(tmp_path, xet):
+    if xet == "1":
+        pytest.importorskip("hf_xet")
+    with Hub() as hub:
+        token = hub.user("alice")
+        variables = {"HF_HUB_DISABLE_XET": "1" if xet == "0" else "0"}
+        home = tmp_path / "home"
+        home.mkdir()
+        (home / "token").write_text(token)  # as after a login
+        assert run(PUSH, hub.url, home, **variables) == ["True"]
+        repo = hub.repositories["model", "alice/tower"]
+        assert repo.private
+        assert sum(name.endswith(".safetensors") for name in repo.commit("main").files) > 1
+        assert (hub.count("xet-token") > 0) == (xet == "1")
