@@ -14,3 +14,8 @@ def last_line(error: BaseException) -> str:
     """The message of one of our own errors, which a DataLoader puts below its worker's traceback."""
     name = f"{type(error).__module__}.{type(error).__qualname__}: "
     return str(error).strip().splitlines()[-1].removeprefix(name)
+
+
+def printable(text: str) -> str:
+    """The text with bytes that are none, as file names may hold, written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -30,6 +30,9 @@ def module(folder, **settings):
     return VideoDataModule(str(folder), **settings)
 
 
+TENSORS = ("pixel_values_videos", "labels", "clip_index", "readable")
+
+
 def collect(loader, epochs=2):
     batches = []
     for epoch in range(epochs):
@@ -58,12 +61,13 @@ def test_workers_do_not_change_the_batches(folder, loader):
     assert len(alone) == len(helped)
     for one, two in zip(alone, helped, strict=True):
         assert one.keys() == two.keys()
-        assert all(torch.equal(one[key], two[key]) for key in one)
+        assert one["bad_clips"] == two["bad_clips"] == []
+        assert all(torch.equal(one[key], two[key]) for key in TENSORS)
 
 
 def test_batch_size_does_not_change_the_clips(folder):
     four, three = (collect(module(folder, batch_size=size).train_dataloader()) for size in (4, 3))
-    for key in four[0]:
+    for key in TENSORS:
         assert torch.equal(*(torch.cat([batch[key] for batch in batches]) for batches in (four, three)))
 
 
@@ -178,7 +182,7 @@ def test_labels_that_name_a_side(label, sided):
 
 
 def flips(data):
-    return bool(data.train_dataloader().dataset.augmentation.transform.transforms[2].p)
+    return bool(data.train_dataloader().dataset.reader.augmentation.transform.transforms[2].p)
 
 
 def test_flip_is_off_where_a_label_names_a_side(folder, tmp_path):
@@ -206,6 +210,12 @@ def test_processor_of_a_saved_checkpoint(folder, tmp_path, shared):
         ({"num_frames": 0}, r"data\.num_frames=0"),
         ({"seed": -1}, r"data\.seed=-1"),
         ({"min_crop_scale": 0.0}, r"data\.min_crop_scale=0\.0: must be above 0"),
+        ({"test_crops": 2}, r"data\.test_crops=2: must be 1 or 3"),
+        ({"clip_time_limit": 0.0}, r"data\.clip_time_limit=0\.0: must be above 0, or null"),
+        ({"max_bad_fraction": 2.0}, r"data\.max_bad_fraction=2\.0: must be between 0 and 1"),
+        ({"train_views": 2, "mixup_alpha": 0.2}, r"data\.mixup_alpha: mixes pixels"),
+        ({"source": "ucf101", "val_fraction": 0.2}, r"data\.val_fraction: data\.source ucf101 is a benchmark"),
+        ({"source": "here", "streaming": True}, r"data\.streaming: data\.source here is a folder"),
         ({"grayscale": 1.5}, r"data\.grayscale=1\.5"),
         ({"source": "demo", "val_fraction": 0.5}, r"data\.val_fraction: the demo is already split"),
     ],

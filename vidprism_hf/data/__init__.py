@@ -1,16 +1,18 @@
 """Where clips come from: folders and the demo, splits, augmentation, datasets and the data module."""
 
 from .datamodule import VideoDataModule, load_processor, normalize_clips
-from .dataset import ClipDataset, ClipSampler
+from .dataset import ClipDataset, ClipReader, ClipSampler
 from .demo import DEMO_CLASSES, demo_folder, render_demo
 from .folder import scan_folder
+from .sampling import random_in_segments
 from .tables import ClipSplits, ClipTable, DataError, FileTable
-from .transforms import ClipAugmentation, random_in_segments
+from .transforms import ClipAugmentation
 
 __all__ = [
     "DEMO_CLASSES",
     "ClipAugmentation",
     "ClipDataset",
+    "ClipReader",
     "ClipSampler",
     "ClipSplits",
     "ClipTable",

@@ -1,9 +1,9 @@
 """The Lightning data module: from a source of clips to batches of normalised pixels on the device."""
 
+import inspect
 import re
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
@@ -13,13 +13,15 @@ from transformers import AutoConfig
 
 from ..errors import first_line
 from ..model import VISION_PRESETS, VidPrismConfig, VidPrismVideoProcessor
-from .dataset import ClipDataset, ClipSampler
+from .dataset import ClipDataset, ClipReader, ClipSampler, StreamedClips, collate
 from .demo import DEMO_CLASSES, demo_folder
-from .folder import scan_folder
-from .tables import ClipSplits, ClipTable, DataError
-from .transforms import ClipAugmentation
+from .sources import DEMO, check_source, describe_split, open_source, source_name
+from .tables import ClipSplits, ClipTable, DataError, stable_hash
+from .transforms import BatchMixing, ClipAugmentation
 
-DEMO = "demo"
+if TYPE_CHECKING:
+    from .streaming import ClipStreams
+
 # Labels with one of these words may change their meaning in a mirror.
 MIRROR_WORDS = frozenset(
     {"left", "right", "leftward", "rightward", "leftwards", "rightwards"}
@@ -28,31 +30,58 @@ MIRROR_WORDS = frozenset(
 
 
 class VideoDataModule(L.LightningDataModule):
-    """Clips of a folder, or the demo, as batches for training and evaluation.
+    """Clips of any source as batches for training and evaluation.
 
-    Batches are dicts of `pixel_values_videos` (B, T, 3, H, W), `labels` (B,) and `clip_index` (B,). Pixels
-    are uint8 until they are on the device and become normalised floats there.
+    Batches are dicts of `pixel_values_videos` (B, T, 3, H, W), `labels` (B,), `clip_index` (B,), `readable` (B,)
+    and `bad_clips`, a list of notes: see ClipDataset. Pixels are uint8 until they are on the device and
+    become normalised floats there. In testing with several views pixels are (B, views, T, 3, H, W). With mixup or
+    cutmix training batches also hold `soft_labels` (B, K).
 
     Args:
-        source: Folder with train/<class>/ and val/<class>/, or with <class>/ and a rule that holds clips out;
-            or demo, clips that are rendered on first use (write ./demo for a folder of that name).
-        root: Folder that demo clips are rendered into.
+        source: Folder with train/<class>/ and val/<class>/, or with <class>/ and a rule that holds clips out; the
+            folder that list files speak of; a benchmark (ucf101, hmdb51, k400, ssv2); a dataset of the Hub
+            (org/name); or demo, clips that are rendered on first use (write ./demo for a folder of that name).
+        root: Folder that benchmarks and archives are fetched into and demo clips are rendered into.
         processor: What defines the evaluation input: a VidPrism or CLIP checkpoint (folder or Hub id) or a
             preset (b32, b16, l14, tiny). The command line takes it from the model.
         num_frames: Frames per clip. The command line takes it from the model.
         batch_size: Clips per batch in each process.
         num_workers: Loader processes beside each training process; 0 loads in the training process.
+        split: Which of a benchmark's official splits, 1 to 3 (ucf101, hmdb51).
+        verify_counts: Whether a benchmark must have as many clips as its official lists say.
+        train_list: List file of the training clips, with labels (lists.py tells the forms).
+        val_list: With train_list the list file of the held-out clips; else a rule: text file with one held-out
+            clip a line, relative to the source.
+        label_names: File with the names of the class indices in list files, such as CSV rows id,name.
+        allow_missing: Whether clips that list files name may be missing on disk; they are counted and left out.
         val_fraction: Rule: share of each class to hold out, drawn by seed and file name.
-        val_list: Rule: text file with one held-out clip a line, relative to the source.
         val_pattern: Rule: regular expression; clips in which it is found are held out. It is searched in the
             path below the class folder, so ^eli_ finds run/eli_run.avi.
-        seed: Seed of the demo clips, of val_fraction, of the order and of the augmentation.
+        hub_config: Configuration of a Hub dataset.
+        hub_revision: Branch, tag or commit of a Hub dataset.
+        train_split: Name of the split of a Hub dataset to train on.
+        val_split: Name of its held-out split; null takes validation, val or test, the first that there is.
+        video_column: Column of a Hub dataset with the videos; null finds it.
+        label_column: Column of a Hub dataset with the labels; null finds it.
+        streaming: Whether a Hub dataset is read as it comes instead of being fetched first.
+        shots: Few-shot: so many training clips of each class, drawn by seed and clip name; null takes all.
+        seed: Seed of the demo clips, of val_fraction and shots, of the order and of the augmentation.
         train_views: Random views of each training clip, gone through in turn, one an epoch; null draws a new view
             each epoch. With a number, a frozen backbone computes the features of each view once, in memory.
+        frame_stride: Frames between those of a clip (dense sampling); null takes one frame from each of num_frames
+            equal segments of the whole video: at random in training, the middle one in evaluation.
+        test_clips: Clips taken from each video in the final evaluation and by evaluate; their logits are averaged.
+        test_crops: Crops of each such clip, 1 (centre) or 3 along the longer side.
         min_crop_scale: Smallest area of a training crop as a share of the picture, above 0 and at most 1.
         horizontal_flip: Whether to mirror half of the training clips; null does unless a label speaks of
             left, right or (counter-)clockwise.
         grayscale: Share of training clips that lose their colour, from 0 to 1.
+        rand_augment: Magnitude of RandAugment, 0 to 30; null leaves it out.
+        random_erasing: Share of training clips in which a random rectangle is blanked.
+        mixup_alpha: Parameter of mixup's Beta distribution; 0 is off.
+        cutmix_alpha: Parameter of cutmix's; 0 is off. With both, each batch takes one of them at random.
+        max_bad_fraction: Share of training clips that may be undecodable before the run stops.
+        clip_time_limit: Seconds that decoding one clip may take before it counts as undecodable; null is no limit.
 
     Raises:
         DataError: If an argument or, as soon as labels or clips are needed, the source cannot be used.
@@ -66,57 +95,94 @@ class VideoDataModule(L.LightningDataModule):
         num_frames: int = 32,
         batch_size: int = 8,
         num_workers: int = 2,
-        val_fraction: float | None = None,
+        split: int = 1,
+        verify_counts: bool = True,
+        train_list: str | None = None,
         val_list: str | None = None,
+        label_names: str | None = None,
+        allow_missing: bool = False,
+        val_fraction: float | None = None,
         val_pattern: str | None = None,
+        hub_config: str | None = None,
+        hub_revision: str | None = None,
+        train_split: str = "train",
+        val_split: str | None = None,
+        video_column: str | None = None,
+        label_column: str | None = None,
+        streaming: bool = False,
+        shots: int | None = None,
         seed: int = 0,
         train_views: int | None = None,
+        frame_stride: int | None = None,
+        test_clips: int = 1,
+        test_crops: int = 1,
         min_crop_scale: float = 0.08,
         horizontal_flip: bool | None = None,
         grayscale: float = 0.2,
+        rand_augment: int | None = None,
+        random_erasing: float = 0.0,
+        mixup_alpha: float = 0.0,
+        cutmix_alpha: float = 0.0,
+        max_bad_fraction: float = 0.01,
+        clip_time_limit: float | None = 60.0,
     ):
         super().__init__()
         # Not to the logger, where names shared with the model (num_frames) would clash.
         self.save_hyperparameters(logger=False)
         _check_arguments(**self.hparams)
+        parameters = inspect.signature(VideoDataModule).parameters
+        check_source(self.hparams, {name: parameter.default for name, parameter in parameters.items()})
         self._splits: ClipSplits | None = None
         self._video_processor: VidPrismVideoProcessor | None = None
+        self._mixing: BatchMixing | None = None
 
     @property
     def name(self) -> str:
-        """A short name of the source: `demo`, or the folder's own name."""
-        return DEMO if self.hparams.source == DEMO else Path(self.hparams.source).resolve().name
+        """A short name of the source: `demo`, a benchmark, a Hub id, or the folder's own name."""
+        return source_name(self.hparams.source)
 
     @property
     def split_description(self) -> str:
         """How the held-out clips were chosen, in a phrase."""
-        hparams = self.hparams
-        if hparams.source == DEMO:
-            return f"rendered clips, train and held-out drawn apart (seed {hparams.seed})"
-        if hparams.val_fraction is not None:
-            return f"a share of {hparams.val_fraction:g} of each class held out (seed {hparams.seed})"
-        if hparams.val_list is not None:
-            return f"held-out clips listed in {Path(hparams.val_list).name}"
-        if hparams.val_pattern is not None:
-            return f"held out: file names in which `{hparams.val_pattern}` is found"
-        return "the source's own folders for training and held-out clips"
+        return describe_split(self.hparams)
 
     @property
     def id2label(self) -> dict[int, str]:
         """Label name of each class index; known from construction on, before any clip is rendered or read."""
         if self.hparams.source == DEMO:
             return dict(enumerate(DEMO_CLASSES))
-        return dict(self._scan().id2label)
+        return dict(self.splits.id2label)
+
+    @property
+    def splits(self) -> "ClipSplits | ClipStreams":
+        """The clips and labels of the source, which is fetched and listed on first use."""
+        if self._splits is None:
+            self._splits = open_source(self.hparams)
+            for note in self._splits.notes:
+                rank_zero_warn(note)
+        return self._splits
+
+    @property
+    def num_clips(self) -> dict[str, int]:
+        """Numbers of training and held-out clips, as `train` and `val`."""
+        if self.hparams.streaming:
+            return {"train": self.splits.num_train, "val": self.splits.num_val}
+        return {"train": len(self.splits.train), "val": len(self.splits.val)}
 
     @property
     def train_table(self) -> ClipTable:
-        """The clips to train on."""
-        return self._scan().train
+        """The clips to train on; streamed ones are in no table."""
+        return self._table("train")
 
     @property
     def val_table(self) -> ClipTable:
-        """The held-out clips."""
-        return self._scan().val
+        """The held-out clips; streamed ones are in no table."""
+        return self._table("val")
+
+    def _table(self, split: str) -> ClipTable:
+        if self.hparams.streaming:
+            raise DataError("data.streaming: streamed clips are in no table; set it to false")
+        return getattr(self.splits, split)
 
     @property
     def video_processor(self) -> VidPrismVideoProcessor:
@@ -132,47 +198,54 @@ class VideoDataModule(L.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Lists the clips and loads the processor, so that bad names show before training starts."""
-        splits, _ = self._scan(), self.video_processor
+        splits, _ = self.splits, self.video_processor
         if stage in ("fit", None):
             rank_zero_info(
-                f"Data: {len(splits.train)} training and {len(splits.val)} held-out clips of "
+                f"Data: {self.num_clips['train']} training and {self.num_clips['val']} held-out clips of "
                 f"{len(splits.id2label)} labels; {self._flip()[1]}"
             )
 
     def train_dataloader(self) -> DataLoader:
         """Augmented clips in random order; the last batch may be smaller."""
-        crop = self.video_processor.crop_size
+        hparams, crop = self.hparams, self.video_processor.crop_size
         augmentation = ClipAugmentation(
             (crop["height"], crop["width"]),
-            min_crop_scale=self.hparams.min_crop_scale,
+            min_crop_scale=hparams.min_crop_scale,
             horizontal_flip=self._flip()[0],
-            grayscale=self.hparams.grayscale,
+            grayscale=hparams.grayscale,
+            rand_augment=hparams.rand_augment,
+            random_erasing=hparams.random_erasing,
+            mean=self.video_processor.image_mean,
         )
-        return self._loader(self.train_table, augmentation)
+        return self._loader("train", self._reader(augmentation=augmentation))
 
     def val_dataloader(self) -> DataLoader:
-        """Every held-out clip once, as the processor makes it."""
-        return self._loader(self.val_table, None)
+        """Every held-out clip once, in one view, as the processor makes it."""
+        return self._loader("val", self._reader())
 
     def test_dataloader(self) -> DataLoader:
-        """The held-out clips again, for the final evaluation of the best checkpoint."""
-        return self.val_dataloader()
+        """The held-out clips again, in all test views, for the final evaluation of the best checkpoint."""
+        return self._loader("val", self._reader(num_clips=self.hparams.test_clips, num_crops=self.hparams.test_crops))
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Draws the seed of a training batch's mixing while its clips are still known without asking the device."""
+        if self.trainer is None or not self.trainer.training or not self._mixes():
+            return batch
+        names = batch["clip_index"].tolist()
+        return batch | {"mixing_seed": stable_hash("mixing", self.hparams.seed, self.trainer.current_epoch, *names)}
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Normalises the pixels where they are now."""
-        return batch | {"pixel_values_videos": normalize_clips(batch["pixel_values_videos"], self.video_processor)}
+        """Normalises the pixels where they are now, and mixes training clips if that is asked for."""
+        pixels = normalize_clips(batch["pixel_values_videos"], self.video_processor)
+        if "mixing_seed" not in batch:
+            return batch | {"pixel_values_videos": pixels}
+        if self._mixing is None:
+            self._mixing = BatchMixing(len(self.id2label), self.hparams.mixup_alpha, self.hparams.cutmix_alpha)
+        pixels, soft_labels = self._mixing(pixels, batch["labels"], batch["mixing_seed"])
+        return batch | {"pixel_values_videos": pixels, "soft_labels": soft_labels}
 
-    def _scan(self) -> ClipSplits:
-        if self._splits is None:
-            hparams = self.hparams
-            rules = {name: hparams[name] for name in ("val_fraction", "val_list", "val_pattern")}
-            if hparams.source == DEMO:
-                self._splits = scan_folder(demo_folder(hparams.root, hparams.seed))
-            else:
-                self._splits = scan_folder(hparams.source, seed=hparams.seed, **rules)
-            for note in self._splits.notes:
-                rank_zero_warn(note)
-        return self._splits
+    def _mixes(self) -> bool:
+        return self.hparams.mixup_alpha > 0 or self.hparams.cutmix_alpha > 0
 
     def _flip(self) -> tuple[bool, str]:
         """Whether to mirror clips, and the reason in words."""
@@ -185,18 +258,34 @@ class VideoDataModule(L.LightningDataModule):
             return False, f"horizontal flip off, since label {sided!r} names a side"
         return True, "horizontal flip on, since no label names a side"
 
-    def _loader(self, table: ClipTable, augmentation: ClipAugmentation | None) -> DataLoader:
-        seed, workers = self.hparams.seed, self.hparams.num_workers
+    def _reader(self, **settings: Any) -> ClipReader:
+        return ClipReader(
+            self.video_processor,
+            frame_stride=self.hparams.frame_stride,
+            seed=self.hparams.seed,
+            time_limit=self.hparams.clip_time_limit,
+            **settings,
+        )
+
+    def _loader(self, split: str, reader: ClipReader) -> DataLoader:
+        hparams, count = self.hparams, self.num_clips[split]
         world = self.trainer.world_size if self.trainer is not None else 1
-        if len(table) < world:
+        if count < world:
             # A process without a clip would leave the others waiting for it.
-            raise DataError(f"{table.origin}: {len(table)} clips in a split for {world} processes; use fewer devices")
+            raise DataError(f"{self.name}: {count} clips in a split for {world} processes; use fewer devices")
+        if hparams.streaming:
+            clips, sampler = StreamedClips(getattr(self.splits, split), reader), None
+        else:
+            clips = ClipDataset(self._table(split), reader, hparams.train_views)
+            sampler = ClipSampler(count, training=split == "train", seed=hparams.seed)
         return DataLoader(
-            ClipDataset(table, self.video_processor, augmentation, seed, self.hparams.train_views),
-            batch_size=self.hparams.batch_size,
-            sampler=ClipSampler(len(table), training=augmentation is not None, seed=seed),
-            num_workers=workers,
-            persistent_workers=workers > 0,
+            clips,
+            # Several views of a clip take the place of as many clips.
+            batch_size=max(1, hparams.batch_size // (reader.num_clips * reader.num_crops)),
+            sampler=sampler,
+            num_workers=hparams.num_workers,
+            collate_fn=collate,
+            persistent_workers=hparams.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -246,34 +335,44 @@ def normalize_clips(pixels: torch.Tensor, processor: VidPrismVideoProcessor) -> 
     return (pixels.float() * processor.rescale_factor - mean) / std
 
 
-def _check_arguments(
-    source: str,
-    batch_size: int,
-    num_workers: int,
-    num_frames: int,
-    train_views: int | None,
-    seed: int,
-    min_crop_scale: float,
-    grayscale: float,
-    val_fraction: float | None,
-    val_list: str | None,
-    val_pattern: str | None,
-    **_: Any,
-) -> None:
-    for name, value, least in (
-        ("batch_size", batch_size, 1),
-        ("num_frames", num_frames, 1),
-        ("num_workers", num_workers, 0),
-        ("train_views", 1 if train_views is None else train_views, 1),
-        ("seed", seed, 0),
-    ):
-        if value < least:
-            raise DataError(f"data.{name}={value}: must be at least {least}")
-    if not 0 < min_crop_scale <= 1:
-        raise DataError(f"data.min_crop_scale={min_crop_scale}: must be above 0 and at most 1")
-    if not 0 <= grayscale <= 1:
-        raise DataError(f"data.grayscale={grayscale}: must lie between 0 and 1")
-    rules = {"val_fraction": val_fraction, "val_list": val_list, "val_pattern": val_pattern}
-    given = [name for name, value in rules.items() if value is not None]
-    if source == DEMO and given:
-        raise DataError(f"data.{given[0]}: the demo is already split; remove it")
+# Least and greatest value of each number; None is no bound. A value that is null is not looked at.
+BOUNDS: dict[str, tuple[float | None, float | None]] = {
+    "batch_size": (1, None),
+    "num_frames": (1, None),
+    "num_workers": (0, None),
+    "split": (1, 3),
+    "shots": (1, None),
+    "seed": (0, None),
+    "train_views": (1, None),
+    "frame_stride": (1, None),
+    "test_clips": (1, None),
+    "grayscale": (0, 1),
+    "rand_augment": (0, 30),
+    "random_erasing": (0, 1),
+    "mixup_alpha": (0, None),
+    "cutmix_alpha": (0, None),
+    "max_bad_fraction": (0, 1),
+}
+
+
+def _check_arguments(**settings: Any) -> None:
+    for name, (least, most) in BOUNDS.items():
+        value = settings[name]
+        if value is None or (value >= least and (most is None or value <= most)):
+            continue
+        bounds = f"at least {least}" if most is None else f"between {least} and {most}"
+        raise DataError(f"data.{name}={value}: must be {bounds}")
+    scale, limit, crops = (settings[name] for name in ("min_crop_scale", "clip_time_limit", "test_crops"))
+    if not 0 < scale <= 1:
+        raise DataError(f"data.min_crop_scale={scale}: must be above 0 and at most 1")
+    if limit is not None and limit <= 0:
+        raise DataError(f"data.clip_time_limit={limit}: must be above 0, or null for no limit")
+    if crops not in (1, 3):
+        raise DataError(f"data.test_crops={crops}: must be 1 or 3")
+    if settings["streaming"]:
+        for name in ("train_views", "shots", "val_fraction", "val_list", "val_pattern", "train_list"):
+            if settings[name] is not None:
+                raise DataError(f"data.{name}: needs a table of all clips, which data.streaming has not; remove one")
+    mixing = [name for name in ("mixup_alpha", "cutmix_alpha") if settings[name]]
+    if settings["train_views"] is not None and mixing:
+        raise DataError(f"data.{mixing[0]}: mixes pixels, which data.train_views replaces by features; use one of them")

@@ -4,85 +4,240 @@ What an example looks like follows from (seed, epoch, index) alone, so it is the
 workers or processes and whichever clips share its batch.
 """
 
+from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset, default_collate
 from torch.utils.data.distributed import DistributedSampler
 
-from ..model import VidPrismVideoProcessor, decode_video, segment_centers
+from ..model import VideoDecodeError, VidPrismVideoProcessor, decode_video
+from .bad_clips import Note
+from .sampling import FrameSampling
 from .tables import ClipTable, stable_hash
-from .transforms import ClipAugmentation, random_in_segments
+from .time_limit import TimeLimit
+from .transforms import ClipAugmentation, test_views
+
+if TYPE_CHECKING:  # the datasets library takes a second to import
+    from .streaming import StreamedRow, StreamedRows
+
+# So many clips of a class are tried in the place of a bad one before the class counts as unreadable.
+MAX_REPLACEMENTS = 16
+
+
+@dataclass
+class ClipReader:
+    """Turns a video into pixels: a random view for training, or what the processor makes of it.
+
+    Attributes:
+        processor: Gives the number of frames and makes the evaluation input.
+        augmentation: Makes the training input; None gives evaluation input.
+        frame_stride: Frames between those of a clip; None takes them from equal segments of the whole video.
+        num_clips: In evaluation, clips taken from a video at different places in time.
+        num_crops: In evaluation, crops of each clip, 1 or 3.
+        seed: Seed of frames and augmentation.
+        time_limit: Seconds that decoding may take; None is no limit.
+    """
+
+    processor: VidPrismVideoProcessor
+    augmentation: ClipAugmentation | None = None
+    frame_stride: int | None = None
+    num_clips: int = 1
+    num_crops: int = 1
+    seed: int = 0
+    time_limit: float | None = None
+    _within: TimeLimit = field(init=False, repr=False)
+
+    def __post_init__(self):
+        # The decoder looks at the clock itself; the outer limit is for calls that never return.
+        self._within = TimeLimit(None if self.time_limit is None else self.time_limit + 1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the pixels: (T, 3, H, W), or (views, T, 3, H, W) where there are several views."""
+        crop = self.processor.crop_size
+        views = () if self.augmentation or self.num_clips * self.num_crops == 1 else (self.num_clips * self.num_crops,)
+        return (*views, self.processor.num_frames, 3, crop["height"], crop["width"])
+
+    def __call__(self, video: str | bytes, key: tuple) -> torch.Tensor:
+        """Decodes a video.
+
+        Args:
+            video: Path, URL or bytes.
+            key: What tells this view from others; with the seed it decides all that is random.
+
+        Returns:
+            uint8 pixels of `shape`.
+
+        Raises:
+            VideoDecodeError: If it cannot be decoded, or not in time.
+        """
+        return self._random_view(video, key) if self.augmentation else self._test_views(video)
+
+    def _random_view(self, video: str | bytes, key: tuple) -> torch.Tensor:
+        sampling = FrameSampling(self.processor.num_frames, self.frame_stride)
+
+        def sample(total: int) -> np.ndarray:
+            # A fresh generator: the decoder may ask twice, for the count it expects and for the true one.
+            return sampling.train(total, np.random.default_rng(stable_hash("frames", self.seed, *key)))
+
+        clip = torch.from_numpy(self._decode(video, sample)).permute(0, 3, 1, 2)
+        return self.augmentation(clip, stable_hash("view", self.seed, *key)).contiguous()
+
+    def _test_views(self, video: str | bytes) -> torch.Tensor:
+        sampling = FrameSampling(self.processor.num_frames, self.frame_stride)
+        frames = self._decode(video, lambda total: sampling.test(total, self.num_clips).reshape(-1))
+        crops = test_views(frames, self.processor, self.num_crops)  # (crops, clips * T, 3, H, W)
+        return crops.unflatten(1, (self.num_clips, -1)).transpose(0, 1).reshape(self.shape)
+
+    def _decode(self, video: str | bytes, sample) -> np.ndarray:
+        try:
+            frames, _ = self._within(decode_video, video, sample)
+        except TimeoutError as error:
+            name = video if isinstance(video, str) else f"<bytes, {len(video)} bytes>"
+            message = f"{name}: {error}, make it shorter, raise data.clip_time_limit or leave it out"
+            raise VideoDecodeError(message, name, str(error)) from None
+        return frames
 
 
 class ClipDataset(Dataset):
     """Map-style dataset of clips, keyed by (epoch, index) or by index, which means epoch 0.
 
-    Items are dicts of `pixel_values_videos` (T, 3, H, W) uint8, `labels` and `clip_index` (the row of the
-    table). With an augmentation frames are drawn within segments at random; without one the processor makes
-    the pixels from the frames at the segments' centres, as it does when the model is served.
+    Items are dicts of
+    - `pixel_values_videos`: uint8 of the reader's shape;
+    - `labels`: the class index;
+    - `clip_index`: the row of the table that the pixels are from;
+    - `readable`: False where there are no pixels but zeros;
+    - `bad_clips`: what could not be decoded on the way, as (name, class index, cause).
 
-    A clip that cannot be decoded raises VideoDecodeError, which names the file.
+    In training a clip that cannot be decoded is replaced by another of its class, which seed, epoch and index
+    decide; in evaluation it is not, and counts as wrong. No clip raises: a process that stopped alone would leave
+    the others waiting for it. Whoever reads the batches has to look at `bad_clips`.
 
     Args:
         table: The clips.
-        processor: Gives the number of frames and makes the evaluation input.
-        augmentation: Makes the training input.
-        seed: Seed of frames and augmentation.
+        reader: Makes their pixels.
         train_views: Random views of a clip that its epochs go through in turn; None draws a new one each epoch.
             With a number, items also hold `view`, so that what was computed of a view can be kept.
     """
 
-    def __init__(
-        self,
-        table: ClipTable,
-        processor: VidPrismVideoProcessor,
-        augmentation: ClipAugmentation | None = None,
-        seed: int = 0,
-        train_views: int | None = None,
-    ):
+    def __init__(self, table: ClipTable, reader: ClipReader, train_views: int | None = None):
         self.table = table
-        self.processor = processor
-        self.augmentation = augmentation
-        self.seed = seed
+        self.reader = reader
         self.train_views = train_views
+        # Of this process: a clip that hangs is not tried anew each epoch.
+        self._causes: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        path = self.table.video(index)
-        view = epoch % self.train_views if self.train_views else epoch
-        if self.augmentation is None:
-            view, pixels = 0, self._evaluation_view(path)
-        else:
-            pixels = self._random_view(path, view, index)
-        item = {
-            "pixel_values_videos": pixels,
-            "labels": int(self.table.labels[index]),
-            "clip_index": int(index),
-        }
+        training = self.reader.augmentation is not None
+        view = (epoch % self.train_views if self.train_views else epoch) if training else 0
+        pixels, bad, chosen = None, [], index
+        for chosen in self._candidates(view, index) if training else (index,):
+            pixels = self._pixels(chosen, view, bad)
+            if pixels is not None:
+                break
+        shown = index if pixels is None else chosen
+        item = example(self.reader, pixels, int(self.table.labels[index]), int(shown), bad)
         return item | {"view": view} if self.train_views else item
 
-    def _random_view(self, path: str, view: int, index: int) -> torch.Tensor:
-        def sample(total: int) -> np.ndarray:
-            # A fresh generator: the decoder may ask twice, for the count it expects and for the true one.
-            generator = np.random.default_rng(stable_hash("frames", self.seed, view, index))
-            return random_in_segments(total, self.processor.num_frames, generator)
+    def _pixels(self, index: int, view: int, bad: list[Note]) -> torch.Tensor | None:
+        """The pixels of a clip, or None and an entry in `bad`."""
+        if index not in self._causes:
+            try:
+                return self.reader(self.table.video(index), (view, index))
+            except VideoDecodeError as error:
+                self._causes[index] = error.cause or str(error)
+        bad.append((self.table.name(index), int(self.table.labels[index]), self._causes[index]))
+        return None
 
-        frames, _ = decode_video(path, sample)
-        clip = torch.from_numpy(frames).permute(0, 3, 1, 2)
-        return self.augmentation(clip, stable_hash("view", self.seed, view, index)).contiguous()
+    def _candidates(self, view: int, index: int) -> Iterator[int]:
+        """The clip itself, then others of its class in an order of their own."""
+        yield index
+        others = np.flatnonzero(self.table.labels == self.table.labels[index])
+        others = others[others != index]
+        generator = np.random.default_rng(stable_hash("replacement", self.reader.seed, view, index))
+        yield from generator.permutation(others)[:MAX_REPLACEMENTS].tolist()
 
-    def _evaluation_view(self, path: str) -> torch.Tensor:
-        frames, _ = decode_video(path, lambda total: segment_centers(total, self.processor.num_frames))
-        return self.processor(
-            frames, do_sample_frames=False, do_rescale=False, do_normalize=False, return_tensors="pt"
-        )["pixel_values_videos"][0]
+
+class StreamedClips(IterableDataset):
+    """Clips of rows that come one after the other, as items like those of `ClipDataset`.
+
+    `clip_index` is a hash of the clip's name, since rows have no numbers. In training a clip that cannot be decoded
+    is replaced by another view of the next one of its class in the same worker's share, or of the share's last
+    clip where no other of its class follows: each share keeps its length.
+
+    Args:
+        rows: Where the rows come from.
+        reader: Makes their pixels.
+    """
+
+    def __init__(self, rows: "StreamedRows", reader: ClipReader):
+        self.rows = rows
+        self.reader = reader
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch, before the clips of it are read."""
+        self.rows.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        bad, owed, last = [], Counter(), None
+        for row in self.rows:
+            pixels = self._pixels(row, 0, bad)
+            if pixels is None and self.reader.augmentation:
+                owed[row.label] += 1
+                continue
+            yield self._item(row, pixels, bad)
+            bad, last = [], row
+            for again in range(owed.pop(row.label, 0)):
+                yield self._item(row, self._pixels(row, again + 1, bad), bad)
+        for again in range(owed.total()):
+            if last is None:  # not one clip decodes
+                yield example(self.reader, None, 0, 0, bad)
+            else:
+                yield self._item(last, self._pixels(last, again + 1, bad), bad)
+            bad = []
+
+    def _pixels(self, row: "StreamedRow", again: int, bad: list[Note]) -> torch.Tensor | None:
+        try:
+            return self.reader(row.video, (self.rows.epoch, row.name, again))
+        except VideoDecodeError as error:
+            bad.append((row.name, row.label, error.cause or str(error)))
+            return None
+
+    def _item(self, row: "StreamedRow", pixels: torch.Tensor | None, bad: list[Note]) -> dict[str, Any]:
+        return example(self.reader, pixels, row.label, stable_hash(row.name), bad)
+
+
+def example(
+    reader: ClipReader, pixels: torch.Tensor | None, label: int, clip_index: int, bad: list[Note]
+) -> dict[str, Any]:
+    """One item of a dataset; zeros take the place of pixels that are not there."""
+    return {
+        "pixel_values_videos": torch.zeros(reader.shape, dtype=torch.uint8) if pixels is None else pixels,
+        "labels": label,
+        "clip_index": clip_index,
+        "readable": pixels is not None,
+        "bad_clips": bad,
+    }
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Batches items; `bad_clips` of all of them become one list, and `num_unreadable` a number on the host."""
+    bad = [entry for item in items for entry in item["bad_clips"]]
+    unreadable = sum(not item["readable"] for item in items)
+    batch = default_collate([{key: value for key, value in item.items() if key != "bad_clips"} for item in items])
+    return batch | {"bad_clips": bad, "num_unreadable": unreadable}
 
 
 # A DistributedSampler by type, so that Lightning never divides an already divided order once more.

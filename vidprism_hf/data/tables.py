@@ -7,7 +7,7 @@ process as their reference counts are touched, and its memory would grow with ea
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -93,6 +93,7 @@ class ClipSplits:
         id2label: Class index to label name.
         ignored: Files below the source that are not clips, sorted; hidden ones are not listed.
         notes: Sentences about the source that its user should see once.
+        missing: Split ("train" or "val") to the clips that its list names and the disk lacks.
     """
 
     train: ClipTable
@@ -100,3 +101,4 @@ class ClipSplits:
     id2label: dict[int, str]
     ignored: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    missing: dict[str, tuple[str, ...]] = field(default_factory=dict)

@@ -1,28 +1,37 @@
 """Decode the chosen frames of a video with PyAV: the one decoder of training, evaluation and serving.
 
 Containers lie about how many frames they hold, when these are shown and which way is up, so nothing here
-trusts a header: frames are numbered in the order in which a full decode presents them, and the total is
-what decodes. This file travels to the Hub beside a checkpoint and imports only what a reader has.
+trusts a header: frames are numbered in the order in which a full decode presents them. Where the coded data of
+the packets proves that order, only what the wanted frames need is decoded; else everything is.
+This file travels to the Hub beside a checkpoint and imports only what a reader has.
 """
 
 import http.client
 import io
 import os
+import signal
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import BinaryIO
 
 import av
 import numpy as np
 from av.sidedata.sidedata import Type as SideDataType
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Interpolation, VideoReformatter
+
+from .video_packets_vidprism import FrameIndex, IndexBuilder
 
 URL_TIMEOUT_S = 30
 # Above this (8K is 33 million pixels) a header is broken or hostile; libav would allocate what it asks for.
 MAX_PIXELS = 2**26
+# Packets are kept between the look at them and decoding up to this size; those of a longer video are read twice.
+KEPT_BYTES = 2**26
 # libav opens these as "video" too: rendered text and single pictures.
 NOT_VIDEOS = {"tty": "a text file", "image2": "a still image"}
 
@@ -53,7 +62,7 @@ class VideoInfo:
     """What decoding found out about a video.
 
     Attributes:
-        num_frames: Exact count of the frames that decode.
+        num_frames: Count of the frames.
         fps: Mean frame rate that the container declares, in frames per second, None where it declares none.
         height: Height of the returned frames in pixels, after rotation.
         width: Width of the returned frames in pixels, after rotation.
@@ -87,43 +96,84 @@ def segment_centers(total: int, num_frames: int) -> np.ndarray:
 
 
 def decode_video(
-    source: str | os.PathLike | bytes | BinaryIO, sample: Callable[[int], Sequence[int]]
+    source: str | os.PathLike | bytes | BinaryIO,
+    sample: Callable[[int], Sequence[int]],
+    *,
+    short_side: int | None = None,
+    threads: int = 1,
+    time_limit: float | None = None,
 ) -> tuple[np.ndarray, VideoInfo]:
     """Decode the frames of a video that `sample` asks for.
 
     Guaranteed, whatever the container says: frame `i` is the one that a full sequential decode presents as
-    its `i`-th, upright (rotation and mirroring applied), and the count is that of the frames that decode.
-    Every call decodes the video to its end, because only that proves the count. Frames that an edit list
-    hides do not count. Where the picture size changes within a video, frames are scaled to that of its first.
+    its `i`-th, upright (rotation and mirroring applied). Frames that an edit list hides do not count. Where the
+    picture size changes within a video, frames are scaled to that of its first.
 
-    A stream in which libav finds damage is refused as a whole, since damage spreads from frame to frame;
-    damage that still reads as valid video cannot be told. A file that ends between two frames is merely a
-    shorter video.
+    Where the coded data proves which packet holds which frame (H.264 of progressive pictures, MPEG-4 part 2 without
+    B pictures, VP8, VP9), decoding starts at the keyframe before each wanted frame and stops after the last; any
+    doubt then or later leads to a full decode.
+
+    A video in which libav finds damage on its way to the wanted frames is refused as a whole, since damage spreads
+    from frame to frame; a packet that the file cuts off is found wherever it lies. Damage elsewhere is not looked
+    for (`check_video` does), and damage that still reads as valid video cannot be told. A file that ends between
+    two frames is merely a shorter video.
 
     Args:
         source: A path, an http(s) URL, the bytes of a file, or a binary file object. A file object is read
             from its start, and left open at no particular position.
         sample: Maps the count of frames to the wanted indices, in any order and with repeats. Called with
             an estimate, and again if the estimate was wrong; the last call counts.
+        short_side: Frames whose shorter side is longer come back shrunk to it, antialiased, in their aspect.
+        threads: Threads of the decoder. More than one pays for single large videos only, not in loader workers.
+        time_limit: Seconds after which decoding gives up. The clock is looked at between packets: the limit does
+            not reach into a call that hangs.
 
     Returns:
         The RGB frames in the order of the indices, uint8 of shape (T, H, W, 3), and what is known of the
         video.
 
     Raises:
-        VideoDecodeError: If the source is missing, unreadable, no video, or damaged.
+        VideoDecodeError: If the source is missing, unreadable, no video, damaged, or takes too long.
         ValueError: If `sample` returns no indices or some outside the video.
     """
-    with _opened(source) as (file, name):
-        expected = _count_packets(file, name)
-        indices = _flat(sample(expected))
-        frames, info = _decode(file, name, indices)
+    with _opened(source) as (file, name), _watched(name, time_limit) as watch:
+        with _stream(file, name, threads) as video:
+            packets, expected, index = _scan(video, watch)
+            indices = _flat(sample(expected))
+            if index is None:
+                frames, info = _decode_all(video, packets, indices, short_side, watch)
+            else:
+                found = _decode_some(video, packets, index, indices, short_side, watch)
+                if found is not None:
+                    return found
+                info = None
+        if info is None:  # the index was wrong; a decoder that went other ways is no measure
+            with _stream(file, name, threads) as video:
+                frames, info = _decode_all(video, packets, indices, short_side, watch)
         if info.num_frames != expected:
             indices = _flat(sample(info.num_frames))
         _check_range(indices, info.num_frames)  # only now: the first count was an estimate
         if indices != list(info.indices):
-            frames, info = _decode(file, name, indices)
+            with _stream(file, name, threads) as video:
+                frames, info = _decode_all(video, packets, indices, short_side, watch)
         return frames, info
+
+
+def check_video(source: str | os.PathLike | bytes | BinaryIO, time_limit: float | None = None) -> VideoInfo:
+    """Decode every frame of a video, without converting any, to find out whether it is whole.
+
+    Args:
+        source: As for `decode_video`.
+        time_limit: Seconds after which decoding gives up.
+
+    Returns:
+        What is known of the video; its count of frames is exact, and `indices` is empty.
+
+    Raises:
+        VideoDecodeError: If the source is missing, unreadable, no video, damaged anywhere, or takes too long.
+    """
+    with _opened(source) as (file, name), _watched(name, time_limit) as watch, _stream(file, name) as video:
+        return _decode_all(video, None, [], None, watch)[1]
 
 
 def _error(name: str, cause: object, advice: str) -> VideoDecodeError:
@@ -214,11 +264,67 @@ def _download(url: str, name: str) -> bytes:
         raise _error(name, f"cannot be downloaded ({reason})", "check the address and the network") from exc
 
 
-# --- packets and frames
+# --- interrupts and time
 
 
 @contextmanager
-def _stream(file: BinaryIO, name: str) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+def _watched(name: str, time_limit: float | None) -> Iterator[Callable[[], None]]:
+    """Hold Ctrl-C back while libav runs; yield a function that lets it through and looks at the clock.
+
+    Where an exception arises in PyAV, Python code runs on its way out, and with it the handler of a signal that
+    has come meanwhile; the KeyboardInterrupt is then lost without a word. Each end of a file is such an exception.
+    """
+    end = None if time_limit is None else time.monotonic() + time_limit
+    received: list[tuple] = []
+    handler = signal.getsignal(signal.SIGINT)
+    holds = callable(handler) and threading.current_thread() is threading.main_thread()
+
+    def watch() -> None:
+        if received:
+            handler(*received.pop())
+        if end is not None and time.monotonic() > end:
+            raise _error(name, f"takes longer than {time_limit:g} s to decode", "raise the limit or leave it out")
+
+    if holds:
+        signal.signal(signal.SIGINT, lambda *signal_and_frame: received.append(signal_and_frame))
+    try:
+        yield watch
+    finally:
+        if holds:
+            signal.signal(signal.SIGINT, handler)
+            if received:
+                handler(*received.pop())
+
+
+# --- packets and frames
+
+
+@dataclass
+class _Video:
+    """An open file: what libav calls a container, the moving picture in it, and the name that errors give it."""
+
+    file: BinaryIO
+    name: str
+    container: av.container.InputContainer
+    stream: av.VideoStream
+
+    def packets(self) -> Iterator[av.Packet]:
+        """The packets that hold something, in the order of the file, from where it is read so far."""
+        for number, packet in enumerate(self.container.demux(self.stream)):
+            # Empty packets repeat a frame (avi) or end the stream (PyAV); to a decoder each means the end.
+            if not packet.size:
+                continue
+            if packet.is_corrupt:
+                raise _error(self.name, f"is cut off or damaged (packet {number} is incomplete)", FETCH_AGAIN)
+            yield packet
+
+    def info(self, num_frames: int, size: tuple[int, int], indices: list[int]) -> VideoInfo:
+        fps = self.stream.average_rate  # base_rate, often twice the true rate, is no substitute
+        return VideoInfo(num_frames, float(fps) if fps else None, *size, tuple(indices))
+
+
+@contextmanager
+def _stream(file: BinaryIO, name: str, threads: int = 1) -> Iterator[_Video]:
     """Open the first moving picture of a file, turning what libav raises into a VideoDecodeError.
 
     libav itself stays silent: PyAV drops its log unless an application turns it on.
@@ -231,11 +337,11 @@ def _stream(file: BinaryIO, name: str) -> Iterator[tuple[av.container.InputConta
         raise _error(name, f"is not a video, or its head or end is missing ({_reason(exc)})", FETCH_AGAIN) from exc
     with closing(container):  # an open one keeps its buffers until collected: a worker's memory grows
         stream = _first_video(container, name)
-        # One thread: clips are short, workers decode side by side, and threads cost more than they save.
-        stream.thread_type = "NONE"
-        stream.codec_context.thread_count = 1
+        # By default one: clips are short, workers decode side by side, and threads cost more than they save.
+        stream.thread_type = "AUTO" if threads > 1 else "NONE"
+        stream.codec_context.thread_count = threads
         try:
-            yield container, stream
+            yield _Video(file, name, container, stream)
         except (av.FFmpegError, OSError) as exc:
             raise _error(name, f"is cut off or damaged ({_reason(exc)})", FETCH_AGAIN) from exc
 
@@ -264,85 +370,174 @@ def _first_video(container: av.container.InputContainer, name: str) -> av.VideoS
     return stream
 
 
-def _packets(container: av.container.InputContainer, stream: av.VideoStream, name: str) -> Iterator[av.Packet]:
-    for number, packet in enumerate(container.demux(stream)):
-        # Empty packets repeat a frame (avi) or end the stream (PyAV); to a decoder each means the end.
-        if not packet.size:
-            continue
-        if packet.is_corrupt:
-            raise _error(name, f"is cut off or damaged (packet {number} is incomplete)", FETCH_AGAIN)
-        yield packet
+def _scan(video: _Video, watch: Callable[[], None]) -> tuple[list[av.Packet] | None, int, FrameIndex | None]:
+    """Look at all packets without decoding any.
 
-
-def _count_packets(file: BinaryIO, name: str) -> int:
-    """Count what should become frames, without decoding: nearly every container has one packet a frame."""
-    with _stream(file, name) as (container, stream):
-        count = sum(not packet.is_discard for packet in _packets(container, stream, name))
+    Returns:
+        The packets, None where they are too large to keep; the count of frames that they should become, nearly
+        every container having one packet a frame; and the index, None where they leave a doubt.
+    """
+    packets, held, count = [], 0, 0
+    builder = IndexBuilder(video.stream.codec_context)
+    for packet in video.packets():
+        watch()
+        builder.add(packet)
+        count += not packet.is_discard
+        held += packet.size
+        if held <= KEPT_BYTES:
+            packets.append(packet)
+        else:
+            packets.clear()
     if not count:
-        raise _error(name, "holds no frames", FETCH_AGAIN)
-    return count
+        raise _error(video.name, "holds no frames", FETCH_AGAIN)
+    return packets if held <= KEPT_BYTES else None, count, builder.build()
 
 
-def _frames(container: av.container.InputContainer, stream: av.VideoStream, name: str) -> Iterator[av.VideoFrame]:
-    """Every frame of the stream in presentation order, or an error at the first one that is damaged."""
+@contextmanager
+def _again(video: _Video, packets: list[av.Packet] | None) -> Iterator[Iterator[av.Packet]]:
+    """All packets from the first on: those kept, or read once more."""
+    if packets is not None:
+        yield iter(packets)
+    else:
+        with _stream(video.file, video.name) as other:
+            yield other.packets()
 
-    def decoded():
-        for packet in _packets(container, stream, name):
-            yield from stream.decode(packet)
-        yield from stream.decode(None)  # the frames that the decoder held back for reordering
 
-    for index, frame in enumerate(decoded()):
+def _checked(frames: list[av.VideoFrame], first: int, name: str) -> list[av.VideoFrame]:
+    for place, frame in enumerate(frames):
         if frame.is_corrupt:
-            raise _error(name, f"is cut off or damaged (frame {index})", FETCH_AGAIN)
-        yield frame
+            raise _error(name, f"is cut off or damaged (frame {first + place})", FETCH_AGAIN)
+    return frames
 
 
-def _decode(file: BinaryIO, name: str, indices: list[int]) -> tuple[np.ndarray, VideoInfo]:
-    """Decode all frames and keep those wanted.
+def _decode_all(
+    video: _Video, packets: list[av.Packet] | None, indices: list[int], short_side: int | None, watch: Callable
+) -> tuple[np.ndarray, VideoInfo]:
+    """Decode all frames and keep those wanted; a first damaged one is an error.
 
     Places of indices outside the video stay unfilled, which the caller has to rule out by the count.
     """
-    places: dict[int, list[int]] = {}
-    for place, index in enumerate(indices):
-        places.setdefault(index, []).append(place)
-    images, total = None, 0
-    with _stream(file, name) as (container, stream):
-        rgb = _RgbConverter()
-        for index, frame in enumerate(_frames(container, stream, name)):
-            total += 1
-            if index not in places and images is not None:
-                continue  # converting to RGB costs as much as decoding
-            image = rgb(frame)
-            if images is None:
-                images = np.empty((len(indices), *image.shape), np.uint8)
-            if index in places:
-                images[places[index]] = image
-        if images is None:
-            raise _error(name, "holds no frame that decodes", FETCH_AGAIN)
-        fps = stream.average_rate  # base_rate, often twice the true rate, is no substitute
-    height, width = images.shape[1:3]
-    return images, VideoInfo(total, float(fps) if fps else None, height, width, tuple(indices))
+    decoder = video.stream.codec_context
+    kept, total = _Kept(indices, short_side), 0
+
+    def decoded(packets):
+        for packet in packets:
+            watch()
+            yield decoder.decode(packet)
+        yield decoder.decode(None)  # the frames that the decoder held back for reordering
+
+    with _again(video, packets) as packets:
+        for frames in decoded(packets):
+            for frame in _checked(frames, total, video.name):
+                kept.offer(total, frame)
+                total += 1
+    if not total:
+        raise _error(video.name, "holds no frame that decodes", FETCH_AGAIN)
+    return kept.images, video.info(total, kept.size, indices)
 
 
-class _RgbConverter:
-    """Turns decoded frames into upright RGB arrays of one size, that of the first frame converted."""
+def _decode_some(
+    video: _Video,
+    packets: list[av.Packet] | None,
+    index: FrameIndex,
+    indices: list[int],
+    short_side: int | None,
+    watch: Callable[[], None],
+) -> tuple[np.ndarray, VideoInfo] | None:
+    """Decode what the wanted frames need; None where the index or the data proves wrong."""
+    total = len(index.packets)
+    if min(indices) < 0 or max(indices) >= total:
+        return None
+    # The first frame tells the size.
+    wanted = sorted({index.packets[frame] for frame in {0, *indices}})
+    decoder, depth = video.stream.codec_context, video.stream.codec_context.reorder_depth
+    kept, latest, due = _Kept(indices, short_side), -1, 0
 
-    def __init__(self):
+    def take(frames: list[av.VideoFrame]) -> bool:
+        nonlocal latest, due
+        for frame in frames:
+            place = index.frames.get(frame.pts, -1)
+            if place <= latest or frame.is_corrupt:
+                return False
+            latest, due = place, due - 1
+            kept.offer(place, frame)
+        return True
+
+    try:
+        with _again(video, packets) as packets:
+            number = 0  # of the packet that comes next
+            for goal in wanted:
+                if index.start[goal] > number:
+                    if not take(decoder.decode(None)) or due:
+                        return None
+                    decoder.flush_buffers()
+                    decoder.reorder_depth = depth  # which flushing forgets
+                    number += sum(1 for _ in islice(packets, index.start[goal] - number))
+                for packet in islice(packets, goal + 1 - number):
+                    watch()
+                    if number == goal or number not in index.spare:
+                        due += number not in index.hidden
+                        if not take(decoder.decode(packet)):
+                            return None
+                    number += 1
+            if not take(decoder.decode(None)) or due:
+                return None
+    except av.FFmpegError:
+        return None
+    return kept.images, video.info(total, kept.size, indices)
+
+
+class _Kept:
+    """The frames wanted, as upright RGB of one size, that of the first frame offered.
+
+    Attributes:
+        size: Height and width, known when the first frame is there.
+        images: uint8 (T, H, W, 3), likewise.
+    """
+
+    def __init__(self, indices: list[int], short_side: int | None):
         self.reformatter = VideoReformatter()  # one for all frames: it keeps the tables of the conversion
-        self.height = self.width = None
+        self.short_side = short_side
+        self.size = self.images = None
+        self.count = len(indices)
+        self.places: dict[int, list[int]] = {}
+        for place, index in enumerate(indices):
+            self.places.setdefault(index, []).append(place)
 
-    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        """Convert one frame to a uint8 array (H, W, 3)."""
+    def offer(self, index: int, frame: av.VideoFrame) -> None:
+        """Keep the frame where it is wanted: converting to RGB costs as much as decoding."""
+        if self.images is None:
+            transpose, _, _ = _orientation(frame)
+            height, width = (frame.width, frame.height) if transpose else (frame.height, frame.width)
+            self.size = _shrunk(height, width, self.short_side)
+            self.images = np.empty((self.count, *self.size, 3), np.uint8)
+        places = self.places.get(index)
+        if places is None:
+            return
+        self._convert(frame, self.images[places[0]])
+        for place in places[1:]:
+            self.images[place] = self.images[places[0]]
+
+    def _convert(self, frame: av.VideoFrame, out: np.ndarray) -> None:
         transpose, flip_x, flip_y = _orientation(frame)
-        height, width = (frame.width, frame.height) if transpose else (frame.height, frame.width)
-        if self.height is None:
-            self.height, self.width = height, width
-        height, width = (self.width, self.height) if transpose else (self.height, self.width)
+        height, width = self.size[::-1] if transpose else self.size
+        shrinks = height < frame.height or width < frame.width
+        how = Interpolation.BICUBIC if shrinks else Interpolation.BILINEAR
         # The default of libswscale, threads started anew for each frame, takes three times as long.
-        image = self.reformatter.reformat(frame, width, height, "rgb24", threads=1).to_ndarray()
+        plane = self.reformatter.reformat(frame, width, height, "rgb24", interpolation=how, threads=1).planes[0]
+        image = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)[:, : 3 * width]
+        image = image.reshape(height, width, 3)
         if transpose:
             image = image.swapaxes(0, 1)
-        return image[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
+        out[:] = image[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
+
+
+def _shrunk(height: int, width: int, short_side: int | None) -> tuple[int, int]:
+    """Height and width with the shorter side no longer than `short_side`, rounded as torchvision does."""
+    short = min(height, width)
+    if short_side is None or short <= short_side:
+        return height, width
+    return height * short_side // short, width * short_side // short
 
 
 def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
@@ -351,10 +546,10 @@ def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     The display matrix ((a, b, u), (c, d, v), ...) shows the stored pixel (x, y) at (a x + c y, b x + d y).
     Only its signs matter: cameras write the eight turns and mirrorings of a rectangle, nothing between.
     """
-    matrix = frame.side_data.get(SideDataType.DISPLAYMATRIX)
-    if matrix is None:
-        return False, False, False
-    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
-    transpose = abs(b) + abs(c) > abs(a) + abs(d)
-    flip_x, flip_y = (c < 0, b < 0) if transpose else (a < 0, d < 0)
-    return transpose, flip_x, flip_y
+    for data in frame.side_data:  # no look-up by key, whose miss is an exception in PyAV
+        if data.type == SideDataType.DISPLAYMATRIX:
+            a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
+            transpose = abs(b) + abs(c) > abs(a) + abs(d)
+            flip_x, flip_y = (c < 0, b < 0) if transpose else (a < 0, d < 0)
+            return transpose, flip_x, flip_y
+    return False, False, False
