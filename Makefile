@@ -1,8 +1,11 @@
 # Set-up, training and tests by one word each. `make` alone prints what there is.
 
-DATASET  ?= demo     ## demo, a recipe's name, or a folder of clips
-DATA_ROOT ?=         ## where demo clips are rendered (the recipe's data.root)
+DATASET  ?= demo     ## demo, ucf101, hmdb51, k400, ssv2, a folder of clips, or a dataset of the Hub (org/name)
+DATA_ROOT ?=         ## where datasets are kept and demo clips rendered (the recipe's data.root)
 BACKBONE ?=          ## CLIP checkpoint: Hub id, folder or preset (b32, b16, l14, tiny)
+FRAMES   ?=          ## frames per clip (the recipe's model.num_frames)
+K        ?= 16       ## for fewshot: training clips of each class
+SPLITS   ?= 1        ## for fewshot: official splits to run and average, such as "1 2 3"
 DEVICES  ?=          ## number of devices (the recipe's trainer.devices)
 STRATEGY ?=          ## Lightning strategy (auto, ddp, ...)
 PRECISION ?=         ## 32, bf16-mixed, 16-mixed
@@ -23,14 +26,16 @@ DATASET := $(strip $(DATASET))
 # A name with a recipe, else a path to clips for the folder recipe.
 RECIPE := $(if $(wildcard recipes/$(DATASET).yaml),recipes/$(DATASET).yaml,recipes/folder.yaml)
 SOURCE := $(if $(filter recipes/folder.yaml,$(RECIPE)),--data.source "$(DATASET)")
+FEW_SHOT := recipes/few_shot/$(DATASET).yaml
 option = $(if $(strip $(2)),$(1) $(strip $(2)))
 OPTIONS = $(SOURCE) $(call option,--data.root,$(DATA_ROOT)) $(call option,--model.backbone,$(BACKBONE)) \
+	$(call option,--model.num_frames,$(FRAMES)) \
 	$(call option,--trainer.devices,$(DEVICES)) $(call option,--trainer.strategy,$(STRATEGY)) \
 	$(call option,--trainer.precision,$(PRECISION)) $(call option,--trainer.max_epochs,$(EPOCHS)) \
 	$(call option,--output,$(OUT)) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup finetune evaluate predict test test-fast lint format clean
+.PHONY: help setup finetune fewshot prepare evaluate predict test test-fast lint format clean
 
 help:  ## print this
 	@echo "targets:"
@@ -47,6 +52,15 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 
 finetune: $(READY)  ## train, evaluate and export: make finetune DATASET=/path/to/folder
 	$(BIN)/vidprism finetune --config $(RECIPE) $(OPTIONS)
+
+fewshot: $(READY)  ## K clips of each class: make fewshot DATASET=hmdb51 K=16
+	@test -f $(FEW_SHOT) || { echo "no recipe $(FEW_SHOT): DATASET must be one of" \
+	  $(basename $(notdir $(wildcard recipes/few_shot/*.yaml))); exit 2; }
+	$(BIN)/vidprism $(if $(filter ssv2,$(DATASET)),finetune,splits --splits $(SPLITS)) --config $(FEW_SHOT) \
+	  --data.shots $(K) $(OPTIONS)
+
+prepare: $(READY)  ## fetch and verify a benchmark: make prepare DATASET=ucf101
+	$(BIN)/vidprism data prepare $(DATASET) $(call option,--root,$(DATA_ROOT))
 
 evaluate: $(READY)  ## held-out accuracy: make evaluate MODEL=runs/demo/export
 	$(BIN)/vidprism evaluate $(MODEL) --config $(RECIPE) $(OPTIONS)

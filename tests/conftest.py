@@ -1,11 +1,14 @@
 """What every test may use: the helpers of this folder on the import path, and the shared real data."""
 
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).parent))  # `from clips import ...`
 
 
@@ -48,3 +51,22 @@ def exported(tmp_path_factory) -> Path:
     from small import tiny_export
 
     return tiny_export(tmp_path_factory.mktemp("models") / "exported")
+
+
+@pytest.fixture(scope="session")
+def clone(tmp_path_factory) -> Path:
+    """The tree as git would commit it, with this environment as its `.venv`."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs a git checkout, to know which files belong to the tree")
+    folder = tmp_path_factory.mktemp("readme") / "vidprism_hf"
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.check_output(listed, cwd=ROOT, text=True).splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name, follow_symlinks=True)
+    # `make` takes an environment with this file, newer than setup.cfg, as installed.
+    venv = folder / ".venv"
+    venv.mkdir()
+    (venv / "bin").symlink_to(Path(sys.executable).parent)
+    (venv / ".ready").touch()
+    return folder

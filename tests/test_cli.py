@@ -62,8 +62,8 @@ def test_help_of_a_verb(capsys, verb, options):
 
 def test_unknown_verb(capsys):
     assert main(["fintune"]) == 2
-    said = "vidprism: no verb 'fintune'; there are finetune, evaluate, predict, convert\n"
-    assert capsys.readouterr().err == said
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"vidprism: no verb 'fintune'; there are [a-z, ]*finetune, [a-z, ]*\n", said)
 
 
 @pytest.mark.slow
@@ -186,7 +186,7 @@ def test_training_clip_that_is_no_video(tmp_path, capsys, copied, workers):
     broken = copied / "train" / "growing" / "0.mp4"
     broken.write_bytes(b"this is not a video" * 100)
     arguments = run_arguments(copied, tmp_path / "run", f"--data.num_workers={workers}")
-    assert refuse(capsys, arguments).startswith(f"vidprism finetune: {broken}: ")
+    assert "train/growing/0.mp4: is not a video" in refuse(capsys, arguments)
     assert not (tmp_path / "run" / "export").exists()
     # With the file mended the same command works: the folder that the first one left is known as a run's.
     if workers == 0:

@@ -1,7 +1,6 @@
 """The README's promises: its commands run as written, in order, in a copy of the tree, and do what it says."""
 
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,25 +11,6 @@ from small import motion_folder
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-
-
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory):
-    """The tree as git would commit it, with this environment as its `.venv`."""
-    if not (ROOT / ".git").exists():
-        pytest.skip("needs a git checkout, to know which files belong to the tree")
-    folder = tmp_path_factory.mktemp("readme") / "vidprism_hf"
-    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    for name in subprocess.check_output(listed, cwd=ROOT, text=True).splitlines():
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name, follow_symlinks=True)
-    # `make` takes an environment with this file, newer than setup.cfg, as installed.
-    venv = folder / ".venv"
-    venv.mkdir()
-    (venv / "bin").symlink_to(Path(sys.executable).parent)
-    (venv / ".ready").touch()
-    return folder
 
 
 def run(command, folder):

@@ -4,12 +4,19 @@ from pathlib import Path
 
 import pytest
 import yaml
+from benchmark_layouts import local_copy
 from small import LABELS, motion_folder
 
+from vidprism_hf.data.benchmarks import BENCHMARKS
 from vidprism_hf.training.finetune import parse
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
+FOLDER = Path(__file__).parents[1] / "recipes"
+RECIPES = sorted(FOLDER.rglob("*.yaml"))
 RULES = {"val_fraction": "0.5", "val_list": None, "val_pattern": "^0"}
+
+
+def recipe_name(path: Path) -> str:
+    return path.relative_to(FOLDER).with_suffix("").as_posix()
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +31,9 @@ def data_for(recipe: dict, motion_clips: Path, one_level: Path, tmp_path: Path) 
     data = recipe.get("data", {})
     if data.get("source") == "demo":
         return []  # its labels are known before a clip is rendered
+    if data.get("source") in BENCHMARKS:
+        root = local_copy(data["source"], tmp_path / "data", train=2, val=1).parent
+        return [f"--data.root={root}", "--data.verify_counts=false", "--data.shots=1"]
     rules = [name for name in RULES if data.get(name) is not None]
     if not rules:
         return [f"--data.source={motion_clips}"]
@@ -35,7 +45,7 @@ def data_for(recipe: dict, motion_clips: Path, one_level: Path, tmp_path: Path) 
     return [f"--data.source={one_level}", f"--data.{rules[0]}={value}"]
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", RECIPES, ids=recipe_name)
 def test_parses(recipe, motion_clips, one_level, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     content = yaml.safe_load(recipe.read_text())
@@ -45,8 +55,11 @@ def test_parses(recipe, motion_clips, one_level, tmp_path, monkeypatch):
     assert cli.datamodule.hparams.num_frames == cli.model.hparams.num_frames
     for name, value in content["model"].items():
         assert cli.model.hparams[name] == value
+    overridden = {argument.removeprefix("--data.").partition("=")[0] for argument in data}
+    for name, value in content["data"].items():
+        assert name in overridden or cli.datamodule.hparams[name] == value
     assert cli.config.output == content["output"]
-    assert list(tmp_path.iterdir()) in ([], [tmp_path / "val.txt"])  # parsing writes nothing
+    assert {path.name for path in tmp_path.iterdir()} <= {"val.txt", "data"}  # parsing writes no run
 
 
 def scalar_keys(node: yaml.Node):
@@ -58,7 +71,7 @@ def scalar_keys(node: yaml.Node):
             yield key
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", RECIPES, ids=recipe_name)
 def test_every_key_has_a_comment(recipe):
     text = recipe.read_text()
     lines = text.splitlines()

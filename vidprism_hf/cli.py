@@ -5,7 +5,9 @@ from collections.abc import Callable
 
 USAGE = """usage: vidprism VERB ...
 
+  data prepare|check|show ...              fetch a benchmark, decode every clip once, look at a source
   finetune --config RECIPE [--key value]   train by a recipe, evaluate, export
+  splits --config RECIPE [--splits 1 2 3]  finetune on several official splits, and the mean
   evaluate MODEL --config RECIPE           held-out accuracy of an exported model
   predict MODEL FILE [FILE ...]            top labels of video files
   convert CHECKPOINT OUT ...               an authors' checkpoint to the Hub's layout
@@ -19,6 +21,12 @@ def _finetune(argv: list[str]) -> int:
 
     finetune(argv)
     return 0
+
+
+def _splits(argv: list[str]) -> int:
+    from .training.splits import main
+
+    return main(argv)
 
 
 def _evaluate(argv: list[str]) -> int:
@@ -40,8 +48,16 @@ def _convert(argv: list[str]) -> int:
     return main(argv)
 
 
+def _data(argv: list[str]) -> int:
+    from .data.verbs import main
+
+    return main(argv)
+
+
 VERBS: dict[str, Callable[[list[str]], int]] = {
+    "data": _data,
     "finetune": _finetune,
+    "splits": _splits,
     "evaluate": _evaluate,
     "predict": _predict,
     "convert": _convert,

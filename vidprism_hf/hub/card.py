@@ -25,8 +25,10 @@ class CardFacts:
         backbone: The tower in words, as the recipe names it.
         dataset: Name or folder name of the data.
         split: How it was split.
-        num_train_clips: Training clips used.
-        num_eval_clips: Held-out clips used.
+        train_clips: Training clips used, `N` or `N of M`.
+        eval_clips: Held-out clips that could be decoded, likewise.
+        train_list_hash: sha256 over names and labels of the training clips.
+        bad_clips: Clips that could not be decoded, with `split`, `name` and `cause`.
         metrics: Held-out metrics, such as {"top1": 0.9}; empty where nothing was evaluated.
         protocol: How they were measured.
         hyper_parameters: Names and values, in order.
@@ -42,8 +44,10 @@ class CardFacts:
     backbone: str | None = None
     dataset: str | None = None
     split: str | None = None
-    num_train_clips: int | None = None
-    num_eval_clips: int | None = None
+    train_clips: str | None = None
+    eval_clips: str | None = None
+    train_list_hash: str | None = None
+    bad_clips: list[Any] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     protocol: str | None = None
     hyper_parameters: dict[str, Any] = field(default_factory=dict)

@@ -26,9 +26,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ..data import VideoDataModule
+from ..data.bad_clips import BadClip, TooManyBadClips, bad_clip_table
+from ..data.few_shot import clip_list_hash, save_clip_list
 from ..errors import UserError, first_line
 from ..hub import CardFacts, export_model, render_card
 from ..model import VISION_PRESETS
+from .callbacks import BadClipReport
 from .module import VidPrismLightningModule, read_checkpoint_config
 
 # What a recipe need not say.
@@ -102,9 +105,13 @@ def finetune(argv: list[str]) -> None:
         if last.is_file():
             print_once(f"Stopped. Go on with: vidprism finetune {shlex.join(argv)} --resume {last}")
         raise
+    except TooManyBadClips as error:
+        print_once(bad_clip_table(error.clips))
+        raise
     metrics = held_out_accuracy(trainer, cli, str(best_checkpoint(output)))
     export = export_run(trainer, cli, metrics, output / "export")
-    print_usage(export, metrics, len(cli.datamodule.val_table))
+    print_bad_clips(bad_clips(trainer))
+    print_usage(export, metrics, clip_counts(trainer, "val"))
 
 
 def evaluate(argv: list[str]) -> dict[str, float]:
@@ -127,7 +134,8 @@ def evaluate(argv: list[str]) -> dict[str, float]:
     cli = parse([*argv[1:], *own])
     trainer = cli.instantiate_trainer(logger=False, callbacks=progress_bars(cli))
     metrics = held_out_accuracy(trainer, cli, checkpoint=None)
-    print_once(f"{argv[0]} on {len(cli.datamodule.val_table)} held-out clips")
+    print_bad_clips(bad_clips(trainer, "val"))
+    print_once(f"{argv[0]} on {clip_counts(trainer, 'val')} held-out clips")
     for name, value in metrics.items():
         print_once(f"  {name:<5} {value:.4f}")
     return metrics
@@ -175,6 +183,7 @@ def build_trainer(cli: FinetuneCLI, output: Path) -> Trainer:
             save_on_train_epoch_end=True,
             save_on_exception=True,
         ),
+        BadClipReport(output),
         *progress_bars(cli),
     ]
     loggers = [
@@ -215,11 +224,27 @@ def held_out_accuracy(trainer: Trainer, cli: FinetuneCLI, checkpoint: str | None
     return {name: results[0][f"test/{name}"] for name in ("top1", "top5") if f"test/{name}" in results[0]}
 
 
+def bad_clips(trainer: Trainer, split: str | None = None) -> list[BadClip]:
+    """The clips that could not be decoded so far, of one split (train, val) or both."""
+    (report,) = (callback for callback in trainer.callbacks if isinstance(callback, BadClipReport))
+    return report.account.clips(trainer.datamodule.id2label, split)
+
+
+def clip_counts(trainer: Trainer, split: str) -> str:
+    """`N`, or `N of M` where some clips of the split cannot be decoded or are not on disk."""
+    data = trainer.datamodule
+    listed = data.num_clips[split]
+    expected, used = listed + len(data.splits.missing.get(split, ())), listed - len(bad_clips(trainer, split))
+    return str(used) if used == expected else f"{used} of {expected}"
+
+
 def export_run(trainer: Trainer, cli: FinetuneCLI, metrics: dict[str, float], folder: Path) -> Path:
     """Exports the module's weights with a card of the run's facts; on the first process alone."""
     if trainer.is_global_zero:
         (Path(trainer.default_root_dir) / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         facts = run_facts(trainer, cli, metrics)
+        if cli.datamodule.hparams.shots:
+            save_clip_list(cli.datamodule.train_table, Path(trainer.default_root_dir) / "few_shot.txt")
         export_model(cli.model.model, cli.datamodule.video_processor, folder, render_card(facts))
     trainer.strategy.barrier("export")
     return folder
@@ -249,11 +274,15 @@ def run_facts(trainer: Trainer, cli: FinetuneCLI, metrics: dict[str, float]) -> 
         backbone=Path(hparams.checkpoint or hparams.backbone).name,
         dataset=data.name,
         split=data.split_description,
-        num_train_clips=len(data.train_table),
-        num_eval_clips=len(data.val_table),
+        train_clips=clip_counts(trainer, "train"),
+        eval_clips=clip_counts(trainer, "val"),
+        train_list_hash=None if data.hparams.streaming else clip_list_hash(data.train_table),
+        bad_clips=bad_clips(trainer),
         metrics=metrics,
-        protocol=f"Best checkpoint by held-out top-1; {model.config.num_frames} frames x 1 crop x 1 clip. "
-        "The same clips chose the checkpoint, so the figure is optimistic.",
+        protocol=f"Best checkpoint by held-out top-1; {model.config.num_frames} frames x {data.hparams.test_crops} "
+        f"crop{'s' * (data.hparams.test_crops > 1)} x {data.hparams.test_clips} "
+        f"clip{'s' * (data.hparams.test_clips > 1)}. The same clips chose the checkpoint, so the figure is optimistic. "
+        "A clip that cannot be decoded counts as wrong.",
         hyper_parameters=hyper_parameters,
     )
 
@@ -333,7 +362,13 @@ def print_once(text: str) -> None:
     print(text, flush=True)
 
 
-def print_usage(export: Path, metrics: dict[str, float], num_clips: int) -> None:
+def print_bad_clips(clips: list[BadClip]) -> None:
+    """The clips that could not be decoded, if there are any."""
+    if clips:
+        print_once(bad_clip_table(clips))
+
+
+def print_usage(export: Path, metrics: dict[str, float], num_clips: str) -> None:
     """The three lines that end a run."""
     classify = f"t.pipeline('video-classification', '{export}')('CLIP.mp4')"
     code = f"import vidprism_hf, transformers as t; print({classify})"

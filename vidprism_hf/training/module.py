@@ -17,6 +17,7 @@ from transformers import AutoConfig, get_cosine_schedule_with_warmup
 from ..errors import UserError, first_line
 from ..model import VidPrismConfig, VidPrismForVideoClassification, VidPrismForVideoClassificationOutput
 from ..model.temporal_vidprism import gate_balance_loss
+from .callbacks import BadClipReport
 from .optimization import parameter_groups
 
 LOSS_PARTS = ("classification_loss", "rank_loss", "gate_loss", "diversity_loss")
@@ -122,8 +123,22 @@ class VidPrismLightningModule(L.LightningModule):
         """Classifies clips (B, T, 3, H, W)."""
         return self.model(pixel_values_videos, labels=labels)
 
+    def configure_callbacks(self) -> list[L.Callback]:
+        """The account of bad clips, unless the trainer has one: whoever trains with this module keeps it."""
+        kept = any(isinstance(callback, BadClipReport) for callback in self.trainer.callbacks)
+        return [] if kept else [BadClipReport()]
+
+    def on_train_epoch_start(self) -> None:
+        """Tells streamed clips the epoch; Lightning tells samplers only."""
+        set_epoch = getattr(getattr(self.trainer.train_dataloader, "dataset", None), "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(self.current_epoch)
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         output = self._classify("train", batch)
+        if "soft_labels" in batch:
+            output.classification_loss = nn.functional.cross_entropy(output.logits.float(), batch["soft_labels"])
+            output.loss = self.model.total_loss(*(output[part] for part in LOSS_PARTS))
         if self.trainer.world_size > 1:
             self._balance_over_ranks(output)
         self._log_losses("train", output)
@@ -165,8 +180,22 @@ class VidPrismLightningModule(L.LightningModule):
         return self.model(labels=batch["labels"], frame_features=features)
 
     def _evaluate(self, stage: str, batch: dict[str, Any]) -> None:
-        output = self._classify(stage, batch)
-        self.metrics[stage].update(output.logits.float(), batch["labels"])
+        labels, num_views = batch["labels"], 1
+        if batch["pixel_values_videos"].ndim == 6:  # (B, views, T, 3, H, W)
+            num_views = batch["pixel_values_videos"].shape[1]
+            views = {
+                "pixel_values_videos": batch["pixel_values_videos"].flatten(0, 1),
+                "labels": labels.repeat_interleave(num_views),
+            }
+            output = self._classify(stage, views)
+        else:
+            output = self._classify(stage, batch)
+        logits = output.logits.float().unflatten(0, (-1, num_views)).mean(dim=1)
+        if "readable" in batch:
+            # A clip without pixels counts as wrong, whatever the model makes of zeros.
+            right = nn.functional.one_hot(labels, logits.shape[1]).bool()
+            logits = logits.masked_fill(right & ~batch["readable"][:, None], -torch.inf)
+        self.metrics[stage].update(logits, labels)
         self.log_dict(self.metrics[stage], on_step=False, on_epoch=True, prog_bar=stage == "val")
         self._log_losses(stage, output)
         weights = output.expert_weights.float().mean(0)
