@@ -5,8 +5,9 @@ workers or processes and whichever clips share its batch.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -94,9 +95,9 @@ class ClipReader:
         crops = test_views(frames, self.processor, self.num_crops)  # (crops, clips * T, 3, H, W)
         return crops.unflatten(1, (self.num_clips, -1)).transpose(0, 1).reshape(self.shape)
 
-    def _decode(self, video: str | bytes, sample) -> np.ndarray:
+    def _decode(self, video: str | bytes, sample: Callable[[int], np.ndarray]) -> np.ndarray:
         try:
-            frames, _ = self._within(decode_video, video, sample)
+            frames, _ = self._within(partial(decode_video, time_limit=self.time_limit), video, sample)
         except TimeoutError as error:
             name = video if isinstance(video, str) else f"<bytes, {len(video)} bytes>"
             message = f"{name}: {error}, make it shorter, raise data.clip_time_limit or leave it out"

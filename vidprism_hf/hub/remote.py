@@ -1,0 +1,165 @@
+"""One branch of a repository on the Hub: what `vidprism push` asks of it, each request within bounds."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+from huggingface_hub import CommitOperationAdd, HfApi, get_session, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+from .refusals import PushError
+from .retries import Patience, repeat
+
+T = TypeVar("T")
+README = "README.md"
+MAIN = "main"
+
+
+class Remote:
+    """A branch of a repository; every request that may be repeated is, within bounds.
+
+    Args:
+        api: The client.
+        repo_id: `org/name`.
+        revision: Branch; None for main.
+        patience: Bounds.
+    """
+
+    def __init__(self, api: HfApi, repo_id: str, revision: str | None, patience: Patience):
+        self.api, self.repo_id, self.revision, self.patience = api, repo_id, revision or MAIN, patience
+        self.step = ""  # under way, for the message if it fails
+
+    def ask(self, step: str, call: Callable[[], T]) -> T:
+        """Calls what does no harm when it is done twice."""
+        self.step = step
+        return repeat(call, f"{self.repo_id}: {step}", self.patience)
+
+    @property
+    def url(self) -> str:
+        url = f"{self.api.endpoint}/{self.repo_id}"
+        return url if self.revision == MAIN else f"{url}/tree/{quote(self.revision, safe='/')}"
+
+    def visibility(self) -> bool | None:
+        """Whether the repository is private; None if there is none that this token sees."""
+        try:
+            return bool(self.ask("a look at the repository", lambda: self.api.repo_info(self.repo_id)).private)
+        except RepositoryNotFoundError:
+            return None
+
+    def create(self, private: bool | None) -> None:
+        """Makes the repository, or finds that an earlier try has made it.
+
+        Raises:
+            PushError: If the name is taken.
+        """
+        try:
+            self.ask("the creation of the repository", lambda: self.api.create_repo(self.repo_id, private=private))
+        except HfHubHTTPError as error:
+            if error.response.status_code != 409:
+                raise
+            if self.visibility() is None:
+                raise PushError(
+                    "the name is taken by a repository that this token cannot see; choose another one"
+                ) from error
+
+    def refs(self, kind: str) -> dict[str, str]:
+        """Commits by the names of the "branches" or "tags"."""
+        found = self.ask("a look at the branches", lambda: self.api.list_repo_refs(self.repo_id))
+        return {ref.name: ref.target_commit for ref in getattr(found, kind)}
+
+    def make_branch(self) -> None:
+        """Makes sure that the branch is there.
+
+        Raises:
+            PushError: If its name is a tag's or a commit's.
+        """
+        if self.revision.startswith("refs/pr/") or self.revision in self.refs("branches"):
+            return
+        try:
+            self.head()
+        except RevisionNotFoundError:
+            make = self.api.create_branch
+            self.ask("the new branch", lambda: make(self.repo_id, branch=self.revision, exist_ok=True))
+        else:
+            raise PushError(f"--revision {self.revision}: is a tag or a commit; name a branch")
+
+    def head(self) -> str:
+        """The branch's commit."""
+        look = self.api.repo_info
+        return self.ask("a look at the branch", lambda: look(self.repo_id, revision=self.revision).sha)
+
+    def tree(self, revision: str) -> dict[str, RepoFile]:
+        """The files of a commit."""
+
+        def look() -> dict[str, RepoFile]:
+            entries = self.api.list_repo_tree(self.repo_id, recursive=True, revision=revision)
+            return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+        return self.ask("a look at the files", look)
+
+    def readme(self, commit: str) -> str:
+        """The text of the repository's README."""
+        url = hf_hub_url(self.repo_id, README, revision=commit, endpoint=self.api.endpoint)
+
+        def fetch() -> str:
+            answer = get_session().get(url, headers=build_hf_headers(token=self.api.token))
+            hf_raise_for_status(answer)
+            return answer.text
+
+        return self.ask("a look at the README", fetch)
+
+    def upload(self, additions: list[CommitOperationAdd], create_pr: bool) -> None:
+        """Sends the large files; what the Hub has by now is not sent again."""
+        send = self.api.preupload_lfs_files
+        settings = {"revision": self.revision, "create_pr": create_pr, "free_memory": False}
+        self.ask("the upload", lambda: send(self.repo_id, additions, **settings))
+
+    def landed(self, since: str, is_whole: Callable[[str], bool]) -> str | None:
+        """The commit after `since` that is whole, if there is one."""
+        look = self.api.list_repo_commits
+        commits = self.ask("a look at the commits", lambda: look(self.repo_id, revision=self.revision))
+        names = [commit.commit_id for commit in commits]
+        return next((name for name in names[: names.index(since)] if is_whole(name)), None) if since in names else None
+
+    def proposed(self, message: str, is_whole: Callable[[str], bool]) -> tuple[str, str] | None:
+        """URL and commit of our open pull request with these files, if there is one."""
+
+        def look() -> list[Any]:
+            author, kind = (self.account() or (None,))[0], "pull_request"
+            asked = self.api.get_repo_discussions(
+                self.repo_id, author=author, discussion_type=kind, discussion_status="open"
+            )
+            return [found for found in asked if found.title == message and found.author in (author, found.author)]
+
+        for found in self.ask("a look at the pull requests", look):
+            ref = f"refs/pr/{found.num}"
+            if found.is_pull_request and is_whole(ref):
+                commit = self.ask(
+                    "a look at the pull request", lambda ref=ref: self.api.repo_info(self.repo_id, revision=ref)
+                )
+                return found.url, commit.sha
+        return None
+
+    def account(self) -> tuple[str, str] | None:
+        """Name of the token's owner and role of the token, if the Hub tells."""
+        try:
+            told = self.api.whoami()
+        except Exception:  # asked for a better message, or a shorter list, only
+            return None
+        return told.get("name", ""), told.get("auth", {}).get("accessToken", {}).get("role", "")
+
+    def tag(self, name: str, commit: str) -> None:
+        """Tags a commit.
+
+        Raises:
+            PushError: If the tag is at another one.
+        """
+        try:
+            self.ask("the tag", lambda: self.api.create_tag(self.repo_id, tag=name, revision=commit))
+        except HfHubHTTPError as error:
+            if error.response.status_code != 409:
+                raise
+            if self.refs("tags").get(name) != commit:
+                raise PushError(f"--tag {name}: is there, at another commit; choose another name") from error
