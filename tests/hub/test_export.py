@@ -19,6 +19,7 @@ CODE = {
     "outputs_vidprism.py",
     "temporal_vidprism.py",
     "video_decoding_vidprism.py",
+    "video_packets_vidprism.py",
     "video_processing_vidprism.py",
 }
 

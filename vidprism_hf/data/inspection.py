@@ -22,8 +22,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import UserError, first_line, printable
-from ..model import VideoDecodeError
-from ..model.video_decoding_vidprism import check_video
+from ..model import VideoDecodeError, check_video
 from .dataset import ClipReader
 from .tables import ClipTable, stable_hash
 

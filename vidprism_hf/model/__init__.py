@@ -8,7 +8,7 @@ from .modeling_vidprism import (
     VidPrismTemporalModel,
 )
 from .outputs_vidprism import VidPrismForVideoClassificationOutput, VidPrismModelOutput
-from .video_decoding_vidprism import VideoDecodeError, VideoInfo, decode_video, segment_centers
+from .video_decoding_vidprism import VideoDecodeError, VideoInfo, check_video, decode_video, segment_centers
 from .video_processing_vidprism import VidPrismVideoProcessor
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "VidPrismVideoProcessor",
     "VideoDecodeError",
     "VideoInfo",
+    "check_video",
     "decode_video",
     "segment_centers",
 ]
