@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard
 from small import LABELS, card_facts
 
 from vidprism_hf import __version__
+from vidprism_hf.data.bad_clips import BadClip
 from vidprism_hf.hub import render_card
 
 FULL = {
@@ -17,8 +18,10 @@ FULL = {
     "backbone": "clip-vit-base-patch16",
     "dataset": "weizmann",
     "split": "held out: file names in which `^eli_` is found",
-    "num_train_clips": 60,
-    "num_eval_clips": 30,
+    "train_clips": "59 of 60",
+    "eval_clips": "30",
+    "train_list_hash": "0123abcd",
+    "bad_clips": [BadClip("train", "bend/eli_bend.avi", "bend", "is cut off")],
     "metrics": {"top1": 0.9, "top5": 1.0},
     "protocol": "Best checkpoint by held-out top-1; 8 frames x 1 crop x 1 clip.",
     "hyper_parameters": {"epochs": 30, "learning rate": 5e-05, "backbone": "frozen", "seed": 0},
@@ -61,7 +64,9 @@ def test_facts(tmp_path):
         'classify = pipeline("video-classification", model=".")',
         "| dataset | weizmann |",
         "| split | held out: file names in which `^eli_` is found |",
-        "| training clips | 60 |",
+        "| training clips | 59 of 60 |",
+        "| sha256 of the training list | `0123abcd` |",
+        "- train: bend/eli_bend.avi: is cut off",
         "| held-out clips | 30 |",
         "Best checkpoint by held-out top-1; 8 frames x 1 crop x 1 clip.",
         "| top1 | 0.9000 |",
@@ -106,6 +111,6 @@ def test_leaves_out_what_is_not_known(tmp_path):
 
 def test_a_split_rule_with_bars_stays_in_its_cell():
     card = render_card(
-        card_facts(dataset="clips", split="held out: `^(anna|ben)_`", num_train_clips=1, num_eval_clips=1)
+        card_facts(dataset="clips", split="held out: `^(anna|ben)_`", train_clips="1", eval_clips="1")
     )
     assert r"| split | held out: `^(anna\|ben)_` |" in str(card)

@@ -1,7 +1,7 @@
 """One branch of a repository on the Hub: what `vidprism push` asks of it, each request within bounds."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import quote
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_session, hf_hub_url
@@ -116,30 +116,24 @@ class Remote:
         settings = {"revision": self.revision, "create_pr": create_pr, "free_memory": False}
         self.ask("the upload", lambda: send(self.repo_id, additions, **settings))
 
-    def landed(self, since: str, is_whole: Callable[[str], bool]) -> str | None:
-        """The commit after `since` that is whole, if there is one."""
+    def landed(self, since: str, missing: Callable[[dict[str, RepoFile]], list[str]]) -> str | None:
+        """The first whole commit after `since`, if there is one."""
         look = self.api.list_repo_commits
         commits = self.ask("a look at the commits", lambda: look(self.repo_id, revision=self.revision))
         names = [commit.commit_id for commit in commits]
-        return next((name for name in names[: names.index(since)] if is_whole(name)), None) if since in names else None
+        later = names[: names.index(since)] if since in names else []
+        return next((name for name in reversed(later) if not missing(self.tree(name))), None)
 
-    def proposed(self, message: str, is_whole: Callable[[str], bool]) -> tuple[str, str] | None:
-        """URL and commit of our open pull request with these files, if there is one."""
-
-        def look() -> list[Any]:
-            author, kind = (self.account() or (None,))[0], "pull_request"
-            asked = self.api.get_repo_discussions(
-                self.repo_id, author=author, discussion_type=kind, discussion_status="open"
-            )
-            return [found for found in asked if found.title == message and found.author in (author, found.author)]
-
-        for found in self.ask("a look at the pull requests", look):
-            ref = f"refs/pr/{found.num}"
-            if found.is_pull_request and is_whole(ref):
-                commit = self.ask(
-                    "a look at the pull request", lambda ref=ref: self.api.repo_info(self.repo_id, revision=ref)
-                )
-                return found.url, commit.sha
+    def proposed(self, title: str, missing: Callable[[dict[str, RepoFile]], list[str]]) -> tuple[str, str] | None:
+        """URL and commit of our open pull request that is whole, if there is one."""
+        author = (self.account() or (None,))[0]
+        kind = {"discussion_type": "pull_request", "discussion_status": "open", "author": author}
+        look = self.api.get_repo_discussions
+        found = self.ask("a look at the pull requests", lambda: list(look(self.repo_id, **kind)))
+        for request in found:
+            ref = f"refs/pr/{request.num}"
+            if request.is_pull_request and request.title == title and not missing(self.tree(ref)):
+                return request.url, Remote(self.api, self.repo_id, ref, self.patience).head()
         return None
 
     def account(self) -> tuple[str, str] | None:
