@@ -66,7 +66,7 @@ def test_facts(tmp_path):
         "| split | held out: file names in which `^eli_` is found |",
         "| training clips | 59 of 60 |",
         "| sha256 of the training list | `0123abcd` |",
-        "- train: bend/eli_bend.avi: is cut off",
+        "- train: `bend/eli_bend.avi`: is cut off",
         "| held-out clips | 30 |",
         "Best checkpoint by held-out top-1; 8 frames x 1 crop x 1 clip.",
         "| top1 | 0.9000 |",
@@ -110,7 +110,5 @@ def test_leaves_out_what_is_not_known(tmp_path):
 
 
 def test_a_split_rule_with_bars_stays_in_its_cell():
-    card = render_card(
-        card_facts(dataset="clips", split="held out: `^(anna|ben)_`", train_clips="1", eval_clips="1")
-    )
+    card = render_card(card_facts(dataset="clips", split="held out: `^(anna|ben)_`", train_clips="1", eval_clips="1"))
     assert r"| split | held out: `^(anna\|ben)_` |" in str(card)
