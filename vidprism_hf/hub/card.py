@@ -8,6 +8,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..errors import printable
+
 TEMPLATE = Path(__file__).with_name("card_template.md")
 PACKAGES = ("vidprism_hf", "torch", "transformers", "lightning", "huggingface_hub", "av")
 
@@ -65,7 +67,7 @@ def render_card(facts: CardFacts) -> ModelCard:
         eval_results=evaluation_results(facts) or None,
     )
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-    return ModelCard.from_template(data, template_path=TEMPLATE, facts=facts, versions=versions)
+    return ModelCard.from_template(data, template_path=TEMPLATE, facts=facts, versions=versions, printable=printable)
 
 
 def evaluation_results(facts: CardFacts) -> list[EvalResult]:

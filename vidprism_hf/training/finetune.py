@@ -3,6 +3,7 @@
 A run's folder (`output`) holds config.yaml, logs/, checkpoints/{best,last}.ckpt, metrics.json and export/.
 """
 
+import dataclasses
 import json
 import os
 import shlex
@@ -25,9 +26,10 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from ..data import VideoDataModule
-from ..data.bad_clips import BadClip, TooManyBadClips, bad_clip_table
+from ..data import VideoDataModule, load_processor
+from ..data.bad_clips import BadClip, ClipCounts, TooManyBadClips, bad_clip_table
 from ..data.few_shot import clip_list_hash, save_clip_list
+from ..data.sources import source_kind
 from ..errors import UserError, first_line
 from ..hub import CardFacts, export_model, render_card
 from ..model import VISION_PRESETS
@@ -59,6 +61,12 @@ class FinetuneCLI(LightningCLI):
         )
         parser.link_arguments("data.id2label", "model.id2label", apply_on="instantiate")
 
+    def before_instantiate_classes(self) -> None:
+        """Looks for the backbone before data are fetched, which may be hundreds of gigabytes."""
+        data = self.config.data
+        if source_kind(data.source) in ("benchmark", "hub"):
+            load_processor(data.processor, data.num_frames)
+
     def instantiate_trainer(self, **settings) -> Trainer:
         """Builds the recipe's trainer.
 
@@ -88,12 +96,12 @@ def finetune(argv: list[str]) -> None:
     argv = list(argv)
     cli = parse(argv)
     output, resume = Path(cli.config.output), cli.config.resume
-    _ = cli.datamodule.video_processor  # a backbone that is not there shows here, before a run's folder is made
     if resume is None:
         keep_previous_run(output)
     else:
         check_resume(resume, output)
     save_settings(cli, output)
+    save_train_list(cli.datamodule, output)
     trainer = build_trainer(cli, output)
     print_once(f"Run folder: {output}")
     warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")  # a frozen tower is meant to be
@@ -108,7 +116,9 @@ def finetune(argv: list[str]) -> None:
     except TooManyBadClips as error:
         print_once(bad_clip_table(error.clips))
         raise
-    metrics = held_out_accuracy(trainer, cli, str(best_checkpoint(output)))
+    checkpoint = best_checkpoint(output)
+    metrics = held_out_accuracy(trainer, cli, str(checkpoint))
+    save_metrics(trainer, metrics, output)
     export = export_run(trainer, cli, metrics, output / "export")
     print_bad_clips(bad_clips(trainer))
     print_usage(export, metrics, clip_counts(trainer, "val"))
@@ -135,7 +145,7 @@ def evaluate(argv: list[str]) -> dict[str, float]:
     trainer = cli.instantiate_trainer(logger=False, callbacks=progress_bars(cli))
     metrics = held_out_accuracy(trainer, cli, checkpoint=None)
     print_bad_clips(bad_clips(trainer, "val"))
-    print_once(f"{argv[0]} on {clip_counts(trainer, 'val')} held-out clips")
+    print_once(f"{argv[0]} on {clip_counts(trainer, 'val').phrase('held-out clips')}")
     for name, value in metrics.items():
         print_once(f"  {name:<5} {value:.4f}")
     return metrics
@@ -191,6 +201,9 @@ def build_trainer(cli: FinetuneCLI, output: Path) -> Trainer:
         CSVLogger(output, name="logs", version=free_name(output / "logs" / "csv").name),
     ]
     asked = cli.config_init.trainer
+    for name in ("max_epochs", "max_steps"):
+        if asked[name] == 0:
+            raise UserError(f"trainer.{name}=0: nothing would be trained; set it to 1 or more")
     if asked.default_root_dir is not None:
         raise UserError("trainer.default_root_dir: the run's folder is output; set that")
     logger = loggers if asked.logger in (None, True) else asked.logger
@@ -230,21 +243,35 @@ def bad_clips(trainer: Trainer, split: str | None = None) -> list[BadClip]:
     return report.account.clips(trainer.datamodule.id2label, split)
 
 
-def clip_counts(trainer: Trainer, split: str) -> str:
-    """`N`, or `N of M` where some clips of the split cannot be decoded or are not on disk."""
+def clip_counts(trainer: Trainer, split: str) -> ClipCounts:
+    """What became of the clips of a split (train, val)."""
     data = trainer.datamodule
-    listed = data.num_clips[split]
-    expected, used = listed + len(data.splits.missing.get(split, ())), listed - len(bad_clips(trainer, split))
-    return str(used) if used == expected else f"{used} of {expected}"
+    missing = len(data.splits.missing.get(split, ()))
+    return ClipCounts(data.num_clips[split] + missing, missing, len(bad_clips(trainer, split)))
+
+
+@rank_zero_only
+def save_metrics(trainer: Trainer, metrics: dict[str, float], output: Path) -> None:
+    """Writes metrics.json: the metrics, and what became of the clips."""
+    counts = {split: dataclasses.asdict(clip_counts(trainer, split)) for split in ("train", "val")}
+    beside = output / "metrics.json.tmp"
+    beside.write_text(json.dumps({**metrics, "clips": counts}, indent=2) + "\n")
+    os.replace(beside, output / "metrics.json")
+
+
+@rank_zero_only
+def save_train_list(data: VideoDataModule, output: Path) -> None:
+    """Writes train_clips.txt where the training clips were drawn or listed: the run's start is in time to find out
+    that a name does not fit.
+    """
+    if data.hparams.shots or data.hparams.train_list:
+        save_clip_list(data.train_table, output / "train_clips.txt")
 
 
 def export_run(trainer: Trainer, cli: FinetuneCLI, metrics: dict[str, float], folder: Path) -> Path:
     """Exports the module's weights with a card of the run's facts; on the first process alone."""
     if trainer.is_global_zero:
-        (Path(trainer.default_root_dir) / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         facts = run_facts(trainer, cli, metrics)
-        if cli.datamodule.hparams.shots:
-            save_clip_list(cli.datamodule.train_table, Path(trainer.default_root_dir) / "few_shot.txt")
         export_model(cli.model.model, cli.datamodule.video_processor, folder, render_card(facts))
     trainer.strategy.barrier("export")
     return folder
@@ -274,17 +301,23 @@ def run_facts(trainer: Trainer, cli: FinetuneCLI, metrics: dict[str, float]) -> 
         backbone=Path(hparams.checkpoint or hparams.backbone).name,
         dataset=data.name,
         split=data.split_description,
-        train_clips=clip_counts(trainer, "train"),
-        eval_clips=clip_counts(trainer, "val"),
+        train_clips=str(clip_counts(trainer, "train")),
+        eval_clips=str(clip_counts(trainer, "val")),
         train_list_hash=None if data.hparams.streaming else clip_list_hash(data.train_table),
         bad_clips=bad_clips(trainer),
         metrics=metrics,
-        protocol=f"Best checkpoint by held-out top-1; {model.config.num_frames} frames x {data.hparams.test_crops} "
-        f"crop{'s' * (data.hparams.test_crops > 1)} x {data.hparams.test_clips} "
-        f"clip{'s' * (data.hparams.test_clips > 1)}. The same clips chose the checkpoint, so the figure is optimistic. "
-        "A clip that cannot be decoded counts as wrong.",
+        protocol=protocol(trainer, model.config.num_frames, data.hparams.test_crops, data.hparams.test_clips),
         hyper_parameters=hyper_parameters,
     )
+
+
+def protocol(trainer: Trainer, num_frames: int, num_crops: int, num_clips: int) -> str:
+    """How the held-out clips were evaluated, in words."""
+    crops, clips = (f"{count} {word}{'s' * (count > 1)}" for count, word in ((num_crops, "crop"), (num_clips, "clip")))
+    text = f"{num_frames} frames x {crops} x {clips}. A clip that cannot be decoded counts as wrong."
+    if trainer.current_epoch < 2 * (trainer.check_val_every_n_epoch or 1):
+        return f"Last checkpoint; {text}"  # at most one validation: there was nothing to choose from
+    return f"Best checkpoint by held-out top-1; {text} The same clips chose the checkpoint: the figure is optimistic."
 
 
 def hub_id(name: str) -> str | None:
@@ -368,10 +401,10 @@ def print_bad_clips(clips: list[BadClip]) -> None:
         print_once(bad_clip_table(clips))
 
 
-def print_usage(export: Path, metrics: dict[str, float], num_clips: str) -> None:
+def print_usage(export: Path, metrics: dict[str, float], counts: ClipCounts) -> None:
     """The three lines that end a run."""
     classify = f"t.pipeline('video-classification', '{export}')('CLIP.mp4')"
     code = f"import vidprism_hf, transformers as t; print({classify})"
-    print_once(f"Held-out top-1 {metrics['top1']:.4f} on {num_clips} clips; exported to {export}")
+    print_once(f"Held-out top-1 {metrics['top1']:.4f} on {counts.phrase('clips')}; exported to {export}")
     print_once(f"  vidprism predict {export} CLIP.mp4")
     print_once(f'  python -c "{code}"')
