@@ -41,6 +41,8 @@ OPTIONS = $(SOURCE) $(call option,--data.root,$(DATA_ROOT)) $(call option,--mode
 	$(call option,--trainer.precision,$(PRECISION)) $(call option,--trainer.max_epochs,$(EPOCHS)) \
 	$(call option,--output,$(OUT)) $(ARGS)
 
+NEEDS_MODEL = $(if $(strip $(MODEL)),,$(error MODEL is empty: name an export, such as MODEL=runs/demo/export))
+
 .DEFAULT_GOAL := help
 .PHONY: help setup finetune fewshot prepare evaluate predict push test test-fast lint format clean
 
@@ -69,13 +71,13 @@ prepare: $(READY)  ## fetch and verify a benchmark: make prepare DATASET=ucf101
 	$(BIN)/vidprism data prepare $(DATASET) $(call option,--root,$(DATA_ROOT))
 
 evaluate: $(READY)  ## held-out accuracy: make evaluate MODEL=runs/demo/export
-	$(BIN)/vidprism evaluate "$(MODEL)" --config $(RECIPE) $(OPTIONS)
+	$(NEEDS_MODEL)$(BIN)/vidprism evaluate "$(MODEL)" --config $(RECIPE) $(OPTIONS)
 
 predict: $(READY)  ## top labels of files: make predict MODEL=runs/demo/export FILES="a.mp4 b.mp4"
-	$(BIN)/vidprism predict "$(MODEL)" $(FILES) $(ARGS)
+	$(NEEDS_MODEL)$(BIN)/vidprism predict "$(MODEL)" $(FILES) $(ARGS)
 
 push: $(READY)  ## publish an export: make push REPO=org/name MODEL=runs/demo/export
-	$(BIN)/vidprism push "$(MODEL)" --repo "$(REPO)" $(ARGS)
+	$(NEEDS_MODEL)$(BIN)/vidprism push "$(MODEL)" --repo "$(REPO)" $(ARGS)
 
 # transformers' own model tests, at the installed version; not in its wheel.
 $(SUITE): $(READY) tests/transformers_suite.py

@@ -126,8 +126,17 @@ def test_evaluate_finds_what_the_run_found(run, motion_clips, capsys, with_recip
     before = files_of(run)
     assert main(["evaluate", str(run / "export"), *arguments]) == 0
     printed = capsys.readouterr().out
-    for name, value in json.loads((run / "metrics.json").read_text()).items():
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert f"on {metrics.pop('clips')['val']['expected']} held-out clips" in printed
+    for name, value in metrics.items():
         assert re.search(rf"^  {name} +{value:.4f}$", printed, flags=re.MULTILINE)
+    assert files_of(run) == before
+
+
+def test_a_model_in_the_runs_own_folder_is_not_moved_away(run, motion_clips, capsys):
+    before = files_of(run)
+    assert main(run_arguments(motion_clips, run, f"--model.checkpoint={run / 'export'}")) == 1
+    assert "choose another output" in capsys.readouterr().err
     assert files_of(run) == before
 
 

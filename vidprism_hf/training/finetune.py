@@ -96,6 +96,7 @@ def finetune(argv: list[str]) -> None:
     argv = list(argv)
     cli = parse(argv)
     output, resume = Path(cli.config.output), cli.config.resume
+    check_checkpoint(cli.config.model.checkpoint, output)
     if resume is None:
         keep_previous_run(output)
     else:
@@ -348,6 +349,16 @@ def keep_previous_run(output: Path) -> None:
     kept = free_name(output)
     output.rename(kept)
     print(f"The earlier run in {output} is kept as {kept}")
+
+
+def check_checkpoint(name: str | None, output: Path) -> None:
+    """Looks whether the model to start from would be moved away with the earlier run in the folder.
+
+    Raises:
+        UserError: If it would.
+    """
+    if name and os.path.exists(name) and output.resolve() in (path := Path(name).resolve(), *path.parents):
+        raise UserError(f"model.checkpoint {name}: lies in output {output}; choose another output")
 
 
 def check_resume(file: str, output: Path) -> None:
