@@ -3,12 +3,11 @@
 A run's folder (`output`) holds config.yaml, logs/, checkpoints/{best,last}.ckpt, metrics.json and export/.
 """
 
-import json
 import os
 import shlex
 import warnings
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from jsonargparse import ArgumentError
@@ -27,11 +26,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ..data import VideoDataModule
 from ..data.bad_clips import BadClip, TooManyBadClips, bad_clip_table
-from ..data.few_shot import clip_list_hash, save_clip_list
 from ..errors import UserError, first_line
-from ..hub import CardFacts, export_model, render_card
-from ..model import VISION_PRESETS
 from .callbacks import BadClipReport
+from .card_facts import CardRecorder, bad_clips, clip_counts
+from .exporting import ExportedCheckpoint, ExportSettings, export_best, export_kept
 from .module import VidPrismLightningModule, read_checkpoint_config
 
 # What a recipe need not say.
@@ -51,6 +49,7 @@ class FinetuneCLI(LightningCLI):
         parser.add_argument(
             "--resume", type=str, default=None, help="Checkpoint (.ckpt) of an interrupted run to go on from."
         )
+        parser.add_class_arguments(ExportSettings, "export")
         parser.link_arguments("model.num_frames", "data.num_frames")
         parser.link_arguments(
             ("model.backbone", "model.checkpoint"),
@@ -109,7 +108,7 @@ def finetune(argv: list[str]) -> None:
         print_once(bad_clip_table(error.clips))
         raise
     metrics = held_out_accuracy(trainer, cli, str(best_checkpoint(output)))
-    export = export_run(trainer, cli, metrics, output / "export")
+    export = export_best(trainer, cli, metrics, output / "export")
     print_bad_clips(bad_clips(trainer))
     print_usage(export, metrics, clip_counts(trainer, "val"))
 
@@ -173,17 +172,16 @@ def parse(argv: list[str]) -> FinetuneCLI:
 def build_trainer(cli: FinetuneCLI, output: Path) -> Trainer:
     """The trainer of the recipe, with the run's loggers and callbacks."""
     checkpoints = output / "checkpoints"
+    keep = partial(ModelCheckpoint, dirpath=checkpoints, enable_version_counter=False)
+    if cli.config_init.export.checkpoints:
+        export = partial(export_kept, cli)
+        keep = partial(ExportedCheckpoint, export, dirpath=checkpoints, enable_version_counter=False)
     callbacks = [
-        ModelCheckpoint(checkpoints, filename="best", monitor="val/top1", mode="max", enable_version_counter=False),
+        keep(filename="best", monitor="val/top1", mode="max"),
         # A checkpoint of its own, so that "last" is the last, not the best; also written on Ctrl-C.
-        ModelCheckpoint(
-            checkpoints,
-            filename="last",
-            enable_version_counter=False,
-            save_on_train_epoch_end=True,
-            save_on_exception=True,
-        ),
+        keep(filename="last", save_on_train_epoch_end=True, save_on_exception=True),
         BadClipReport(output),
+        CardRecorder(),
         *progress_bars(cli),
     ]
     loggers = [
@@ -222,76 +220,6 @@ def held_out_accuracy(trainer: Trainer, cli: FinetuneCLI, checkpoint: str | None
     """Held-out top-1 and top-5 of a checkpoint, which stays loaded in the module, or of the module as it is."""
     results = trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True, verbose=False)
     return {name: results[0][f"test/{name}"] for name in ("top1", "top5") if f"test/{name}" in results[0]}
-
-
-def bad_clips(trainer: Trainer, split: str | None = None) -> list[BadClip]:
-    """The clips that could not be decoded so far, of one split (train, val) or both."""
-    (report,) = (callback for callback in trainer.callbacks if isinstance(callback, BadClipReport))
-    return report.account.clips(trainer.datamodule.id2label, split)
-
-
-def clip_counts(trainer: Trainer, split: str) -> str:
-    """`N`, or `N of M` where some clips of the split cannot be decoded or are not on disk."""
-    data = trainer.datamodule
-    listed = data.num_clips[split]
-    expected, used = listed + len(data.splits.missing.get(split, ())), listed - len(bad_clips(trainer, split))
-    return str(used) if used == expected else f"{used} of {expected}"
-
-
-def export_run(trainer: Trainer, cli: FinetuneCLI, metrics: dict[str, float], folder: Path) -> Path:
-    """Exports the module's weights with a card of the run's facts; on the first process alone."""
-    if trainer.is_global_zero:
-        (Path(trainer.default_root_dir) / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        facts = run_facts(trainer, cli, metrics)
-        if cli.datamodule.hparams.shots:
-            save_clip_list(cli.datamodule.train_table, Path(trainer.default_root_dir) / "few_shot.txt")
-        export_model(cli.model.model, cli.datamodule.video_processor, folder, render_card(facts))
-    trainer.strategy.barrier("export")
-    return folder
-
-
-def run_facts(trainer: Trainer, cli: FinetuneCLI, metrics: dict[str, float]) -> CardFacts:
-    """What the card says of this run."""
-    model, data, hparams = cli.model.model, cli.datamodule, cli.model.hparams
-    hyper_parameters: dict[str, Any] = {
-        "epochs": trainer.current_epoch,
-        "steps": trainer.global_step,
-        "batch size (clips)": data.hparams.batch_size * trainer.world_size * trainer.accumulate_grad_batches,
-        "learning rate": hparams.learning_rate,
-        "backbone": "frozen" if hparams.freeze_backbone else f"learning rate x {hparams.backbone_lr_scale}",
-        "weight decay": hparams.weight_decay,
-        "warm-up epochs": hparams.warmup_epochs,
-        "precision": trainer.precision,
-        "seed": cli.config.seed_everything,
-    }
-    return CardFacts(
-        model_name=Path(cli.config.output).name,
-        labels=[model.config.id2label[index] for index in range(model.config.num_labels)],
-        num_frames=model.config.num_frames,
-        rates=model.config.rates,
-        origin="It was fine-tuned with `vidprism finetune`.",
-        base_model=hub_id(hparams.checkpoint or hparams.backbone),
-        backbone=Path(hparams.checkpoint or hparams.backbone).name,
-        dataset=data.name,
-        split=data.split_description,
-        train_clips=clip_counts(trainer, "train"),
-        eval_clips=clip_counts(trainer, "val"),
-        train_list_hash=None if data.hparams.streaming else clip_list_hash(data.train_table),
-        bad_clips=bad_clips(trainer),
-        metrics=metrics,
-        protocol=f"Best checkpoint by held-out top-1; {model.config.num_frames} frames x {data.hparams.test_crops} "
-        f"crop{'s' * (data.hparams.test_crops > 1)} x {data.hparams.test_clips} "
-        f"clip{'s' * (data.hparams.test_clips > 1)}. The same clips chose the checkpoint, so the figure is optimistic. "
-        "A clip that cannot be decoded counts as wrong.",
-        hyper_parameters=hyper_parameters,
-    )
-
-
-def hub_id(name: str) -> str | None:
-    """The Hub id that a backbone or checkpoint was loaded by; None for folders and random weights."""
-    if name in VISION_PRESETS:
-        return VISION_PRESETS[name]["name_or_path"]
-    return None if os.path.exists(name) else name
 
 
 @rank_zero_only
