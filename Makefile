@@ -35,7 +35,7 @@ OPTIONS = $(SOURCE) $(call option,--data.root,$(DATA_ROOT)) $(call option,--mode
 	$(call option,--output,$(OUT)) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup finetune fewshot prepare evaluate predict test test-fast lint format clean
+.PHONY: help setup finetune fewshot prepare evaluate predict cards test test-fast lint format clean
 
 help:  ## print this
 	@echo "targets:"
@@ -67,6 +67,9 @@ evaluate: $(READY)  ## held-out accuracy: make evaluate MODEL=runs/demo/export
 
 predict: $(READY)  ## top labels of files: make predict MODEL=runs/demo/export FILES="a.mp4 b.mp4"
 	$(BIN)/vidprism predict $(MODEL) $(FILES) $(ARGS)
+
+cards: $(READY)  ## write the presets' model cards anew, from model_cards/presets.yaml and the recipes
+	$(BIN)/python model_cards/generate.py
 
 # transformers' own model tests, at the installed version; not in its wheel.
 $(SUITE): $(READY) tests/transformers_suite.py
