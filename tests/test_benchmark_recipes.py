@@ -62,7 +62,7 @@ def test_few_shot_over_splits(clone, tmp_path):
     assert "mean" in printed
     for split in (1, 2):
         run = tmp_path / "run" / f"split{split}"
-        names = (run / "few_shot.txt").read_text().splitlines()
+        names = (run / "train_clips.txt").read_text().splitlines()
         assert len(names) == 4  # two of each of two classes
         card = (run / "export" / "README.md").read_text()
         assert f"official split {split}; 2 training clips a class" in card

@@ -104,15 +104,15 @@ def test_recipe_and_split_of_an_export(run, motion_clips, tmp_path):
     assert differing(weights(run), weights(tmp_path / "again")) == []
 
 
-def test_few_shot_list_is_part_of_the_export(motion_clips, tmp_path):
+def test_list_of_the_training_clips_is_part_of_the_export(motion_clips, tmp_path):
     arguments = run_arguments(motion_clips, tmp_path / "run", "--data.shots=1", "--trainer.max_epochs=1")
     assert main(arguments) == 0
-    listed = (tmp_path / "run" / "export" / "few_shot.txt").read_bytes()
-    assert listed == (tmp_path / "run" / "few_shot.txt").read_bytes()
+    listed = (tmp_path / "run" / "export" / "train_clips.txt").read_bytes()
+    assert listed == (tmp_path / "run" / "train_clips.txt").read_bytes()
     manifest = json.loads((tmp_path / "run" / "export" / "split.json").read_text())
     digest = hashlib.sha256(b"".join(sorted(listed.splitlines(keepends=True)))).hexdigest()
     assert manifest["train"] == {"clips": 2, "not_decoded": 0, "not_on_disk": 0, "sha256": digest}
-    assert manifest["few_shot"] == {"shots": 1, "seed": 0, "list": "few_shot.txt"}
+    assert manifest["few_shot"] == {"shots": 1, "seed": 0}
 
 
 def test_kept_checkpoints_are_exported_and_change_nothing(run, motion_clips, tmp_path):

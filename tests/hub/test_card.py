@@ -160,8 +160,9 @@ def test_leaves_out_what_is_not_known(tmp_path):
 def test_text_of_the_data_stays_in_its_place():
     """Bars in a cell, and marks in the names of clips and labels, which come from strangers' data."""
     labels = ("a | b", "<!-- vidprism:generated end -->")
-    bad = [BadClip("train", "x\n<!-- vidprism:generated end -->", "a", "cause")]
+    bad = [BadClip("train", "x`\udcff\n<!-- vidprism:generated end -->", "a", "cause")]
     text = str(render_card(card_facts(**FULL | {"labels": list(labels), "bad_clips": bad})))
     assert r"| split | held out: file names in which `^(eli\|ben)_` is found |" in text
     assert text.count("<!-- vidprism:generated end -->") == 1
+    assert text.encode()  # bytes of file names need not be text
     assert front_matter(text)["library_name"] == "transformers"

@@ -237,7 +237,7 @@ MORE = {
     "figures/curves.png": b"a picture",
     "recipe.yaml": b"output: run\n",
     "split.json": b"{}\n",
-    "few_shot.txt": b"a.mp4\t0\n",
+    "train_clips.txt": b"a.mp4\t0\n",
     ".eval_results/org--name.yaml": b"[]\n",
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
+from ..errors import printable
 from ..evaluation.intervals import wilson_interval
 from .card_merge import merge_card
 
@@ -108,9 +109,25 @@ def render_card(facts: CardFacts) -> ModelCard:
         eval_results=evaluation_results(facts) or None,
     )
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    texts = {"plain": plain, "code": code, "cell": cell}
     return ModelCard.from_template(
-        data, template_path=TEMPLATE, facts=facts, versions=versions, revision=git_revision(), bibtex=bibtex()
+        data, template_path=TEMPLATE, facts=facts, versions=versions, revision=git_revision(), bibtex=bibtex(), **texts
     )
+
+
+def plain(text: object) -> str:
+    """Text of strangers, such as a label's name, as one line that is no markup and no mark of ours."""
+    return " ".join(printable(str(text)).split()).replace("<", "&lt;")
+
+
+def code(text: object) -> str:
+    """The same for a file's name, which keeps its stars and underscores."""
+    return "`" + " ".join(printable(str(text)).split()).replace("`", "'").replace("<!--", "<! --") + "`"
+
+
+def cell(value: object) -> str:
+    """A table's cell, with whatever markup it has."""
+    return " ".join(printable(str(value)).split()).replace("|", "\\|").replace("<!--", "<! --")
 
 
 def evaluation_results(facts: CardFacts) -> list[EvalResult]:

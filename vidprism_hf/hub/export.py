@@ -7,7 +7,7 @@
 | video_preprocessor_config.json            | the processor of the evaluation input                             |
 | *_vidprism.py                             | the code that trust_remote_code runs                              |
 | README.md, figures/*.png                  | the model card                                                    |
-| recipe.yaml, split.json, few_shot.txt     | the run's settings and the clips that it trained on               |
+| recipe.yaml, split.json, train_clips.txt  | the run's settings and the clips that it trained on               |
 | .eval_results/*.yaml                      | its results, where the dataset is one of the Hub                  |
 """
 
@@ -39,7 +39,7 @@ Precision = Literal["float32", "bfloat16", "float16"]
 EXPORT_FILES = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
     r"|config\.json|video_preprocessor_config\.json|README\.md|\w+_vidprism\.py"
-    r"|figures/\w+\.png|recipe\.yaml|split\.json|few_shot\.txt|\.eval_results/[\w-]+\.yaml"
+    r"|figures/\w+\.png|recipe\.yaml|split\.json|train_clips\.txt|\.eval_results/[\w-]+\.yaml"
 )
 FOLDERS = frozenset({"figures", ".eval_results"})
 # What each Auto class finds in the exported code files under trust_remote_code.

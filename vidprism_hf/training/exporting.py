@@ -13,13 +13,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities import rank_zero_warn
 
-from ..data.few_shot import clip_list_hash, save_clip_list
+from ..data.few_shot import clip_list_hash
 from ..hub import export_model, render_card
 from ..hub.card import eval_results_file
 from ..hub.export import MAX_SHARD_SIZE, ExportError, Precision
 from .card_facts import CardRecorder, bad_clips, kept_by, run_facts, run_figures, views
 
-FEW_SHOT_LIST = "few_shot.txt"
+TRAIN_LIST = "train_clips.txt"  # in the run's folder, where the clips were drawn or listed
 
 
 @dataclass
@@ -69,18 +69,16 @@ def export_kept(cli: LightningCLI, trainer: Trainer, folder: Path) -> None:
 
 
 def export_best(trainer: Trainer, cli: LightningCLI, metrics: dict[str, float], folder: Path) -> Path:
-    """Exports the best weights, which the test has loaded, and writes what it found to metrics.json."""
-    output = Path(trainer.default_root_dir)
-    if trainer.is_global_zero:
-        (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        if cli.datamodule.hparams.shots:
-            save_clip_list(cli.datamodule.train_table, output / FEW_SHOT_LIST)
+    """Exports the best weights, which the test has loaded, with what it found."""
     data = cli.datamodule.hparams
     used = views(cli.model.model.config.num_frames, data.test_crops, data.test_clips)
-    protocol = (
-        f"Best checkpoint by held-out top-1; {used}. The same clips chose the checkpoint, so the figure is "
-        "optimistic. A clip that cannot be decoded counts as wrong."
-    )
+    text = f"{used}. A clip that cannot be decoded counts as wrong."
+    if trainer.current_epoch < 2 * (trainer.check_val_every_n_epoch or 1):
+        protocol = f"Last checkpoint; {text}"  # at most one validation: there was nothing to choose from
+    else:
+        protocol = (
+            f"Best checkpoint by held-out top-1; {text} The same clips chose the checkpoint: the figure is optimistic."
+        )
     export_run(trainer, cli, metrics, protocol, folder)
     return folder
 
@@ -121,8 +119,8 @@ def write_export(
     files = {path: picture for path, (_, picture) in figures.items()}
     files["recipe.yaml"] = portable_recipe(cli).encode()
     files["split.json"] = (json.dumps(split_manifest(trainer), indent=2) + "\n").encode()
-    if cli.datamodule.hparams.shots and (listed := Path(trainer.default_root_dir) / FEW_SHOT_LIST).is_file():
-        files[FEW_SHOT_LIST] = listed.read_bytes()
+    if (listed := Path(trainer.default_root_dir) / TRAIN_LIST).is_file():
+        files[TRAIN_LIST] = listed.read_bytes()
     export_model(
         cli.model.model,
         cli.datamodule.video_processor,
@@ -166,5 +164,5 @@ def split_manifest(trainer: Trainer) -> dict[str, Any]:
             "sha256": None if table is None else clip_list_hash(table),
         }
     if data.hparams.shots:
-        manifest["few_shot"] = {"shots": data.hparams.shots, "seed": data.hparams.seed, "list": FEW_SHOT_LIST}
+        manifest["few_shot"] = {"shots": data.hparams.shots, "seed": data.hparams.seed}
     return manifest

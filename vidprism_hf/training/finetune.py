@@ -3,6 +3,7 @@
 A run's folder (`output`) holds config.yaml, logs/, checkpoints/{best,last}.ckpt, metrics.json and export/.
 """
 
+import json
 import os
 import shlex
 import warnings
@@ -26,10 +27,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ..data import VideoDataModule
 from ..data.bad_clips import BadClip, TooManyBadClips, bad_clip_table
+from ..data.few_shot import save_clip_list
 from ..errors import UserError, first_line
 from .callbacks import BadClipReport
 from .card_facts import CardRecorder, bad_clips, clip_counts
-from .exporting import ExportedCheckpoint, ExportSettings, export_best, export_kept
+from .exporting import TRAIN_LIST, ExportedCheckpoint, ExportSettings, export_best, export_kept
 from .module import VidPrismLightningModule, read_checkpoint_config
 
 # What a recipe need not say.
@@ -93,6 +95,7 @@ def finetune(argv: list[str]) -> None:
     else:
         check_resume(resume, output)
     save_settings(cli, output)
+    save_train_list(cli.datamodule, output)
     trainer = build_trainer(cli, output)
     print_once(f"Run folder: {output}")
     warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")  # a frozen tower is meant to be
@@ -108,6 +111,7 @@ def finetune(argv: list[str]) -> None:
         print_once(bad_clip_table(error.clips))
         raise
     metrics = held_out_accuracy(trainer, cli, str(best_checkpoint(output)))
+    save_metrics(metrics, output)
     export = export_best(trainer, cli, metrics, output / "export")
     print_bad_clips(bad_clips(trainer))
     print_usage(export, metrics, clip_counts(trainer, "val"))
@@ -220,6 +224,23 @@ def held_out_accuracy(trainer: Trainer, cli: FinetuneCLI, checkpoint: str | None
     """Held-out top-1 and top-5 of a checkpoint, which stays loaded in the module, or of the module as it is."""
     results = trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True, verbose=False)
     return {name: results[0][f"test/{name}"] for name in ("top1", "top5") if f"test/{name}" in results[0]}
+
+
+@rank_zero_only
+def save_metrics(metrics: dict[str, float], output: Path) -> None:
+    """Writes metrics.json."""
+    beside = output / "metrics.json.tmp"
+    beside.write_text(json.dumps(metrics, indent=2) + "\n")
+    os.replace(beside, output / "metrics.json")
+
+
+@rank_zero_only
+def save_train_list(data: VideoDataModule, output: Path) -> None:
+    """Writes train_clips.txt where the training clips were drawn or listed: the run's start is in time to find out
+    that a name does not fit.
+    """
+    if data.hparams.shots or data.hparams.train_list:
+        save_clip_list(data.train_table, output / TRAIN_LIST)
 
 
 @rank_zero_only
