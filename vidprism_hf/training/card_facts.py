@@ -44,6 +44,7 @@ class CardRecorder(L.Callback):
         self.class_weights: np.ndarray | None = None
         self.mean_weights: np.ndarray | None = None
         self._since: float | None = None
+        self._loss, self._batches = torch.zeros(()), 0  # of the epoch so far; one that is resumed has no start
 
     def state_dict(self) -> dict[str, Any]:
         return {"epochs": self.epochs, "seconds": self._seconds()}
@@ -63,16 +64,14 @@ class CardRecorder(L.Callback):
         peak = torch.tensor(float(peak_memory(pl_module.device)), device=pl_module.device)
         self.peak_bytes = int(trainer.strategy.reduce(peak, reduce_op="max"))
 
-    def on_train_epoch_start(self, trainer, pl_module):
-        self._loss, self._batches = torch.zeros((), device=pl_module.device), 0
-
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         # Lightning hands on the loss as it was divided for the accumulation.
-        self._loss = self._loss + outputs["loss"].float() * trainer.accumulate_grad_batches
+        self._loss = self._loss.to(pl_module.device) + outputs["loss"].float() * trainer.accumulate_grad_batches
         self._batches += 1
 
     def on_train_epoch_end(self, trainer, pl_module):
-        mean = trainer.strategy.reduce(self._loss / max(1, self._batches), reduce_op="mean")
+        mean = trainer.strategy.reduce(self._loss.to(pl_module.device) / max(1, self._batches), reduce_op="mean")
+        self._loss, self._batches = torch.zeros(()), 0
         self.epochs.setdefault(trainer.current_epoch, {})["train_loss"] = mean.item()
 
     def on_validation_end(self, trainer, pl_module):
