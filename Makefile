@@ -8,11 +8,12 @@ K        ?= 16       ## for fewshot: training clips of each class
 SPLITS   ?= 1        ## for fewshot: official splits to run and average, such as "1 2 3"
 DEVICES  ?=          ## number of devices (the recipe's trainer.devices)
 STRATEGY ?=          ## Lightning strategy (auto, ddp, ...)
-PRECISION ?=         ## 32, bf16-mixed, 16-mixed
+PRECISION ?=         ## 32, bf16-mixed (the benchmarks' recipes), 16-mixed
 EPOCHS   ?=          ## epochs (the recipe's trainer.max_epochs)
 OUT      ?=          ## folder of the run (the recipe's output)
 MODEL    ?=          ## exported folder or Hub id, for evaluate and predict
 FILES    ?=          ## video files, for predict
+REPO     ?=          ## repository on the Hub, for push
 ARGS     ?=          ## anything else for the command line, such as --model.freeze_backbone true
 
 PYTHON   ?= python3
@@ -21,13 +22,19 @@ BIN      := $(VENV)/bin
 READY    := $(VENV)/.ready
 SUITE    := $(VENV)/transformers-tests/VERSION
 
+# A misspelt variable would run something else without a word.
+KNOWN := DATASET DATA_ROOT BACKBONE FRAMES K SPLITS DEVICES STRATEGY PRECISION EPOCHS OUT MODEL FILES REPO ARGS \
+	PYTHON VENV
+GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
+$(if $(filter-out $(KNOWN),$(GIVEN)),$(error no variable $(filter-out $(KNOWN),$(GIVEN)); there are $(KNOWN)))
+
 # A comment behind a value leaves blanks: strip them once.
 DATASET := $(strip $(DATASET))
 # A name with a recipe, else a path to clips for the folder recipe.
-RECIPE := $(if $(wildcard recipes/$(DATASET).yaml),recipes/$(DATASET).yaml,recipes/folder.yaml)
+RECIPE := $(or $(if $(findstring /,$(DATASET)),,$(wildcard recipes/$(DATASET).yaml)),recipes/folder.yaml)
 SOURCE := $(if $(filter recipes/folder.yaml,$(RECIPE)),--data.source "$(DATASET)")
 FEW_SHOT := recipes/few_shot/$(DATASET).yaml
-option = $(if $(strip $(2)),$(1) $(strip $(2)))
+option = $(if $(strip $(2)),$(1) "$(strip $(2))")
 OPTIONS = $(SOURCE) $(call option,--data.root,$(DATA_ROOT)) $(call option,--model.backbone,$(BACKBONE)) \
 	$(call option,--model.num_frames,$(FRAMES)) \
 	$(call option,--trainer.devices,$(DEVICES)) $(call option,--trainer.strategy,$(STRATEGY)) \
@@ -35,7 +42,7 @@ OPTIONS = $(SOURCE) $(call option,--data.root,$(DATA_ROOT)) $(call option,--mode
 	$(call option,--output,$(OUT)) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup finetune fewshot prepare evaluate predict cards test test-fast lint format clean
+.PHONY: help setup finetune fewshot prepare evaluate predict push cards test test-fast lint format clean
 
 help:  ## print this
 	@echo "targets:"
@@ -56,17 +63,19 @@ finetune: $(READY)  ## train, evaluate and export: make finetune DATASET=/path/t
 fewshot: $(READY)  ## K clips of each class: make fewshot DATASET=hmdb51 K=16
 	@test -f $(FEW_SHOT) || { echo "no recipe $(FEW_SHOT): DATASET must be one of" \
 	  $(basename $(notdir $(wildcard recipes/few_shot/*.yaml))); exit 2; }
-	$(BIN)/vidprism $(if $(filter ssv2,$(DATASET)),finetune,splits --splits $(SPLITS)) --config $(FEW_SHOT) \
-	  --data.shots $(K) $(OPTIONS)
+	$(BIN)/vidprism splits --splits $(SPLITS) --config $(FEW_SHOT) --data.shots $(K) $(OPTIONS)
 
 prepare: $(READY)  ## fetch and verify a benchmark: make prepare DATASET=ucf101
 	$(BIN)/vidprism data prepare $(DATASET) $(call option,--root,$(DATA_ROOT))
 
 evaluate: $(READY)  ## held-out accuracy: make evaluate MODEL=runs/demo/export
-	$(BIN)/vidprism evaluate $(MODEL) --config $(RECIPE) $(OPTIONS)
+	$(BIN)/vidprism evaluate "$(MODEL)" --config $(RECIPE) $(OPTIONS)
 
 predict: $(READY)  ## top labels of files: make predict MODEL=runs/demo/export FILES="a.mp4 b.mp4"
-	$(BIN)/vidprism predict $(MODEL) $(FILES) $(ARGS)
+	$(BIN)/vidprism predict "$(MODEL)" $(FILES) $(ARGS)
+
+push: $(READY)  ## publish an export: make push REPO=org/name MODEL=runs/demo/export
+	$(BIN)/vidprism push "$(MODEL)" --repo "$(REPO)" $(ARGS)
 
 cards: $(READY)  ## write the presets' model cards anew, from model_cards/presets.yaml and the recipes
 	$(BIN)/python model_cards/generate.py

@@ -10,6 +10,7 @@ USAGE = """usage: vidprism VERB ...
   splits --config RECIPE [--splits 1 2 3]  finetune on several official splits, and the mean
   evaluate MODEL --config RECIPE           held-out accuracy of an exported model
   predict MODEL FILE [FILE ...]            top labels of video files
+  push FOLDER --repo ORG/NAME              publish an export on the Hub
   convert CHECKPOINT OUT ...               an authors' checkpoint to the Hub's layout
 
 `vidprism VERB --help` tells a verb's options.
@@ -42,6 +43,12 @@ def _predict(argv: list[str]) -> int:
     return main(argv)
 
 
+def _push(argv: list[str]) -> int:
+    from .hub.push import main
+
+    return main(argv)
+
+
 def _convert(argv: list[str]) -> int:
     from .convert.released import main
 
@@ -60,6 +67,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "splits": _splits,
     "evaluate": _evaluate,
     "predict": _predict,
+    "push": _push,
     "convert": _convert,
 }
 

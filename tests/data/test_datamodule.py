@@ -130,6 +130,30 @@ def test_in_a_trainer_each_epoch_has_its_own_order(folder, tmp_path):
     assert json.loads(json.dumps(dict(saved))) == dict(data.hparams)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_run_begins_with_its_epoch(folder, tmp_path, workers):
+    """Lightning asks for the first clips before it tells the epoch."""
+
+    def fit(epochs, checkpoint=None):
+        recorder = Recorder()
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_epochs=epochs,
+            default_root_dir=tmp_path,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+        trainer.fit(recorder, datamodule=module(folder, num_workers=workers), ckpt_path=checkpoint, weights_only=True)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return recorder.epochs
+
+    whole = fit(3)
+    fit(2)
+    assert fit(3, tmp_path / "last.ckpt")[2] == whole[2]
+
+
 def test_labels_of_the_demo_are_known_before_it_is_rendered(tmp_path):
     data = VideoDataModule("demo", root=str(tmp_path))
     assert data.id2label == dict(enumerate(DEMO_CLASSES))
@@ -214,8 +238,8 @@ def test_processor_of_a_saved_checkpoint(folder, tmp_path, shared):
         ({"clip_time_limit": 0.0}, r"data\.clip_time_limit=0\.0: must be above 0, or null"),
         ({"max_bad_fraction": 2.0}, r"data\.max_bad_fraction=2\.0: must be between 0 and 1"),
         ({"train_views": 2, "mixup_alpha": 0.2}, r"data\.mixup_alpha: mixes pixels"),
-        ({"source": "ucf101", "val_fraction": 0.2}, r"data\.val_fraction: data\.source ucf101 is a benchmark"),
-        ({"source": "here", "streaming": True}, r"data\.streaming: data\.source here is a folder"),
+        ({"source": "ucf101", "val_fraction": 0.2}, r"data\.val_fraction: data\.source ucf101 is read as a benchmark"),
+        ({"source": "here", "streaming": True}, r"data\.streaming: data\.source here is read as class folders"),
         ({"grayscale": 1.5}, r"data\.grayscale=1\.5"),
         ({"source": "demo", "val_fraction": 0.5}, r"data\.val_fraction: the demo is already split"),
     ],

@@ -76,6 +76,23 @@ def test_a_hub_dataset(published, tmp_path, more):
     assert row.startswith("train,")
     card = (tmp_path / "run" / "export" / "README.md").read_text()
     assert f"| dataset | {SOURCE} |" in card
-    assert "| training clips | 11 of 12 |" in card
+    assert "| training clips | 11 of 12 (1 undecodable) |" in card
     assert "| held-out clips | 4 |" in card
     assert os.listdir(tmp_path / "run" / "export")
+
+
+def test_two_processes_evaluate_fewer_shards_than_they_have_workers(published, tmp_path):
+    import pyarrow.parquet as pq
+
+    few = tmp_path / "few"
+    (few / "data").mkdir(parents=True)
+    for split, count in (("train", 12), ("validation", 3)):
+        rows = pq.read_table(sorted((published / "data").glob(f"{split}-*.parquet"))).slice(0, count)
+        pq.write_table(rows, few / "data" / f"{split}-00000-of-00001.parquet")
+    printed = finetune(
+        few,
+        tmp_path,
+        *("--data.streaming=true", "--data.num_workers=4", "--trainer.devices=2", "--trainer.strategy=ddp"),
+        "--trainer.max_epochs=1",
+    )
+    assert re.search(r"Held-out top-1 \S+ on 3 clips", printed)

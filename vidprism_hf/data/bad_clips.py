@@ -75,6 +75,33 @@ class BadClipLog:
         )
 
 
+@dataclass(frozen=True)
+class ClipCounts:
+    """What became of the clips of a split.
+
+    Attributes:
+        expected: Clips that the source lists.
+        missing: Of these, clips that are not on disk, and were left out.
+        undecodable: Of the others, clips that cannot be decoded; in evaluation they count as wrong.
+    """
+
+    expected: int
+    missing: int = 0
+    undecodable: int = 0
+
+    def __str__(self) -> str:
+        """`160`, or `157 of 160 (2 missing, 1 undecodable)`."""
+        return self.phrase("")
+
+    def phrase(self, noun: str) -> str:
+        """The same with a noun: `160 clips`, or `157 of 160 clips (2 missing, 1 undecodable)`."""
+        lost = {"missing": self.missing, "undecodable": self.undecodable}
+        reasons = ", ".join(f"{count} {what}" for what, count in lost.items() if count)
+        used = self.expected - self.missing - self.undecodable
+        noun = f" {noun}" if noun else ""
+        return f"{used} of {self.expected}{noun} ({reasons})" if reasons else f"{used}{noun}"
+
+
 def write_bad_clips(clips: Iterable[BadClip], path: Path) -> None:
     """Writes the list as CSV: split, name, label, cause."""
     beside = path.with_name(path.name + ".tmp")
@@ -131,7 +158,7 @@ def check_bad_clips(clips: list[BadClip], num_clips: int, max_fraction: float, n
     if len(clips) > max_fraction * num_clips:
         raise TooManyBadClips(
             f"{len(clips)} of {num_clips} training clips cannot be decoded, more than data.max_bad_fraction="
-            f"{max_fraction:g} {first}; mend or remove them, or allow more",
+            f"{max_fraction:g} {first}; `vidprism data check` finds them all: mend or remove them, or allow more",
             clips,
         )
     if num_unreadable:

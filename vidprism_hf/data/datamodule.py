@@ -13,9 +13,10 @@ from transformers import AutoConfig
 
 from ..errors import first_line
 from ..model import VISION_PRESETS, VidPrismConfig, VidPrismVideoProcessor
-from .dataset import ClipDataset, ClipReader, ClipSampler, StreamedClips, collate
+from .dataset import ClipDataset, ClipReader, ClipSampler, collate
 from .demo import DEMO_CLASSES, demo_folder
 from .sources import DEMO, check_source, describe_split, open_source, source_name
+from .streamed_clips import StreamedClips
 from .tables import ClipSplits, ClipTable, DataError, stable_hash
 from .transforms import BatchMixing, ClipAugmentation
 
@@ -144,7 +145,7 @@ class VideoDataModule(L.LightningDataModule):
     @property
     def split_description(self) -> str:
         """How the held-out clips were chosen, in a phrase."""
-        return describe_split(self.hparams)
+        return describe_split(self.hparams, self._splits.description if self._splits else "")
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -206,7 +207,10 @@ class VideoDataModule(L.LightningDataModule):
             )
 
     def train_dataloader(self) -> DataLoader:
-        """Augmented clips in random order; the last batch may be smaller."""
+        """Augmented clips in random order; the last batch may be smaller.
+
+        It begins with the trainer's epoch: a resumed run asks for its first clips before Lightning tells the epoch.
+        """
         hparams, crop = self.hparams, self.video_processor.crop_size
         augmentation = ClipAugmentation(
             (crop["height"], crop["width"]),
@@ -217,7 +221,10 @@ class VideoDataModule(L.LightningDataModule):
             random_erasing=hparams.random_erasing,
             mean=self.video_processor.image_mean,
         )
-        return self._loader("train", self._reader(augmentation=augmentation))
+        loader = self._loader("train", self._reader(augmentation=augmentation))
+        epoch = self.trainer.current_epoch if self.trainer is not None else 0
+        (loader.dataset if hparams.streaming else loader.sampler).set_epoch(epoch)
+        return loader
 
     def val_dataloader(self) -> DataLoader:
         """Every held-out clip once, in one view, as the processor makes it."""
@@ -386,8 +393,8 @@ def _check_arguments(**settings: Any) -> None:
     if crops not in (1, 3):
         raise DataError(f"data.test_crops={crops}: must be 1 or 3")
     if settings["streaming"]:
-        for name in ("train_views", "shots", "val_fraction", "val_list", "val_pattern", "train_list"):
-            if settings[name] is not None:
+        for name in ("train_views", "shots", "val_fraction", "val_list", "val_pattern", "train_list", "allow_missing"):
+            if settings[name]:
                 raise DataError(f"data.{name}: needs a table of all clips, which data.streaming has not; remove one")
     mixing = [name for name in ("mixup_alpha", "cutmix_alpha") if settings[name]]
     if settings["train_views"] is not None and mixing:

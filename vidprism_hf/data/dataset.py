@@ -4,16 +4,15 @@ What an example looks like follows from (seed, epoch, index) alone, so it is the
 workers or processes and whichever clips share its batch.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import Dataset, IterableDataset, default_collate
+from torch.utils.data import Dataset, default_collate
 from torch.utils.data.distributed import DistributedSampler
 
 from ..model import VideoDecodeError, VidPrismVideoProcessor, decode_video
@@ -22,9 +21,6 @@ from .sampling import FrameSampling
 from .tables import ClipTable, stable_hash
 from .time_limit import TimeLimit
 from .transforms import ClipAugmentation, test_views
-
-if TYPE_CHECKING:  # the datasets library takes a second to import
-    from .streaming import StreamedRow, StreamedRows
 
 # So many clips of a class are tried in the place of a bad one before the class counts as unreadable.
 MAX_REPLACEMENTS = 16
@@ -98,10 +94,11 @@ class ClipReader:
     def _decode(self, video: str | bytes, sample: Callable[[int], np.ndarray]) -> np.ndarray:
         try:
             frames, _ = self._within(partial(decode_video, time_limit=self.time_limit), video, sample)
-        except TimeoutError as error:
+        except TimeoutError:
             name = video if isinstance(video, str) else f"<bytes, {len(video)} bytes>"
-            message = f"{name}: {error}, make it shorter, raise data.clip_time_limit or leave it out"
-            raise VideoDecodeError(message, name, str(error)) from None
+            cause = f"took longer than {self.time_limit:g} s"
+            message = f"{name}: {cause}, make it shorter, raise data.clip_time_limit or leave it out"
+            raise VideoDecodeError(message, name, cause) from None
         return frames
 
 
@@ -166,58 +163,6 @@ class ClipDataset(Dataset):
         others = others[others != index]
         generator = np.random.default_rng(stable_hash("replacement", self.reader.seed, view, index))
         yield from generator.permutation(others)[:MAX_REPLACEMENTS].tolist()
-
-
-class StreamedClips(IterableDataset):
-    """Clips of rows that come one after the other, as items like those of `ClipDataset`.
-
-    `clip_index` is a hash of the clip's name, since rows have no numbers. In training a clip that cannot be decoded
-    is replaced by another view of the next one of its class in the same worker's share, or of the share's last
-    clip where no other of its class follows: each share keeps its length.
-
-    Args:
-        rows: Where the rows come from.
-        reader: Makes their pixels.
-    """
-
-    def __init__(self, rows: "StreamedRows", reader: ClipReader):
-        self.rows = rows
-        self.reader = reader
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch, before the clips of it are read."""
-        self.rows.set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        bad, owed, last = [], Counter(), None
-        for row in self.rows:
-            pixels = self._pixels(row, 0, bad)
-            if pixels is None and self.reader.augmentation:
-                owed[row.label] += 1
-                continue
-            yield self._item(row, pixels, bad)
-            bad, last = [], row
-            for again in range(owed.pop(row.label, 0)):
-                yield self._item(row, self._pixels(row, again + 1, bad), bad)
-        for again in range(owed.total()):
-            if last is None:  # not one clip decodes
-                yield example(self.reader, None, 0, 0, bad)
-            else:
-                yield self._item(last, self._pixels(last, again + 1, bad), bad)
-            bad = []
-
-    def _pixels(self, row: "StreamedRow", again: int, bad: list[Note]) -> torch.Tensor | None:
-        try:
-            return self.reader(row.video, (self.rows.epoch, row.name, again))
-        except VideoDecodeError as error:
-            bad.append((row.name, row.label, error.cause or str(error)))
-            return None
-
-    def _item(self, row: "StreamedRow", pixels: torch.Tensor | None, bad: list[Note]) -> dict[str, Any]:
-        return example(self.reader, pixels, row.label, stable_hash(row.name), bad)
 
 
 def example(

@@ -37,7 +37,9 @@ def few_shot(splits: ClipSplits, shots: int, seed: int) -> ClipSplits:
         chosen += sorted(clips, key=lambda clip: (stable_hash(seed, clip[0]), clip[0]))[:shots]
     note = f"{table.origin}: {len(chosen)} of {len(table)} training clips are used, {shots} a label (seed {seed})"
     train = table.select([index for _, index in sorted(chosen)])
-    return replace(splits, train=train, notes=(*splits.notes, note))
+    # What the full list lacks on disk is no part of the drawn one.
+    missing = {name: clips for name, clips in splits.missing.items() if name != "train"}
+    return replace(splits, train=train, notes=(*splits.notes, note), missing=missing)
 
 
 def save_clip_list(table: ClipTable, path: str | os.PathLike) -> None:
@@ -62,18 +64,17 @@ def clip_list_hash(table: ClipTable) -> str:
     """The SHA-256 of a table's clips and labels, whatever their order, in hexadecimal digits.
 
     It is the hash of the lines of the saved list in the order of their bytes: `LC_ALL=C sort LIST | sha256sum`.
-
-    Raises:
-        DataError: If a clip's name holds a tab or the end of a line.
     """
-    return hashlib.sha256(b"".join(sorted(_lines(table)))).hexdigest()
+    return hashlib.sha256(b"".join(sorted(_lines(table, strict=False)))).hexdigest()
 
 
-def _lines(table: ClipTable) -> list[bytes]:
+def _lines(table: ClipTable, strict: bool = True) -> list[bytes]:
     lines = []
     for index, label in enumerate(table.labels.tolist()):
         name = table.name(index)
         if not name or set(name) & set("\t\r\n\0"):
-            raise DataError(f"{table.origin}: clip name {name!r} does not fit a line of a list; rename the clip")
+            if strict:
+                raise DataError(f"{table.origin}: clip name {name!r} does not fit a line of a list; rename the clip")
+            name = repr(name)
         lines.append(f"{name}\t{label}\n".encode("utf-8", "surrogateescape"))
     return lines

@@ -51,7 +51,7 @@ class Repository:
         Raises:
             DataError: If there is none, or it may not be read.
         """
-        with hub_errors(source, revision):
+        with hub_errors(source, revision, hint="; there is no folder of that name either"):
             found = resolve_revision(source, repo_type="dataset", revision=revision)
             # Also keeps the list of all files at that commit, for the next time.
             names = ["README.md", ".gitattributes"]  # the second one is there always: the client warns of no match
@@ -107,14 +107,14 @@ class Repository:
 
 
 @contextmanager
-def hub_errors(source: str, revision: str | None = None) -> Iterator[None]:
+def hub_errors(source: str, revision: str | None = None, hint: str = "") -> Iterator[None]:
     """Turns what the Hub's libraries raise into one line. Their chain of causes tells more than the last of them."""
     try:
         yield
     except DataError:
         raise
     except Exception as error:  # builders raise whatever the files lead them to
-        raise DataError(f"{source}: {_explain(error, revision)}") from error
+        raise DataError(f"{source}: {_explain(error, revision)}{hint}") from error
 
 
 def _explain(error: BaseException, revision: str | None) -> str:

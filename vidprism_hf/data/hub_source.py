@@ -14,6 +14,7 @@ Private repositories are read with the token that huggingface_hub finds. Code in
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .archives import unpack
@@ -67,12 +68,16 @@ def hub_splits(
         DataError: If the dataset, or what is asked of it, cannot be used.
     """
     repository = Repository.find(source, revision)
+    description = f"commit {repository.commit[:12]}" + (f", configuration {config}" if config else "")
     if train_list is None and (config is not None or repository.is_table):
         for name, value in (("val_list", val_list), ("val_pattern", val_pattern)):
             if value is not None:
                 raise DataError(f"data.{name}: {source} has rows, no class folders; use data.val_split or val_fraction")
         tables = HubTables(repository, root, load_splits(repository, config), allow_missing)
-        return tables.splits(train_split, val_split, video_column, label_column, label_names, val_fraction, seed)
+        splits = tables.splits(train_split, val_split, video_column, label_column, label_names, val_fraction, seed)
+        # How the held-out rows were found stands in the notes.
+        found = [note.partition(": ")[2].partition(";")[0] for note in splits.notes if "held out" in note]
+        return replace(splits, description=", ".join([description, f"split {train_split}", *found]))
     for name, value in (("hub_config", config), ("val_split", val_split), ("video_column", video_column)):
         if value is not None:
             raise DataError(f"data.{name}: {source} is read as files, not as rows; remove it")
@@ -80,9 +85,11 @@ def hub_splits(
     clips = _class_root(places[0], source)
     if train_list is not None:
         lists = [_find_file("train_list", train_list, places), _find_file("val_list", val_list, places)]
-        return scan_lists(clips, *lists, _find_file("label_names", label_names, places), allow_missing)
+        splits = scan_lists(clips, *lists, _find_file("label_names", label_names, places), allow_missing)
+        return replace(splits, description=description)
     val_list = _find_file("val_list", val_list, places)
-    return scan_folder(clips, val_fraction=val_fraction, val_list=val_list, val_pattern=val_pattern, seed=seed)
+    splits = scan_folder(clips, val_fraction=val_fraction, val_list=val_list, val_pattern=val_pattern, seed=seed)
+    return replace(splits, description=description)
 
 
 def _fetch_clips(repository: Repository, root: str | os.PathLike) -> tuple[Path, ...]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 DEMO = "demo"
 RULES = ("val_fraction", "val_list", "val_pattern")
+KINDS = {"benchmark": "a benchmark", "folder": "class folders", "lists": "list files", "hub": "a dataset of the Hub"}
 # Settings that have a meaning for some kinds of source only.
 SETTINGS = {
     "demo": (),
@@ -63,6 +64,11 @@ def open_source(settings: dict[str, Any]) -> "ClipSplits | ClipStreams":
     kind = source_kind(source, settings["train_list"])
     if kind == "demo":
         splits = scan_folder(demo_folder(root, seed))
+    elif kind in ("folder", "lists") and not Path(source).exists():
+        raise DataError(
+            f"{source}: no such folder; give a folder, a dataset of the Hub (org/name), demo, or one of "
+            f"{', '.join(BENCHMARKS)} as data.source"
+        )
     elif kind == "folder":
         splits = scan_folder(source, seed=seed, **{name: settings[name] for name in RULES})
     elif kind == "lists":
@@ -108,7 +114,11 @@ def check_source(settings: dict[str, Any], defaults: dict[str, Any]) -> None:
     kind = source_kind(settings["source"], settings["train_list"])
     for name in sorted({name for names in SETTINGS.values() for name in names} - set(SETTINGS[kind])):
         if settings[name] != defaults[name]:
-            why = "the demo is already split" if kind == "demo" else f"data.source {settings['source']} is a {kind}"
+            why = (
+                "the demo is already split"
+                if kind == "demo"
+                else f"data.source {settings['source']} is read as {KINDS[kind]}"
+            )
             raise DataError(f"data.{name}: {why} and does not use it; remove it")
 
 
@@ -117,8 +127,13 @@ def source_name(source: str) -> str:
     return source if source_kind(source) in ("demo", "benchmark", "hub") else Path(source).resolve().name
 
 
-def describe_split(settings: dict[str, Any]) -> str:
-    """How training and held-out clips were told apart, in a phrase."""
+def describe_split(settings: dict[str, Any], read: str = "") -> str:
+    """How training and held-out clips were told apart, in a phrase.
+
+    Args:
+        settings: The arguments of `VideoDataModule`.
+        read: What the source says of itself (`ClipSplits.description`).
+    """
     seed, kind = settings["seed"], source_kind(settings["source"], settings["train_list"])
     if kind == "demo":
         text = f"rendered clips, train and held-out drawn apart (seed {seed})"
@@ -135,10 +150,7 @@ def describe_split(settings: dict[str, Any]) -> str:
         text = f"held-out clips listed in {Path(settings['val_list']).name}"
     elif settings["val_pattern"] is not None:
         text = f"held out: file names in which `{settings['val_pattern']}` is found"
-    elif kind == "hub":
-        text = (
-            f"the dataset's split {settings['train_split']}; held out: {settings['val_split'] or 'its held-out split'}"
-        )
     else:
-        text = "the source's own folders for training and held-out clips"
+        text = "the source's own split"
+    text = f"{read}; {text}" if read else text
     return text + (f"; {settings['shots']} training clips a class, drawn by seed {seed}" if settings["shots"] else "")

@@ -94,6 +94,7 @@ class ClipSplits:
         ignored: Files below the source that are not clips, sorted; hidden ones are not listed.
         notes: Sentences about the source that its user should see once.
         missing: Split ("train" or "val") to the clips that its list names and the disk lacks.
+        description: What was read, in a phrase, where the settings do not tell: a commit, a split that was found.
     """
 
     train: ClipTable
@@ -102,3 +103,4 @@ class ClipSplits:
     ignored: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     missing: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    description: str = ""

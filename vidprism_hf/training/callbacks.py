@@ -28,13 +28,8 @@ class BadClipReport(L.Callback):
         self.interval = interval
         self.account = BadClipLog()
         self._unreadable = 0  # training examples without pixels
-        self._agreed = 0  # how many notes there were, over all processes, after the last look
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"notes": self.account.notes}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.account.merge(state_dict["notes"])
+        self._printed: set[tuple[str, str]] = set()
+        self._agreed: int | None = 0  # how many notes there were, over all processes, after the last look
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self._note("train", batch)
@@ -50,16 +45,25 @@ class BadClipReport(L.Callback):
 
     on_test_batch_end = on_validation_batch_end
 
+    def on_test_epoch_start(self, trainer, pl_module):
+        # The account is that of the final evaluation: a clip may have timed out in an earlier one alone.
+        if self.account.notes["val"]:  # in all processes alike, since they agreed after the last validation
+            self.account.notes["val"].clear()
+            self._agreed = None
+
     def on_validation_epoch_end(self, trainer, pl_module):
         self._look(trainer)
 
     on_test_epoch_end = on_validation_epoch_end
 
     def _note(self, split: str, batch: dict[str, Any]) -> None:
-        fate = "replaced by another of its class" if split == "train" else "counts as wrong"
+        fate = "replaced by another clip" if split == "train" else "counts as wrong"
         # Other data modules give no notes. Each is printed by the process that met it, whichever that is: a hung
         # file system is seen from one machine only.
         for name, _, cause in self.account.add(split, batch.get("bad_clips", ())):
+            if (split, name) in self._printed:
+                continue
+            self._printed.add((split, name))
             print(printable(f"Bad clip ({split}, {fate}): {name}: {cause}"), flush=True)
 
     def _look(self, trainer: L.Trainer) -> None:

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 
-from ..data.bad_clips import BadClip
+from ..data.bad_clips import BadClip, ClipCounts
 from ..data.benchmarks import BENCHMARKS
 from ..data.few_shot import clip_list_hash
 from ..data.sources import DEMO, source_kind
@@ -120,12 +120,11 @@ def kept_by(trainer: Trainer, kind: type) -> Any:
     return callback
 
 
-def clip_counts(trainer: Trainer, split: str) -> str:
-    """`N`, or `N of M` where some clips of the split cannot be decoded or are not on disk."""
+def clip_counts(trainer: Trainer, split: str) -> ClipCounts:
+    """What became of the clips of a split (train, val)."""
     data = trainer.datamodule
-    listed = data.num_clips[split]
-    expected, used = listed + len(data.splits.missing.get(split, ())), listed - len(bad_clips(trainer, split))
-    return str(used) if used == expected else f"{used} of {expected}"
+    missing = len(data.splits.missing.get(split, ()))
+    return ClipCounts(data.num_clips[split] + missing, missing, len(bad_clips(trainer, split)))
 
 
 def run_facts(trainer: Trainer, cli: LightningCLI, metrics: dict[str, float], protocol: str) -> CardFacts:
@@ -143,8 +142,8 @@ def run_facts(trainer: Trainer, cli: LightningCLI, metrics: dict[str, float], pr
         backbone=Path(hparams.checkpoint or hparams.backbone).name,
         **dataset_facts(data),
         split=data.split_description,
-        train_clips=clip_counts(trainer, "train"),
-        eval_clips=clip_counts(trainer, "val"),
+        train_clips=str(clip_counts(trainer, "train")),
+        eval_clips=str(clip_counts(trainer, "val")),
         train_list_hash=None if data.hparams.streaming else clip_list_hash(data.train_table),
         bad_clips=bad_clips(trainer),
         metrics=metrics,

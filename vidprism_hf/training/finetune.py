@@ -3,6 +3,7 @@
 A run's folder (`output`) holds config.yaml, logs/, checkpoints/{best,last}.ckpt, metrics.json and export/.
 """
 
+import dataclasses
 import json
 import os
 import shlex
@@ -25,14 +26,16 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from ..data import VideoDataModule
-from ..data.bad_clips import BadClip, TooManyBadClips, bad_clip_table
+from ..data import VideoDataModule, load_processor
+from ..data.bad_clips import BadClip, ClipCounts, TooManyBadClips, bad_clip_table
 from ..data.few_shot import save_clip_list
+from ..data.sources import source_kind
 from ..errors import UserError, first_line
 from .callbacks import BadClipReport
 from .card_facts import CardRecorder, bad_clips, clip_counts
 from .exporting import TRAIN_LIST, ExportedCheckpoint, ExportSettings, export_best, export_kept
 from .module import VidPrismLightningModule, read_checkpoint_config
+from .push_callback import PushToHub
 
 # What a recipe need not say.
 TRAINER_DEFAULTS = {
@@ -59,6 +62,12 @@ class FinetuneCLI(LightningCLI):
             compute_fn=lambda backbone, checkpoint: checkpoint or backbone,
         )
         parser.link_arguments("data.id2label", "model.id2label", apply_on="instantiate")
+
+    def before_instantiate_classes(self) -> None:
+        """Looks for the backbone before data are fetched, which may be hundreds of gigabytes."""
+        data = self.config.data
+        if source_kind(data.source) in ("benchmark", "hub"):
+            load_processor(data.processor, data.num_frames)
 
     def instantiate_trainer(self, **settings) -> Trainer:
         """Builds the recipe's trainer.
@@ -89,7 +98,6 @@ def finetune(argv: list[str]) -> None:
     argv = list(argv)
     cli = parse(argv)
     output, resume = Path(cli.config.output), cli.config.resume
-    _ = cli.datamodule.video_processor  # a backbone that is not there shows here, before a run's folder is made
     if resume is None:
         keep_previous_run(output)
     else:
@@ -110,8 +118,9 @@ def finetune(argv: list[str]) -> None:
     except TooManyBadClips as error:
         print_once(bad_clip_table(error.clips))
         raise
-    metrics = held_out_accuracy(trainer, cli, str(best_checkpoint(output)))
-    save_metrics(metrics, output)
+    checkpoint = best_checkpoint(output)
+    metrics = held_out_accuracy(trainer, cli, str(checkpoint))
+    save_metrics(trainer, metrics, output)
     export = export_best(trainer, cli, metrics, output / "export")
     print_bad_clips(bad_clips(trainer))
     print_usage(export, metrics, clip_counts(trainer, "val"))
@@ -138,7 +147,7 @@ def evaluate(argv: list[str]) -> dict[str, float]:
     trainer = cli.instantiate_trainer(logger=False, callbacks=progress_bars(cli))
     metrics = held_out_accuracy(trainer, cli, checkpoint=None)
     print_bad_clips(bad_clips(trainer, "val"))
-    print_once(f"{argv[0]} on {clip_counts(trainer, 'val')} held-out clips")
+    print_once(f"{argv[0]} on {clip_counts(trainer, 'val').phrase('held-out clips')}")
     for name, value in metrics.items():
         print_once(f"  {name:<5} {value:.4f}")
     return metrics
@@ -193,12 +202,19 @@ def build_trainer(cli: FinetuneCLI, output: Path) -> Trainer:
         CSVLogger(output, name="logs", version=free_name(output / "logs" / "csv").name),
     ]
     asked = cli.config_init.trainer
+    for name in ("max_epochs", "max_steps"):
+        if asked[name] == 0:
+            raise UserError(f"trainer.{name}=0: nothing would be trained; set it to 1 or more")
     if asked.default_root_dir is not None:
         raise UserError("trainer.default_root_dir: the run's folder is output; set that")
     logger = loggers if asked.logger in (None, True) else asked.logger
     if logger:
         callbacks.append(LearningRateMonitor(logging_interval="step"))
-    return cli.instantiate_trainer(default_root_dir=str(output), callbacks=callbacks, logger=logger)
+    trainer = cli.instantiate_trainer(default_root_dir=str(output), callbacks=callbacks, logger=logger)
+    for callback in trainer.callbacks:
+        if isinstance(callback, PushToHub):  # a recipe's (trainer.callbacks), which cannot name a function
+            callback.export = lambda trainer, module, folder: export_kept(cli, trainer, folder)
+    return trainer
 
 
 def progress_bars(cli: FinetuneCLI) -> list[Callback]:
@@ -227,10 +243,11 @@ def held_out_accuracy(trainer: Trainer, cli: FinetuneCLI, checkpoint: str | None
 
 
 @rank_zero_only
-def save_metrics(metrics: dict[str, float], output: Path) -> None:
-    """Writes metrics.json."""
+def save_metrics(trainer: Trainer, metrics: dict[str, float], output: Path) -> None:
+    """Writes metrics.json: the metrics, and what became of the clips."""
+    counts = {split: dataclasses.asdict(clip_counts(trainer, split)) for split in ("train", "val")}
     beside = output / "metrics.json.tmp"
-    beside.write_text(json.dumps(metrics, indent=2) + "\n")
+    beside.write_text(json.dumps({**metrics, "clips": counts}, indent=2) + "\n")
     os.replace(beside, output / "metrics.json")
 
 
@@ -317,10 +334,10 @@ def print_bad_clips(clips: list[BadClip]) -> None:
         print_once(bad_clip_table(clips))
 
 
-def print_usage(export: Path, metrics: dict[str, float], num_clips: str) -> None:
+def print_usage(export: Path, metrics: dict[str, float], counts: ClipCounts) -> None:
     """The three lines that end a run."""
     classify = f"t.pipeline('video-classification', '{export}')('CLIP.mp4')"
     code = f"import vidprism_hf, transformers as t; print({classify})"
-    print_once(f"Held-out top-1 {metrics['top1']:.4f} on {num_clips} clips; exported to {export}")
+    print_once(f"Held-out top-1 {metrics['top1']:.4f} on {counts.phrase('clips')}; exported to {export}")
     print_once(f"  vidprism predict {export} CLIP.mp4")
     print_once(f'  python -c "{code}"')

@@ -71,7 +71,7 @@ def _recipe_output(settings: list[str]) -> str:
 
 def _mean(results: dict[str, dict[str, float]]) -> dict[str, float]:
     names = next(iter(results.values()))
-    return {name: statistics.fmean(metrics[name] for metrics in results.values()) for name in names}
+    return {name: statistics.fmean(metrics[name] for metrics in results.values()) for name in names if name != "clips"}
 
 
 def _print(summary: dict, output: Path) -> None:

@@ -1,0 +1,388 @@
+"""`vidprism push`: an exported model to a repository of the Hub, once and whole.
+
+What differs from the repository's tree is uploaded and committed on top of the commit that it was compared with
+(`parent_commit`). After a failure with an unknown outcome the branch is looked at first: what has arrived is not
+sent again. The exported folder is only read.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import httpx2
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import validate_repo_id
+
+from ..errors import UserError, first_line
+from .pushed_files import INDEX, LocalFile, read_export
+from .refusals import LOG_IN, PushError, explain, safe
+from .remote import MAIN, README, Remote
+from .retries import MOVED_STATUS, HubError, Patience, bounded_client, pause_after, read_failure
+
+MESSAGE = "Upload a VidPrism model"
+WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|" + re.escape(INDEX))
+# Text in a card that this package wrote: such a README may be written anew.
+GENERATED = "<!-- vidprism:generated"
+SENT = ("new", "changed")
+# Pushes of others that we let go first; each of them has a pause of its own.
+MOVES = 20
+
+
+@dataclass(frozen=True)
+class PushedFile:
+    """One file of a push: `state` is new, changed, unchanged, removed, or kept (a README that a person wrote)."""
+
+    path: str
+    size: int
+    state: str
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """What a push did, or would do.
+
+    Args:
+        url: Of the repository, branch or pull request.
+        commit: That holds the folder's files; None for a dry run on a repository that is not there.
+        files: Every file, sorted by name.
+        notes: What the user should know, one line each.
+        card: The README as it is, or would be, on the Hub.
+    """
+
+    url: str
+    commit: str | None
+    files: list[PushedFile]
+    notes: list[str]
+    card: str
+
+    @property
+    def uploaded(self) -> dict[str, int]:
+        """Sizes in bytes of the files that were sent, by name."""
+        return {file.path: file.size for file in self.files if file.state in SENT}
+
+    @property
+    def unchanged(self) -> list[str]:
+        """Files that the Hub had."""
+        return [file.path for file in self.files if file.state == "unchanged"]
+
+
+@dataclass
+class Plan:
+    """What a push sends, against one commit of the branch.
+
+    Args:
+        files: Every file, and what becomes of it.
+        wanted: What the branch is to hold afterwards; with the merged README, without one that stays.
+        removed: Names of files that must not stay.
+        card: The README as it will be.
+        notes: What the user should know.
+    """
+
+    files: list[PushedFile]
+    wanted: dict[str, LocalFile]
+    removed: list[str]
+    card: str
+    notes: list[str]
+
+    @property
+    def operations(self) -> list[CommitOperationAdd | CommitOperationDelete]:
+        """New ones each time, as the client wears them out."""
+        sent = [self.wanted[file.path].operation() for file in self.files if file.state in SENT]
+        return sent + [CommitOperationDelete(path) for path in self.removed]
+
+    def missing(self, tree: dict[str, RepoFile]) -> list[str]:
+        """What a commit's files lack, or have too much."""
+        lacking = [path for path, file in self.wanted.items() if path not in tree or not file.is_same(tree[path])]
+        return lacking + stale_weights(tree, self.wanted)
+
+
+def make_plan(files: dict[str, LocalFile], tree: dict[str, RepoFile], readme: Callable[[], str]) -> Plan:
+    """Compares the folder with the files of a commit.
+
+    Args:
+        files: Of the folder.
+        tree: Of the repository.
+        readme: Gives the repository's README.
+    """
+    wanted, kept, notes = dict(files), set(), []
+    card = files[README].source.decode() if README in files else ""
+    if README in files and README in tree and not files[README].is_same(tree[README]):
+        card, note = merged_card(readme(), card)
+        wanted[README] = LocalFile(README, card.encode())
+        if note:
+            kept.add(README)
+            notes.append(note)
+    listed = []
+    for path, file in wanted.items():
+        same = path in tree and file.is_same(tree[path])
+        state = "kept" if path in kept else "new" if path not in tree else "unchanged" if same else "changed"
+        listed.append(PushedFile(path, file.info.size, state))
+    removed = stale_weights(tree, files)
+    listed += [PushedFile(path, tree[path].size, "removed") for path in removed]
+    for path in kept:
+        del wanted[path]
+    return Plan(sorted(listed, key=lambda file: file.path), wanted, removed, card, notes)
+
+
+def stale_weights(tree: dict[str, RepoFile], files: dict[str, LocalFile]) -> list[str]:
+    """Weights of an earlier push: left there, they would be loaded in place of the new ones."""
+    return sorted(path for path in tree.keys() - files.keys() if WEIGHT_FILES.fullmatch(path))
+
+
+def merged_card(remote: str, local: str) -> tuple[str, str | None]:
+    """The README to publish where the repository has another one, and a note if that is the repository's own."""
+    try:
+        from .card import merge_card
+    except ImportError:
+        if GENERATED in remote:
+            return local, None
+        return remote, f"{README}: the repository's was not written by vidprism and stays as it is"
+    return merge_card(remote, local), None
+
+
+def push_export(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    tag: str | None = None,
+    create_pr: bool = False,
+    message: str | None = None,
+    dry_run: bool = False,
+    token: str | None = None,
+    endpoint: str | None = None,
+    patience: Patience | None = None,
+) -> PushResult:
+    """Publishes an exported model: what differs from the repository, in one commit.
+
+    Args:
+        folder: The export; it is only read.
+        repo_id: `org/name`; made if it is not there.
+        private: Whether a new repository is private; None for the owner's default.
+        revision: Branch; made if it is not there. None for main.
+        tag: For the commit that holds the files.
+        create_pr: Propose the change as a pull request.
+        message: Of the commit.
+        dry_run: Only compare.
+        token: None for the saved one, or HF_TOKEN.
+        endpoint: Address of the Hub, if it is not the usual one.
+        patience: How often failed steps are repeated, and time-outs.
+
+    Raises:
+        PushError: One line: what is wrong, what to do. Pushing again goes on from what has arrived.
+    """
+    folder, patience = Path(folder), patience or Patience()
+    token = token or get_token()
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise PushError(f"--repo {first_line(error)}") from error
+    if "/" not in repo_id:
+        raise PushError(f"--repo {repo_id}: name its owner too, as org/{repo_id}")
+    if create_pr and tag:
+        raise PushError("--tag: names a published commit, so it does not go with --create-pr; tag what is merged")
+    if token is None and not dry_run:
+        raise PushError(f"{repo_id}: no token; {LOG_IN}")
+    try:
+        files, others = read_export(folder)
+    except OSError as error:
+        raise PushError(f"{folder}: cannot be read ({error.strerror})") from error
+    remote = Remote(HfApi(endpoint=endpoint, token=token), repo_id, revision, patience)
+    ask = Ask(private, tag, create_pr, message or MESSAGE)
+    with bounded_client(patience):
+        try:
+            result = compare(remote, files, ask) if dry_run else publish(remote, files, ask)
+        except PushError as error:
+            raise PushError(safe(f"{repo_id}: {error}", token)) from error.__cause__
+        except Exception as error:
+            told = explain(error, remote.step, remote.api.endpoint, remote.account)
+            if told is None:
+                raise
+            raise PushError(safe(f"{repo_id}: {told}", token)) from error
+    result.notes.extend(f"{path}: no file of an export; left out" for path in others)
+    return result
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What the user asks for."""
+
+    private: bool | None
+    tag: str | None
+    create_pr: bool
+    message: str
+
+
+def compare(remote: Remote, files: dict[str, LocalFile], ask: Ask) -> PushResult:
+    """What a push would do; changes nothing."""
+    is_private, tree, head = remote.visibility(), {}, None
+    check_visibility(is_private, ask)
+    if is_private is not None:
+        try:
+            head = remote.head()
+        except RevisionNotFoundError:
+            head = Remote(remote.api, remote.repo_id, None, remote.patience).head()  # where the branch would start
+        tree = remote.tree(head)
+    plan = make_plan(files, tree, lambda: remote.readme(head))
+    if is_private is None:
+        plan.notes.append(f"{remote.repo_id} is not there, or cannot be seen; a push would make it")
+    return PushResult(remote.url, head, plan.files, plan.notes, plan.card)
+
+
+def check_visibility(is_private: bool | None, ask: Ask) -> None:
+    """Refuses to put in public what was to be private.
+
+    Raises:
+        PushError: If that would happen, or there is nothing to propose a change to.
+    """
+    if is_private is False and ask.private:
+        raise PushError("is there and public, so --private cannot be had; make it private on the Hub first")
+    if is_private is None and ask.create_pr:
+        raise PushError(
+            "there is no such repository, or this token cannot see it; --create-pr needs one, push without it"
+        )
+
+
+def publish(remote: Remote, files: dict[str, LocalFile], ask: Ask) -> PushResult:
+    """Makes what is missing, sends what differs, and looks whether all has arrived."""
+    is_private = remote.visibility()
+    check_visibility(is_private, ask)
+    if is_private is None:
+        remote.create(ask.private)
+    if remote.revision != MAIN and not ask.create_pr:
+        remote.make_branch()
+    tags = remote.refs("tags") if ask.tag else {}
+    if ask.tag in tags:
+        check_tag(remote, files, ask.tag, tags[ask.tag])
+    url, commit, plan = send(remote, files, ask)
+    if ask.tag:
+        try:
+            remote.tag(ask.tag, commit)
+        except Exception as error:
+            told = explain(error, remote.step, remote.api.endpoint, remote.account) or first_line(error)
+            raise PushError(f"published as commit {commit}, but not tagged {ask.tag}: {told}") from error
+    return PushResult(url, commit, plan.files, plan.notes, plan.card)
+
+
+def check_tag(remote: Remote, files: dict[str, LocalFile], tag: str, commit: str) -> None:
+    """Refuses a tag that stands for something else, before anything is sent.
+
+    Raises:
+        PushError: If it does.
+    """
+    if commit != remote.head() or make_plan(files, remote.tree(commit), lambda: remote.readme(commit)).operations:
+        raise PushError(f"--tag {tag}: is there, at another commit; choose another name")
+
+
+def send(remote: Remote, files: dict[str, LocalFile], ask: Ask) -> tuple[str, str, Plan]:
+    """Uploads and commits until the branch, or a pull request, holds the files.
+
+    Returns:
+        URL, commit, and what was sent.
+    """
+    sent: Plan | None = None  # by a commit whose answer was lost
+    on_top_of, failures, moves = "", 0, 0
+    while True:
+        head = remote.head()
+        tree = remote.tree(head)
+        if sent and not sent.missing(tree):
+            return remote.url, head, sent
+        if sent and on_top_of != head and (commit := remote.landed(on_top_of, sent.missing)):
+            return remote.url, commit, sent
+        plan = make_plan(files, tree, lambda head=head: remote.readme(head))
+        operations = plan.operations
+        if not operations:
+            return remote.url, head, plan
+        if ask.create_pr and (found := remote.proposed(ask.message, plan.missing)):
+            return *found, sent or plan
+        remote.upload([step for step in operations if isinstance(step, CommitOperationAdd)], ask.create_pr)
+        try:
+            url, commit = commit_plan(remote, operations, head, ask)
+        except Exception as error:
+            what = f"{remote.repo_id}: {remote.step}"
+            if read_failure(error).status in MOVED_STATUS:  # a "no" that is sure: others were faster
+                moves += 1
+                pause_after(error, moves, what, replace(remote.patience, tries=MOVES), passing=True)
+            else:
+                failures += 1
+                pause_after(error, failures, what, remote.patience)
+                sent, on_top_of = plan, on_top_of or head
+            continue
+        check_arrived(remote, plan, commit)
+        return url, commit, plan
+
+
+def commit_plan(remote: Remote, operations: list, head: str, ask: Ask) -> tuple[str, str]:
+    """Commits, once.
+
+    Returns:
+        URL of the branch or pull request, and the commit.
+    """
+    remote.step = "the commit"
+    made = remote.api.create_commit(
+        remote.repo_id,
+        operations,
+        commit_message=ask.message,
+        revision=remote.revision,
+        parent_commit=head,
+        create_pr=ask.create_pr,
+    )
+    return made.pr_url or remote.url, made.oid
+
+
+def check_arrived(remote: Remote, plan: Plan, commit: str) -> None:
+    """Compares a commit with what was sent: a repository's .gitignore makes the client leave files out.
+
+    Raises:
+        PushError: If something is missing.
+    """
+    try:
+        missing = plan.missing(remote.tree(commit))
+    except (httpx2.HTTPError, HubError, ConnectionError) as error:
+        plan.notes.append(f"published, but the Hub could not be asked for what has arrived ({first_line(error)})")
+        return
+    if missing:
+        raise PushError(f"commit {commit} lacks {', '.join(missing)}; is it in the repository's .gitignore?")
+
+
+def main(argv: list[str]) -> int:
+    """`vidprism push`; the last line printed is the URL and the commit."""
+    parser = argparse.ArgumentParser("vidprism push", description="Publish an exported model on the Hub.")
+    parser.add_argument("folder", type=Path, help="the export, such as runs/demo/export")
+    parser.add_argument("--repo", required=True, metavar="ORG/NAME", help="the repository; made if it is not there")
+    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    parser.add_argument("--revision", metavar="BRANCH", help="the branch; made if it is not there (default: main)")
+    parser.add_argument("--tag", help="tag the commit, such as v1")
+    parser.add_argument("--create-pr", action="store_true", help="propose the change as a pull request")
+    parser.add_argument("--message", help=f"of the commit (default: {MESSAGE!r})")
+    parser.add_argument("--dry-run", action="store_true", help="send nothing; list the files and print the card")
+    settings = vars(parser.parse_args(argv))
+    result = push_export(settings.pop("folder"), settings.pop("repo"), **settings)
+    print_result(result, settings["dry_run"])
+    return 0
+
+
+def print_result(result: PushResult, dry_run: bool) -> None:
+    """Files and notes; the card for a dry run; URL and commit."""
+    for file in result.files:
+        print(f"{file.state:<9} {file.size:>13,} bytes  {file.path}")
+    for note in result.notes:
+        print(f"note: {note}")
+    total = sum(result.uploaded.values())
+    print(f"{'To send' if dry_run else 'Sent'}: {len(result.uploaded)} files, {total:,} bytes")
+    if dry_run:
+        print(f"\n{result.card}\n")
+    print(result.url, result.commit or "(no commit yet)")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        sys.exit(f"vidprism push: {error}")

@@ -1,0 +1,89 @@
+"""The files of an export as a push reads them, once it is sure that they are a whole export."""
+
+import json
+from pathlib import Path
+
+import torch
+from huggingface_hub import CommitOperationAdd
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.lfs import UploadInfo
+from huggingface_hub.utils.sha import git_hash
+from safetensors import SafetensorError, safe_open
+
+from ..errors import UserError, first_line
+from ..model import VidPrismConfig, VidPrismForVideoClassification
+from .export import EXPORT_FILES, WEIGHTS, is_vidprism_config
+from .refusals import PushError
+
+INDEX = f"{WEIGHTS}.index.json"
+
+
+class LocalFile:
+    """A file to push: the weights by their path, the small ones by the bytes that were read at first."""
+
+    def __init__(self, path: str, source: Path | bytes):
+        self.path, self.source = path, source
+        is_bytes = isinstance(source, bytes)
+        self.info = UploadInfo.from_bytes(source) if is_bytes else UploadInfo.from_path(str(source))
+
+    def is_same(self, entry: RepoFile) -> bool:
+        """Whether the repository has this content."""
+        if entry.size != self.info.size:
+            return False
+        if entry.lfs is not None:
+            return entry.lfs.sha256 == self.info.sha256.hex()
+        content = self.source if isinstance(self.source, bytes) else self.source.read_bytes()
+        return entry.blob_id == git_hash(content)
+
+    def operation(self) -> CommitOperationAdd:
+        """A new operation, as the client wears them out; the hash is computed once."""
+        made = CommitOperationAdd(self.path, self.source)
+        made.upload_info = self.info
+        return made
+
+
+def read_export(folder: Path) -> tuple[dict[str, LocalFile], list[str]]:
+    """The files of an export, and what else lies there.
+
+    Raises:
+        PushError: If it is none, or not whole.
+    """
+    if not is_vidprism_config(folder / "config.json"):
+        raise PushError(f"{folder}: not an exported model (no config.json of a VidPrism); give a run's export folder")
+    found, others = {}, []
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        path = file.relative_to(folder).as_posix()
+        if EXPORT_FILES.fullmatch(path):
+            found[path] = LocalFile(path, file if file.suffix == ".safetensors" else file.read_bytes())
+        else:
+            others.append(path)
+    check_loadable(folder, [folder / path for path in found if path.endswith(".safetensors")])
+    return found, others
+
+
+def check_loadable(folder: Path, weights: list[Path]) -> None:
+    """Makes sure that the files hold every tensor of the model, by name and shape, and no other.
+
+    Raises:
+        PushError: If they do not.
+    """
+    wrong = f"{folder}: the export is not whole"
+    try:
+        with torch.device("meta"):
+            model = VidPrismForVideoClassification(VidPrismConfig.from_pretrained(folder))
+        expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        written: dict[str, tuple[int, ...]] = {}
+        for file in weights:
+            with safe_open(file, framework="pt") as tensors:
+                written |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        if (folder / WEIGHTS).is_file() and len(weights) > 1:
+            raise PushError(f"{wrong}: weights in one file and in shards; export it again")
+        if not (folder / WEIGHTS).is_file() and weights:
+            listed = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            if {folder / name for name in listed.values()} != set(weights) or listed.keys() != written.keys():
+                raise PushError(f"{wrong}: the shards are not those that {INDEX} lists; export it again")
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise error if isinstance(error, UserError) else PushError(f"{wrong} ({first_line(error)})") from error
+    if written != expected:
+        names = sorted(name for name in written.keys() | expected.keys() if written.get(name) != expected.get(name))
+        raise PushError(f"{wrong}: {len(names)} tensors are missing or wrong, such as {names[0]}; export it again")

@@ -1,0 +1,222 @@
+"""Talking to a Hub that may fail: bounded repeats with pauses and time-outs, and what a failure means.
+
+huggingface_hub repeats some requests (preupload, LFS batch, upload, verify) and not others (create, commit, tag,
+listings), knows no time-outs, and waits as long as a server asks for. Here is what it lacks.
+"""
+
+import logging
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import RLock
+from typing import TypeVar
+
+import httpx2
+from huggingface_hub import set_client_factory
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import _http as client
+
+from ..errors import first_line
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+# The commit endpoint's answers to a parent that is no longer the head, and to an upload that it does not see yet.
+MOVED_STATUS = frozenset({409, 412})
+NOT_YET_STORED = "LFS pointer pointed to a file that does not exist"
+# create_repo of the client repeats for ever, and without a pause, on an answer with these words.
+BUSY = "another conflicting operation is in progress"
+# Pauses differ between processes whatever a run has seeded, and leave the seeded state alone.
+jitter = random.SystemRandom()
+lock = RLock()
+
+
+class HubError(Exception):
+    """A failure that the client must not repeat itself."""
+
+
+class LongWait(HubError):
+    """The server asks for a pause longer than we wait."""
+
+
+class Busy(HubError):
+    """The server is at work on the same repository."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How often and how long.
+
+    Args:
+        tries: Of a step, the first one counted.
+        first_pause: Seconds before the second try; doubled with each try, and up to half of it is left off at random.
+        longest_pause: Seconds.
+        longest_wait: Seconds that a server may ask for (Retry-After); if it asks for more, we give up at once.
+            The Hub counts its rate limits over 300 s.
+        connect_timeout: Seconds until a connection stands.
+        timeout: Seconds without a byte.
+    """
+
+    tries: int = 5
+    first_pause: float = 1.0
+    longest_pause: float = 30.0
+    longest_wait: float = 300.0
+    connect_timeout: float = 15.0
+    timeout: float = 90.0
+
+    def pause(self, failures: int) -> float:
+        """Seconds to wait after so many failures in a row."""
+        return min(self.first_pause * 2 ** (failures - 1), self.longest_pause) * jitter.uniform(0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What an exception of the client says.
+
+    Args:
+        cause: One line.
+        status: HTTP status, if an answer came.
+        passing: Whether it may be right the next time.
+        wait: Seconds that the server asks to wait.
+    """
+
+    cause: str
+    status: int | None = None
+    passing: bool = False
+    wait: float = 0.0
+
+
+def root(error: BaseException) -> BaseException:
+    """The cause of what the client raises for a failed upload, a bare RuntimeError; else the error itself."""
+    while isinstance(error, RuntimeError) and not isinstance(error, HfHubHTTPError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def read_failure(error: BaseException) -> Failure:
+    """What went wrong, and whether to try again."""
+    error = root(error)
+    if isinstance(error, HfHubHTTPError):
+        return read_answer(error)
+    if isinstance(error, OfflineModeIsEnabled):
+        return Failure("HF_HUB_OFFLINE is set")
+    if isinstance(error, httpx2.TimeoutException):
+        return Failure(f"no answer in time ({type(error).__name__})", passing=True)
+    if isinstance(error, Busy | httpx2.TransportError):
+        return Failure(first_line(error), passing=True)
+    # hf_xet raises ConnectionError for all, with the status in its words; it has tried for two minutes by then.
+    if isinstance(error, ConnectionError | TimeoutError):
+        told = re.search(r"HTTP status \w+ error \((\d{3})", str(error))
+        status = int(told[1]) if told else None
+        return Failure(first_line(error), status, status is None or status in PASSING_STATUS)
+    # No JSON: what a proxy or a cut answer leaves. requests-like clients raise it as a ValueError of its own kind.
+    return Failure(first_line(error), passing=type(error).__name__ == "JSONDecodeError")
+
+
+def read_answer(error: HfHubHTTPError) -> Failure:
+    """What an answer with an error status says."""
+    status = error.response.status_code
+    told = " ".join((error.server_message or "").split()) or f"HTTP status {status}"
+    return Failure(
+        hidden(told), status, status in PASSING_STATUS or NOT_YET_STORED in told, asked_pause(error.response)
+    )
+
+
+def hidden(text: str) -> str:
+    """The text without what looks like a token, which a server may send back."""
+    return re.sub(r"\bhf_\w{8,}", "<token>", text)
+
+
+def asked_pause(response: httpx2.Response) -> float:
+    """Seconds that an answer asks to wait: Retry-After as a number, or the end of the Hub's rate-limit window."""
+    if response.status_code not in PASSING_STATUS:
+        return 0.0
+    told = response.headers.get("Retry-After", "").strip()
+    if told.isdigit():
+        return float(told)
+    window = re.search(r"\br=0\b.*?\bt=(\d+)", response.headers.get("RateLimit", "")) if not told else None
+    return float(window[1]) if window and response.status_code == 429 else 0.0
+
+
+def repeat(call: Callable[[], T], what: str, patience: Patience) -> T:
+    """Calls until it works.
+
+    Args:
+        call: Does no harm when it is done twice.
+        what: The step, for the log.
+        patience: How often.
+
+    Raises:
+        Exception: Of the call, when it will not be right the next time or was not often enough.
+    """
+    failures = 0
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            failures += 1
+            pause_after(error, failures, what, patience)
+
+
+def pause_after(error: Exception, failures: int, what: str, patience: Patience, passing: bool = False) -> None:
+    """Waits before the next try.
+
+    Args:
+        error: Why there is to be one.
+        failures: In a row.
+        what: The step, for the log.
+        patience: How often, and how long.
+        passing: That the error is one that passes, whatever it says.
+
+    Raises:
+        Exception: The error, if there is to be none.
+    """
+    failure = read_failure(error)
+    if not (failure.passing or passing) or failures >= patience.tries:
+        raise error
+    pause = max(patience.pause(failures), failure.wait)
+    logger.warning("%s: %s; next try in %.1f s (%d of %d)", what, failure.cause, pause, failures + 1, patience.tries)
+    time.sleep(pause)
+
+
+@contextmanager
+def bounded_client(patience: Patience) -> Iterator[None]:
+    """Gives the client time-outs, and bounds on what a server may ask for, while the block runs.
+
+    The client knows one factory for the whole process, so that one push at a time is under way in it; the factory
+    that was there before comes back.
+    """
+    with lock:
+        before = getattr(client, "_GLOBAL_CLIENT_FACTORY", client.default_client_factory)
+
+        limits = httpx2.Timeout(patience.timeout, connect=patience.connect_timeout).as_dict()
+
+        def factory() -> httpx2.Client:
+            made = before()
+            hooks = made.event_hooks
+            asking, answered = hooks.get("request", []), hooks.get("response", [])
+            made.event_hooks = {"request": [*asking, limit_time], "response": [*answered, refuse_endless]}
+            return made
+
+        def limit_time(request: httpx2.Request) -> None:
+            # For each request: some of the client's calls set aside its time-outs with `timeout=None`.
+            asked = {name: value for name, value in request.extensions.get("timeout", {}).items() if value is not None}
+            request.extensions["timeout"] = limits | asked
+
+        def refuse_endless(response: httpx2.Response) -> None:
+            asked = asked_pause(response)
+            if asked > patience.longest_wait:
+                raise LongWait(f"the Hub asks for a pause of {asked:.0f} s")
+            if response.status_code == 409:
+                response.read()
+                if BUSY in response.text:
+                    raise Busy(BUSY)
+
+        set_client_factory(factory)
+        try:
+            yield
+        finally:
+            set_client_factory(before)
