@@ -57,7 +57,8 @@ def test_folder_of_a_run(run, motion_clips):
     assert settings["data"]["source"] == str(motion_clips)
     assert settings["model"]["backbone"] == "tiny"
     metrics = json.loads(files["metrics.json"])
-    assert metrics.keys() == {"top1"}  # of two classes the right one is always among the top five
+    assert metrics.keys() == {"top1", "clips"}  # of two classes the right one is always among the top five
+    assert metrics["clips"]["train"] == {"expected": 8, "missing": 0, "undecodable": 0}
     assert 0 <= metrics["top1"] <= 1
 
 
