@@ -44,7 +44,7 @@ OPTIONS = $(SOURCE) $(call option,--data.root,$(DATA_ROOT)) $(call option,--mode
 NEEDS_MODEL = $(if $(strip $(MODEL)),,$(error MODEL is empty: name an export, such as MODEL=runs/demo/export))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup finetune fewshot prepare evaluate predict push test test-fast lint format clean
+.PHONY: help setup finetune fewshot prepare evaluate predict push cards test test-fast lint format clean
 
 help:  ## print this
 	@echo "targets:"
@@ -78,6 +78,9 @@ predict: $(READY)  ## top labels of files: make predict MODEL=runs/demo/export F
 
 push: $(READY)  ## publish an export: make push REPO=org/name MODEL=runs/demo/export
 	$(NEEDS_MODEL)$(BIN)/vidprism push "$(MODEL)" --repo "$(REPO)" $(ARGS)
+
+cards: $(READY)  ## write the presets' model cards anew, from model_cards/presets.yaml and the recipes
+	$(BIN)/python model_cards/generate.py
 
 # transformers' own model tests, at the installed version; not in its wheel.
 $(SUITE): $(READY) tests/transformers_suite.py

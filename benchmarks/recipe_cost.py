@@ -12,9 +12,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from vidprism_hf import VidPrismConfig, VidPrismForVideoClassification
+from vidprism_hf.evaluation.compute import empty_view, giga_macs_per_view, million_parameters, without_memory
 
 # Training clips and epochs of the recipes.
 DATASETS = {"ucf101": (9_537, 30), "hmdb51": (3_570, 30), "k400": (240_000, 40), "ssv2": (168_913, 30)}
@@ -25,18 +25,7 @@ ADAM_BYTES = 16  # of each parameter under mixed precision: weight, gradient and
 def build(preset: str, num_frames: int, num_labels: int) -> VidPrismForVideoClassification:
     """The recipe's model, with no memory behind its weights."""
     labels = {index: str(index) for index in range(num_labels)}
-    with torch.device("meta"):
-        return VidPrismForVideoClassification(
-            VidPrismConfig.from_preset(preset, num_frames=num_frames, id2label=labels)
-        )
-
-
-def multiply_adds(model: VidPrismForVideoClassification, num_frames: int) -> float:
-    """Multiply-adds of one view's forward pass, in units of 1e9."""
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        model.eval()(clip(model, num_frames))
-    return counter.get_total_flops() / 2e9
+    return without_memory(VidPrismConfig.from_preset(preset, num_frames=num_frames, id2label=labels))
 
 
 def activation_bytes(model: VidPrismForVideoClassification, num_frames: int) -> int:
@@ -52,14 +41,11 @@ def activation_bytes(model: VidPrismForVideoClassification, num_frames: int) -> 
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(clip(model, num_frames).to(torch.bfloat16), labels=torch.zeros(1, dtype=torch.long, device="meta"))
+        model(
+            empty_view(model.config, num_frames).to(torch.bfloat16),
+            labels=torch.zeros(1, dtype=torch.long, device="meta"),
+        )
     return sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
-
-
-def clip(model: VidPrismForVideoClassification, num_frames: int) -> torch.Tensor:
-    """One clip without data."""
-    edge = model.config.vision_config.image_size
-    return torch.empty(1, num_frames, 3, edge, edge, device="meta")
 
 
 def main() -> None:
@@ -76,15 +62,13 @@ def main() -> None:
     ]
     for preset, num_frames in SIZES:
         model = build(preset, num_frames, 400)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        gmacs = multiply_adds(model, num_frames)
-        memory = parameters * ADAM_BYTES + args.batch_size * activation_bytes(model, num_frames)
+        parameters = million_parameters(model)
+        gmacs = giga_macs_per_view(model.config)
+        memory = parameters * 1e6 * ADAM_BYTES + args.batch_size * activation_bytes(model, num_frames)
         # A multiply-add is two operations; the backward pass costs two forward passes.
         seconds = gmacs * 1e9 * 2 * 3 / (args.tflops * 1e12 * args.share)
         hours = " | ".join(f"{clips * epochs * seconds / 3600:.1f}" for clips, epochs in DATASETS.values())
-        lines.append(
-            f"| {preset} | {num_frames} | {gmacs:.1f} | {parameters / 1e6:.1f} | {memory / 1e9:.0f} | {hours} |"
-        )
+        lines.append(f"| {preset} | {num_frames} | {gmacs:.1f} | {parameters:.1f} | {memory / 1e9:.0f} | {hours} |")
     text = "\n".join(lines) + "\n"
     print(text, end="")
     if args.output:

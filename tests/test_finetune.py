@@ -1,5 +1,6 @@
 """`vidprism finetune` and `evaluate` from end to end, on a few clips with the `tiny` tower."""
 
+import hashlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hub_server.cards import judge
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from small import LABELS, files_of, run_arguments
@@ -73,6 +75,94 @@ def test_export_of_a_run(run):
     assert card.data.eval_results[0].metric_value == top1
     for line in ("| training clips | 8 |", "| held-out clips | 4 |", "| epochs | 2 |", "| steps | 4 |"):
         assert line in card.text.splitlines()
+
+
+def test_card_of_a_run(run):
+    text = (run / "export" / "README.md").read_text()
+    assert judge(text, "model") == ([], [])
+    for heading in ("Data", "Evaluation", "Training", "Figures", "Experts", "Compute", "Limitations", "Licence"):
+        assert f"\n## {heading}\n" in text
+    assert len(re.findall(r"^\| rate \d \| 0\.\d+ \|$", text, flags=re.MULTILINE)) == 3
+    for row in ("GMACs per view", "parameters", "device", "wall time", "peak memory"):
+        assert re.search(rf"^\| {row}", text, flags=re.MULTILINE)
+    for figure in re.findall(r"!\[.*\]\((.*)\)", text):
+        assert (run / "export" / figure).read_bytes().startswith(b"\x89PNG")
+
+
+def test_recipe_and_split_of_an_export(run, motion_clips, tmp_path):
+    recipe = yaml.safe_load((run / "export" / "recipe.yaml").read_text())
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    assert recipe["model"] == settings["model"]
+    assert recipe["data"] | {"source": str(motion_clips)} == settings["data"]
+    assert str(motion_clips.parent) not in (run / "export" / "recipe.yaml").read_text()
+    manifest = json.loads((run / "export" / "split.json").read_text())
+    assert (manifest["train"]["clips"], manifest["val"]["clips"]) == (8, 4)
+    (listed,) = re.findall(
+        r"\| sha256 of the training list \| `(\w{64})` \|", (run / "export" / "README.md").read_text()
+    )
+    assert manifest["train"]["sha256"] == listed != manifest["val"]["sha256"]
+    # It is a recipe: a run by it gives the same weights.
+    again = ["finetune", "--config", str(run / "export" / "recipe.yaml"), f"--data.source={motion_clips}"]
+    assert main([*again, f"--output={tmp_path / 'again'}"]) == 0
+    assert differing(weights(run), weights(tmp_path / "again")) == []
+
+
+def test_list_of_the_training_clips_is_part_of_the_export(motion_clips, tmp_path):
+    arguments = run_arguments(motion_clips, tmp_path / "run", "--data.shots=1", "--trainer.max_epochs=1")
+    assert main(arguments) == 0
+    listed = (tmp_path / "run" / "export" / "train_clips.txt").read_bytes()
+    assert listed == (tmp_path / "run" / "train_clips.txt").read_bytes()
+    manifest = json.loads((tmp_path / "run" / "export" / "split.json").read_text())
+    digest = hashlib.sha256(b"".join(sorted(listed.splitlines(keepends=True)))).hexdigest()
+    assert manifest["train"] == {"clips": 2, "not_decoded": 0, "not_on_disk": 0, "sha256": digest}
+    assert manifest["few_shot"] == {"shots": 1, "seed": 0}
+
+
+def test_kept_checkpoints_are_exported_and_change_nothing(run, motion_clips, tmp_path):
+    output = tmp_path / "run"
+    settings = ("--export.checkpoints=true", "--export.dtype=bfloat16", "--export.max_shard_size=300KB")
+    assert main(run_arguments(motion_clips, output, *settings)) == 0
+    assert differing(last_weights(run), last_weights(output)) == []
+    for name in ("best", "last"):
+        kept = torch.load(output / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
+        model = VidPrismForVideoClassification.from_pretrained(output / "checkpoints" / name)
+        exported = {f"model.{key}": value for key, value in model.state_dict().items()}
+        expected = {key: value.bfloat16() for key, value in kept.items() if key.startswith("model.")}
+        assert differing(exported, expected) == []
+        assert (output / "checkpoints" / name / "model.safetensors.index.json").is_file()
+        assert "The last validation, in epoch " in (output / "checkpoints" / name / "README.md").read_text()
+
+
+def test_an_export_that_fails_does_not_end_the_training(motion_clips, tmp_path, monkeypatch):
+    best = tmp_path / "run" / "checkpoints" / "best"
+
+    def put_in_the_way(*_):
+        best.mkdir(parents=True)
+        (best / "notes.txt").write_text("mine")
+
+    monkeypatch.setattr(VidPrismLightningModule, "on_train_start", put_in_the_way)
+    with pytest.warns(UserWarning, match=r"best\.ckpt is kept, but not exported: .*notes\.txt"):
+        assert main(run_arguments(motion_clips, tmp_path / "run", "--export.checkpoints=true")) == 0
+    assert (best / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
+
+
+def test_two_processes_export_the_same_files(run, motion_clips, tmp_path):
+    """From the same weights, which a learning rate of zero keeps: all that the strategy is not named in is equal."""
+    start = ("--trainer.max_epochs=1", "--model.learning_rate=0", f"--model.checkpoint={run / 'export'}")
+    assert main(run_arguments(motion_clips, tmp_path / "one", *start)) == 0
+    two = [*run_arguments(motion_clips, tmp_path / "two", *start), "--trainer.devices=2", "--trainer.strategy=ddp"]
+    command = [sys.executable, "-m", "vidprism_hf.cli", *two]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (files_of(tmp_path / name / "export") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    named = {"README.md", "recipe.yaml"}  # the number of processes, time and memory
+    drawn = {"figures/curves.png", "figures/experts.png"}  # sums of other orders
+    assert {name for name in one if one[name] != two[name]} <= named | drawn
+    assert one["model.safetensors"] == (run / "export" / "model.safetensors").read_bytes()
+    assert b"2 x CPU" in two["README.md"]
 
 
 def test_ends_with_three_lines_that_work(motion_clips, tmp_path, capsys):

@@ -2,15 +2,21 @@
 
 import json
 import os
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from small import LABELS, NUM_FRAMES, card_facts, files_of, tiny_export, tiny_model, tiny_processor
+from transformers import pipeline
 
 from vidprism_hf import VidPrismForVideoClassification, VidPrismVideoProcessor
-from vidprism_hf.hub import export_model, render_card
+from vidprism_hf.hub import export, export_model, render_card
 from vidprism_hf.hub.export import ExportError
 
 CODE = {
@@ -101,7 +107,12 @@ def test_new_export_replaces_the_old_one(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("error", [RuntimeError("lost"), OSError(28, "No space left on device")])
+FULL_DISK = "No space left on device"
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("lost"), OSError(28, FULL_DISK), SafetensorError(f"I/O error: {FULL_DISK}")]
+)
 def test_nothing_changes_when_saving_fails(tmp_path, monkeypatch, error):
     folder = tiny_export(tmp_path / "model")
     before = files_of(tmp_path)
@@ -110,7 +121,7 @@ def test_nothing_changes_when_saving_fails(tmp_path, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(VidPrismVideoProcessor, "save_pretrained", fail)  # the weights are written by then
-    expected = ExportError if isinstance(error, OSError) else RuntimeError
+    expected = RuntimeError if isinstance(error, RuntimeError) else ExportError
     with pytest.raises(expected, match=r"No space left|lost"):
         tiny_export(folder, labels=("a", "b", "c"))
     assert files_of(tmp_path) == before
@@ -119,16 +130,185 @@ def test_nothing_changes_when_saving_fails(tmp_path, monkeypatch, error):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_weights_that_were_not_written_right_are_noticed(tmp_path, monkeypatch):
-    def save_less(model, folder, **_):
-        state = {name: tensor for name, tensor in model.state_dict().items() if "classifier" not in name}
-        original(model, folder, state_dict=state)
+@pytest.mark.parametrize("loss", ["dropped", "altered", "narrowed"])
+def test_weights_that_were_not_written_right_are_noticed(tmp_path, monkeypatch, loss):
+    def save_wrong(state, folder, **settings):
+        wrong = dict(state)
+        name = "classifier.weight"
+        if loss == "dropped":
+            del wrong[name]
+        else:
+            wrong[name] = wrong[name] + 1e-3 if loss == "altered" else wrong[name].half()
+        original(wrong, folder, **settings)
 
-    original = VidPrismForVideoClassification.save_pretrained
-    monkeypatch.setattr(VidPrismForVideoClassification, "save_pretrained", save_less)
-    with pytest.raises(ExportError, match="classifier"):
+    original = export.save_torch_state_dict
+    monkeypatch.setattr(export, "save_torch_state_dict", save_wrong)
+    with pytest.raises(ExportError, match=r"1 of \d+ tensors were not written right: classifier\.weight"):
         tiny_export(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
+
+
+def partial(state):
+    del state["vidprism.temporal_model.readout.query"]
+    return "readout.query"
+
+
+def empty(state):
+    state.clear()
+    return "gathered from all processes"
+
+
+def diverged(state):
+    state["classifier.bias"] = torch.full_like(state["classifier.bias"], torch.nan)
+    return "classifier.bias: holds values that are not finite"
+
+
+def foreign(state):
+    state["optimizer.step"] = torch.zeros(())
+    return "optimizer.step"
+
+
+@pytest.mark.parametrize("spoil", [partial, empty, diverged, foreign])
+def test_weights_that_are_no_whole_model_are_an_error(tmp_path, spoil):
+    model = tiny_model()
+    state = dict(model.state_dict())
+    reason = spoil(state)
+    with pytest.raises(ExportError, match=reason):
+        export_model(model, tiny_processor(), tmp_path / "model", card(), state_dict=state)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gathered_weights_give_the_bytes_of_the_models_own(exported, tmp_path):
+    """Whatever the order in which a strategy gathers them, and the class that it wraps the model in."""
+
+    class FSDPVidPrismForVideoClassification(VidPrismForVideoClassification):
+        pass
+
+    state = tiny_model().state_dict()
+    gathered = {name: state[name].clone() for name in sorted(state, reverse=True)}
+    sharded = FSDPVidPrismForVideoClassification(tiny_model().config)
+    folder = export_model(sharded, tiny_processor(), tmp_path / "model", card(), state_dict=gathered)
+    assert files_of(folder) == files_of(exported)
+
+
+def test_leaves_model_and_random_numbers_as_they_are(tmp_path):
+    model = tiny_model()
+    before, config = torch.get_rng_state(), model.config.to_dict()
+    export_model(model, tiny_processor(), tmp_path / "model", card(), dtype="bfloat16")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.config.to_dict() == config
+    assert model.dtype == torch.float32
+
+
+def test_shards(tmp_path):
+    model = tiny_model()
+    folder = export_model(model, tiny_processor(), tmp_path / "model", card(), max_shard_size="300KB")
+    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(shards) > 2
+    assert shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
+    assert (folder / "model.safetensors.index.json").is_file()
+    loaded = VidPrismForVideoClassification.from_pretrained(folder).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+    # One file again: no shard stays.
+    assert [path.name for path in tiny_export(folder).glob("model*.safetensors*")] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_precision(tmp_path, motion_clips, dtype):
+    folder = export_model(tiny_model(), tiny_processor(), tmp_path / "model", card(), dtype=dtype)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == dtype
+    assert {str(tensor.dtype) for tensor in load_file(folder / "model.safetensors").values()} == {f"torch.{dtype}"}
+    clip = str(motion_clips / "val" / "growing" / "0.mp4")
+    (best, _) = pipeline("video-classification", model=str(folder))(clip)
+    (expected, _) = pipeline("video-classification", model=str(tiny_export(tmp_path / "full")))(clip)
+    assert best["score"] == pytest.approx(expected["score"], abs=1e-6 if dtype == "float32" else 0.02)
+
+
+def test_weights_too_large_for_half_precision_are_an_error(tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.classifier.bias[0] = 1e5
+    with pytest.raises(ExportError, match=r"classifier\.bias: holds values that are not finite as torch\.float16"):
+        export_model(model, tiny_processor(), tmp_path / "model", card(), dtype="float16")
+    assert list(tmp_path.iterdir()) == []
+
+
+MORE = {
+    "figures/curves.png": b"a picture",
+    "recipe.yaml": b"output: run\n",
+    "split.json": b"{}\n",
+    "train_clips.txt": b"a.mp4\t0\n",
+    ".eval_results/org--name.yaml": b"[]\n",
+}
+
+
+def test_further_files(tmp_path):
+    folder = export_model(tiny_model(), tiny_processor(), tmp_path / "model", card(), files=MORE)
+    written = files_of(folder)
+    assert {name: written[name] for name in MORE} == MORE
+    assert not MORE.keys() & files_of(tiny_export(folder)).keys()  # of the export that was replaced
+    with pytest.raises(ValueError, match="thesis"):
+        export_model(tiny_model(), tiny_processor(), folder, card(), files={"thesis.tex": b""})
+    assert (folder / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["figures/thesis.tex", "figures/more/a.png", "notes/a.png", ".eval_results/notes"])
+def test_refuses_other_content_in_folders(tmp_path, name):
+    folder = export_model(tiny_model(), tiny_processor(), tmp_path / "model", card(), files=MORE)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("mine")
+    before = files_of(tmp_path)
+    with pytest.raises(ExportError, match="exists and is not an exported model"):
+        tiny_export(folder)
+    assert files_of(tmp_path) == before
+
+
+def test_keeps_what_a_person_wrote_in_the_readme(tmp_path):
+    folder = tiny_export(tmp_path / "model")
+    readme = folder / "README.md"
+    readme.write_text(readme.read_text().replace("license: unknown", "license: mit") + "\nAsk me anything.\n")
+    tiny_export(folder, labels=("a", "b", "c"))
+    text = readme.read_text()
+    assert "license: mit" in text
+    assert text.endswith("\nAsk me anything.\n")
+    assert "knows 3 classes" in text
+    assert "knows 2 classes" not in text
+    readme.write_text("My own words.")
+    tiny_export(folder)
+    assert readme.read_text() == "My own words."
+
+
+ON_FULL_DISK = """
+import sys
+from pathlib import Path
+from small import files_of, tiny_export
+from vidprism_hf.hub.export import ExportError
+
+disk = Path(sys.argv[1])
+tiny_export(disk / "model")
+before = files_of(disk)
+try:
+    tiny_export(disk / "model", labels=("a", "b", "c"))
+except ExportError as error:
+    print(error)
+print(files_of(disk) == before)
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_earlier_export_whole(tmp_path):
+    mount = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    small_disk = f"mount -t tmpfs -o size=1600k tmpfs {shlex.quote(str(tmp_path))}"  # room for one export
+    if shutil.which("unshare") is None or subprocess.run([*mount, small_disk], capture_output=True).returncode:
+        pytest.skip("needs leave to mount a small disk")
+    script = shlex.join([sys.executable, "-c", ON_FULL_DISK, str(tmp_path)])
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    done = subprocess.run([*mount, f"{small_disk} && exec {script}"], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    error, same = done.stdout.splitlines()
+    assert error.startswith(f"{tmp_path / 'model'}: cannot be written (")
+    assert FULL_DISK in error
+    assert same == "True"
 
 
 def test_refuses_a_folder_of_something_else(tmp_path):

@@ -251,6 +251,22 @@ class VideoDataModule(L.LightningDataModule):
         pixels, soft_labels = self._mixing(pixels, batch["labels"], batch["mixing_seed"])
         return batch | {"pixel_values_videos": pixels, "soft_labels": soft_labels}
 
+    @property
+    def augmentation(self) -> dict[str, Any]:
+        """What training clips go through, in words."""
+        hparams, crop = self.hparams, self.video_processor.crop_size
+        return {
+            "crop": f"random, {hparams.min_crop_scale:g} to 1 of the frame, to {crop['height']} x {crop['width']}",
+            "horizontal flip": self._flip()[1].removeprefix("horizontal flip "),
+            "share without colour": hparams.grayscale,
+            "frames": f"every {hparams.frame_stride}th" if hparams.frame_stride else "one of each equal segment",
+            "RandAugment": hparams.rand_augment,
+            "random erasing": hparams.random_erasing or None,
+            "mixup": hparams.mixup_alpha or None,
+            "cutmix": hparams.cutmix_alpha or None,
+            "fixed views": hparams.train_views,
+        }
+
     def _mixes(self) -> bool:
         return self.hparams.mixup_alpha > 0 or self.hparams.cutmix_alpha > 0
 

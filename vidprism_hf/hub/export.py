@@ -1,32 +1,47 @@
-"""The layout of a published model, the same for exports of a run, conversions and pushes.
+"""The layout of a published model, the same for the end of a run, kept checkpoints, conversions and pushes.
 
-model.safetensors, config.json (architecture, labels, frames, `auto_map`), the video processor's
-configuration, the code files that trust_remote_code needs, and README.md.
+| file                                      | what                                                              |
+| ----------------------------------------- | ----------------------------------------------------------------- |
+| model.safetensors                         | the weights; past a size in shards with an index                  |
+| config.json                               | architecture, labels, frames, and `auto_map` for all Auto classes |
+| video_preprocessor_config.json            | the processor of the evaluation input                             |
+| *_vidprism.py                             | the code that trust_remote_code runs                              |
+| README.md, figures/*.png                  | the model card                                                    |
+| recipe.yaml, split.json, train_clips.txt  | the run's settings and the clips that it trained on               |
+| .eval_results/*.yaml                      | its results, where the dataset is one of the Hub                  |
 """
 
+import copy
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
-from huggingface_hub import ModelCard
-from safetensors.torch import load_file
-from transformers.dynamic_module_utils import custom_object_save
+from huggingface_hub import ModelCard, save_torch_state_dict
+from safetensors import SafetensorError, safe_open
 
-from ..errors import UserError
+from .. import model as model_package
+from ..errors import UserError, first_line
 from ..model import VidPrismConfig, VidPrismForVideoClassification, VidPrismModel, VidPrismVideoProcessor
+from .card import merge_card
 
 WEIGHTS = "model.safetensors"
-# Every file name that an export has ever had: a folder with any other entry is not ours to replace.
+README = "README.md"
+MAX_SHARD_SIZE = "5GB"
+Precision = Literal["float32", "bfloat16", "float16"]
+# Every file that an export has ever had, by its path within: a folder with any other entry is not ours to replace.
 EXPORT_FILES = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
     r"|config\.json|video_preprocessor_config\.json|README\.md|\w+_vidprism\.py"
+    r"|figures/\w+\.png|recipe\.yaml|split\.json|train_clips\.txt|\.eval_results/[\w-]+\.yaml"
 )
+FOLDERS = frozenset({"figures", ".eval_results"})
 # What each Auto class finds in the exported code files under trust_remote_code.
 AUTO_CLASSES = {
     "AutoConfig": VidPrismConfig,
@@ -45,32 +60,81 @@ def export_model(
     processor: VidPrismVideoProcessor,
     folder: str | os.PathLike,
     card: ModelCard,
+    *,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    dtype: Precision | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    files: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Writes a model in the Hub's layout: beside the folder, checked, then renamed.
 
+    The bytes depend on the arguments alone, not on the strategy or the device that the weights come from.
+
     Args:
-        model: The classifier.
+        model: The classifier; it stays as it is.
         processor: The processor of its evaluation input.
-        folder: Where to; an export that stands there is replaced once the new one is whole.
+        folder: Where to; an export that stands there is replaced once the new one is whole. Of its README only the
+            generated part changes.
         card: The README.
+        state_dict: All weights by the names of the model, gathered from all processes; None takes the model's.
+        dtype: Of the written weights; None keeps theirs.
+        max_shard_size: Size of a file of weights, such as "5GB", past which they are written in several.
+        files: Contents of further files by their path within, such as figures/curves.png.
 
     Raises:
-        ExportError: If the folder cannot be written, or holds anything that is no part of an export; nothing is
-            changed then.
+        ExportError: If the folder cannot be written, or holds anything that is no part of an export, or the weights
+            are not all there or not finite; nothing is changed then.
     """
-    with written_beside(Path(folder)) as partial:
-        model.config.auto_map = auto_map()
-        model.config.architectures = [type(model).__name__]
-        # Keys as they are named here: transformers would undo the renaming of the checkpoint it loaded.
-        model.save_pretrained(partial, save_original_format=False)
-        processor = VidPrismVideoProcessor(**processor.to_dict() | {"num_frames": model.config.num_frames})
-        processor.auto_map = {"AutoVideoProcessor": auto_map()["AutoVideoProcessor"]}
-        processor.save_pretrained(partial)
-        for part in (model, processor):
-            custom_object_save(part, partial)
-        card.save(partial / "README.md")
-        check_weights(model, partial / WEIGHTS)
-    return Path(folder)
+    folder = Path(folder)
+    state = prepare_weights(model.state_dict() if state_dict is None else state_dict, dtype)
+    with written_beside(folder) as partial:
+        save_torch_state_dict(state, partial, max_shard_size=max_shard_size)
+        save_configuration(model.config, next(t.dtype for t in state.values() if t.is_floating_point()), partial)
+        save_processor(processor, model.config.num_frames, partial)
+        for code in Path(model_package.__file__).parent.glob("*_vidprism.py"):
+            shutil.copyfile(code, partial / code.name)
+        for name, content in (files or {}).items():
+            if not EXPORT_FILES.fullmatch(name):
+                raise ValueError(f"{name}: no file of an export")
+            (partial / name).parent.mkdir(exist_ok=True)
+            (partial / name).write_bytes(content)
+        (partial / README).write_bytes(readme(folder, card).encode())
+        check_weights(state, partial)
+    return folder
+
+
+def prepare_weights(state: Mapping[str, torch.Tensor], dtype: Precision | None) -> dict[str, torch.Tensor]:
+    """The weights as they are written: on the CPU, in the precision asked for.
+
+    Raises:
+        ExportError: If there are none, or one has no finite value in that precision.
+    """
+    target = getattr(torch, dtype) if dtype else None
+    prepared = {}
+    for name, tensor in state.items():
+        kept = tensor.detach().to("cpu", target if tensor.is_floating_point() else None)
+        if not torch.isfinite(kept).all():
+            raise ExportError(f"{name}: holds values that are not finite as {kept.dtype}; nothing is exported")
+        prepared[name] = kept
+    if not any(tensor.is_floating_point() for tensor in prepared.values()):
+        raise ExportError("there are no weights to export: were they gathered from all processes?")
+    return prepared
+
+
+def save_configuration(config: VidPrismConfig, dtype: torch.dtype, folder: Path) -> None:
+    """Writes config.json, which must not depend on the class that a strategy wraps the model in."""
+    config = copy.deepcopy(config)
+    config.auto_map = auto_map()
+    config.architectures = [VidPrismForVideoClassification.__name__]
+    config.dtype = dtype
+    config.save_pretrained(folder)
+
+
+def save_processor(processor: VidPrismVideoProcessor, num_frames: int, folder: Path) -> None:
+    """Writes the processor's configuration with the model's number of frames."""
+    processor = VidPrismVideoProcessor(**processor.to_dict() | {"num_frames": num_frames})
+    processor.auto_map = {"AutoVideoProcessor": auto_map()["AutoVideoProcessor"]}
+    processor.save_pretrained(folder)
 
 
 def auto_map() -> dict[str, str]:
@@ -78,21 +142,41 @@ def auto_map() -> dict[str, str]:
     return {auto: f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}" for auto, cls in AUTO_CLASSES.items()}
 
 
-def check_weights(model: torch.nn.Module, file: Path) -> None:
-    """Compares the written tensors with the model's.
+def readme(folder: Path, card: ModelCard) -> str:
+    """The card; where there is one already, that one with its generated part refreshed."""
+    text = str(card).rstrip("\n") + "\n"
+    try:
+        existing = (folder / README).read_bytes().decode()
+    except FileNotFoundError:
+        return text
+    except UnicodeDecodeError as error:
+        raise ExportError(f"{folder / README}: is no UTF-8 text; save it as such, or remove it") from error
+    return merge_card(existing, text)
+
+
+def check_weights(state: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Compares the written tensors with those that were to be written, and with what the configuration asks for.
 
     Raises:
         ExportError: If one is missing or differs.
     """
-    written, expected = load_file(file), model.state_dict()
-    wrong = [
-        name
-        for name in expected.keys() | written.keys()
-        if name not in written or name not in expected or not torch.equal(written[name], expected[name].cpu())
-    ]
-    if wrong or not expected:
+    with torch.device("meta"):
+        model = VidPrismForVideoClassification(VidPrismConfig.from_pretrained(folder))
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    wrong = set(shapes.keys() ^ state.keys())
+    unread = set(state)
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as written:
+            for name in written.keys():  # noqa: SIM118 (not a mapping)
+                tensor, expected = written.get_tensor(name), state.get(name)
+                same = expected is not None and tensor.dtype == expected.dtype and torch.equal(tensor, expected)
+                if not same or tensor.shape != shapes.get(name) or name not in unread:
+                    wrong.add(name)
+                unread.discard(name)
+    wrong |= unread
+    if wrong:
         raise ExportError(
-            f"{file}: {len(wrong)} of {len(expected)} tensors were not written right: {sorted(wrong)[:3]}"
+            f"{len(wrong)} of {len(shapes)} tensors were not written right: {', '.join(sorted(wrong)[:3])}"
         )
 
 
@@ -117,6 +201,8 @@ def written_beside(folder: Path) -> Iterator[Path]:
         put_in_place(partial, folder)
     except OSError as error:
         raise ExportError(f"{folder}: cannot be written ({error.strerror or error})") from error
+    except SafetensorError as error:  # a full disk, as safetensors tells it
+        raise ExportError(f"{folder}: cannot be written ({first_line(error)})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -131,7 +217,7 @@ def refuse_other_content(folder: Path) -> None:
         return
     if not folder.is_dir():
         reason = "it is a file"
-    elif foreign := sorted(path.name for path in folder.iterdir() if not is_export_file(path)):
+    elif foreign := foreign_content(folder):
         reason = f"it holds {foreign[0]!r}"
     elif not is_vidprism_config(folder / "config.json"):
         reason = "it has no config.json of a VidPrism"
@@ -140,9 +226,14 @@ def refuse_other_content(folder: Path) -> None:
     raise ExportError(f"{folder}: exists and is not an exported model ({reason}); choose another folder")
 
 
-def is_export_file(path: Path) -> bool:
-    """Whether an export has a file of this name."""
-    return path.is_file() and EXPORT_FILES.fullmatch(path.name) is not None
+def foreign_content(folder: Path) -> list[str]:
+    """Files and folders that are no part of an export, sorted."""
+    foreign = []
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if not (name in FOLDERS if path.is_dir() else EXPORT_FILES.fullmatch(name)):
+            foreign.append(name)
+    return sorted(foreign)
 
 
 def is_vidprism_config(file: Path) -> bool:

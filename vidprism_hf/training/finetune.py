@@ -8,8 +8,8 @@ import json
 import os
 import shlex
 import warnings
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from jsonargparse import ArgumentError
@@ -28,13 +28,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ..data import VideoDataModule, load_processor
 from ..data.bad_clips import BadClip, ClipCounts, TooManyBadClips, bad_clip_table
-from ..data.few_shot import clip_list_hash, save_clip_list
+from ..data.few_shot import save_clip_list
 from ..data.sources import source_kind
 from ..errors import UserError, first_line
-from ..hub import CardFacts, export_model, render_card
-from ..model import VISION_PRESETS
 from .callbacks import BadClipReport
+from .card_facts import CardRecorder, bad_clips, clip_counts
+from .exporting import TRAIN_LIST, ExportedCheckpoint, ExportSettings, export_best, export_kept
 from .module import VidPrismLightningModule, read_checkpoint_config
+from .push_callback import PushToHub
 
 # What a recipe need not say.
 TRAINER_DEFAULTS = {
@@ -53,6 +54,7 @@ class FinetuneCLI(LightningCLI):
         parser.add_argument(
             "--resume", type=str, default=None, help="Checkpoint (.ckpt) of an interrupted run to go on from."
         )
+        parser.add_class_arguments(ExportSettings, "export")
         parser.link_arguments("model.num_frames", "data.num_frames")
         parser.link_arguments(
             ("model.backbone", "model.checkpoint"),
@@ -120,7 +122,7 @@ def finetune(argv: list[str]) -> None:
     checkpoint = best_checkpoint(output)
     metrics = held_out_accuracy(trainer, cli, str(checkpoint))
     save_metrics(trainer, metrics, output)
-    export = export_run(trainer, cli, metrics, output / "export")
+    export = export_best(trainer, cli, metrics, output / "export")
     print_bad_clips(bad_clips(trainer))
     print_usage(export, metrics, clip_counts(trainer, "val"))
 
@@ -184,17 +186,16 @@ def parse(argv: list[str]) -> FinetuneCLI:
 def build_trainer(cli: FinetuneCLI, output: Path) -> Trainer:
     """The trainer of the recipe, with the run's loggers and callbacks."""
     checkpoints = output / "checkpoints"
+    keep = partial(ModelCheckpoint, dirpath=checkpoints, enable_version_counter=False)
+    if cli.config_init.export.checkpoints:
+        export = partial(export_kept, cli)
+        keep = partial(ExportedCheckpoint, export, dirpath=checkpoints, enable_version_counter=False)
     callbacks = [
-        ModelCheckpoint(checkpoints, filename="best", monitor="val/top1", mode="max", enable_version_counter=False),
+        keep(filename="best", monitor="val/top1", mode="max"),
         # A checkpoint of its own, so that "last" is the last, not the best; also written on Ctrl-C.
-        ModelCheckpoint(
-            checkpoints,
-            filename="last",
-            enable_version_counter=False,
-            save_on_train_epoch_end=True,
-            save_on_exception=True,
-        ),
+        keep(filename="last", save_on_train_epoch_end=True, save_on_exception=True),
         BadClipReport(output),
+        CardRecorder(),
         *progress_bars(cli),
     ]
     loggers = [
@@ -210,7 +211,11 @@ def build_trainer(cli: FinetuneCLI, output: Path) -> Trainer:
     logger = loggers if asked.logger in (None, True) else asked.logger
     if logger:
         callbacks.append(LearningRateMonitor(logging_interval="step"))
-    return cli.instantiate_trainer(default_root_dir=str(output), callbacks=callbacks, logger=logger)
+    trainer = cli.instantiate_trainer(default_root_dir=str(output), callbacks=callbacks, logger=logger)
+    for callback in trainer.callbacks:
+        if isinstance(callback, PushToHub):  # a recipe's (trainer.callbacks), which cannot name a function
+            callback.export = lambda trainer, module, folder: export_kept(cli, trainer, folder)
+    return trainer
 
 
 def progress_bars(cli: FinetuneCLI) -> list[Callback]:
@@ -238,19 +243,6 @@ def held_out_accuracy(trainer: Trainer, cli: FinetuneCLI, checkpoint: str | None
     return {name: results[0][f"test/{name}"] for name in ("top1", "top5") if f"test/{name}" in results[0]}
 
 
-def bad_clips(trainer: Trainer, split: str | None = None) -> list[BadClip]:
-    """The clips that could not be decoded so far, of one split (train, val) or both."""
-    (report,) = (callback for callback in trainer.callbacks if isinstance(callback, BadClipReport))
-    return report.account.clips(trainer.datamodule.id2label, split)
-
-
-def clip_counts(trainer: Trainer, split: str) -> ClipCounts:
-    """What became of the clips of a split (train, val)."""
-    data = trainer.datamodule
-    missing = len(data.splits.missing.get(split, ()))
-    return ClipCounts(data.num_clips[split] + missing, missing, len(bad_clips(trainer, split)))
-
-
 @rank_zero_only
 def save_metrics(trainer: Trainer, metrics: dict[str, float], output: Path) -> None:
     """Writes metrics.json: the metrics, and what became of the clips."""
@@ -266,66 +258,7 @@ def save_train_list(data: VideoDataModule, output: Path) -> None:
     that a name does not fit.
     """
     if data.hparams.shots or data.hparams.train_list:
-        save_clip_list(data.train_table, output / "train_clips.txt")
-
-
-def export_run(trainer: Trainer, cli: FinetuneCLI, metrics: dict[str, float], folder: Path) -> Path:
-    """Exports the module's weights with a card of the run's facts; on the first process alone."""
-    if trainer.is_global_zero:
-        facts = run_facts(trainer, cli, metrics)
-        export_model(cli.model.model, cli.datamodule.video_processor, folder, render_card(facts))
-    trainer.strategy.barrier("export")
-    return folder
-
-
-def run_facts(trainer: Trainer, cli: FinetuneCLI, metrics: dict[str, float]) -> CardFacts:
-    """What the card says of this run."""
-    model, data, hparams = cli.model.model, cli.datamodule, cli.model.hparams
-    hyper_parameters: dict[str, Any] = {
-        "epochs": trainer.current_epoch,
-        "steps": trainer.global_step,
-        "batch size (clips)": data.hparams.batch_size * trainer.world_size * trainer.accumulate_grad_batches,
-        "learning rate": hparams.learning_rate,
-        "backbone": "frozen" if hparams.freeze_backbone else f"learning rate x {hparams.backbone_lr_scale}",
-        "weight decay": hparams.weight_decay,
-        "warm-up epochs": hparams.warmup_epochs,
-        "precision": trainer.precision,
-        "seed": cli.config.seed_everything,
-    }
-    return CardFacts(
-        model_name=Path(cli.config.output).name,
-        labels=[model.config.id2label[index] for index in range(model.config.num_labels)],
-        num_frames=model.config.num_frames,
-        rates=model.config.rates,
-        origin="It was fine-tuned with `vidprism finetune`.",
-        base_model=hub_id(hparams.checkpoint or hparams.backbone),
-        backbone=Path(hparams.checkpoint or hparams.backbone).name,
-        dataset=data.name,
-        split=data.split_description,
-        train_clips=str(clip_counts(trainer, "train")),
-        eval_clips=str(clip_counts(trainer, "val")),
-        train_list_hash=None if data.hparams.streaming else clip_list_hash(data.train_table),
-        bad_clips=bad_clips(trainer),
-        metrics=metrics,
-        protocol=protocol(trainer, model.config.num_frames, data.hparams.test_crops, data.hparams.test_clips),
-        hyper_parameters=hyper_parameters,
-    )
-
-
-def protocol(trainer: Trainer, num_frames: int, num_crops: int, num_clips: int) -> str:
-    """How the held-out clips were evaluated, in words."""
-    crops, clips = (f"{count} {word}{'s' * (count > 1)}" for count, word in ((num_crops, "crop"), (num_clips, "clip")))
-    text = f"{num_frames} frames x {crops} x {clips}. A clip that cannot be decoded counts as wrong."
-    if trainer.current_epoch < 2 * (trainer.check_val_every_n_epoch or 1):
-        return f"Last checkpoint; {text}"  # at most one validation: there was nothing to choose from
-    return f"Best checkpoint by held-out top-1; {text} The same clips chose the checkpoint: the figure is optimistic."
-
-
-def hub_id(name: str) -> str | None:
-    """The Hub id that a backbone or checkpoint was loaded by; None for folders and random weights."""
-    if name in VISION_PRESETS:
-        return VISION_PRESETS[name]["name_or_path"]
-    return None if os.path.exists(name) else name
+        save_clip_list(data.train_table, output / TRAIN_LIST)
 
 
 @rank_zero_only

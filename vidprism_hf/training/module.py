@@ -147,8 +147,9 @@ class VidPrismLightningModule(L.LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self._evaluate("val", batch)
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._evaluate("test", batch)
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, torch.Tensor]:
+        """Gives `expert_weights` (B, N), means over each clip's views, to callbacks."""
+        return self._evaluate("test", batch)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW on the parameter groups; linear warm-up and cosine to zero, stepped every step."""
@@ -179,7 +180,7 @@ class VidPrismLightningModule(L.LightningModule):
         features = torch.stack([self._features[key] for key in keys]).to(self.device)
         return self.model(labels=batch["labels"], frame_features=features)
 
-    def _evaluate(self, stage: str, batch: dict[str, Any]) -> None:
+    def _evaluate(self, stage: str, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         labels, num_views = batch["labels"], 1
         if batch["pixel_values_videos"].ndim == 6:  # (B, views, T, 3, H, W)
             num_views = batch["pixel_values_videos"].shape[1]
@@ -198,9 +199,10 @@ class VidPrismLightningModule(L.LightningModule):
         self.metrics[stage].update(logits, labels)
         self.log_dict(self.metrics[stage], on_step=False, on_epoch=True, prog_bar=stage == "val")
         self._log_losses(stage, output)
-        weights = output.expert_weights.float().mean(0)
-        for index, (rate, weight) in enumerate(zip(self.model.config.rates, weights, strict=True)):
+        weights = output.expert_weights.float().unflatten(0, (-1, num_views)).mean(dim=1)
+        for index, (rate, weight) in enumerate(zip(self.model.config.rates, weights.mean(0), strict=True)):
             self._log_mean(f"{stage}/expert_{index}_rate_{rate}_weight", weight, len(output.logits))
+        return {"expert_weights": weights}
 
     def _balance_over_ranks(self, output: VidPrismForVideoClassificationOutput) -> None:
         """Replaces this rank's gate loss by that of the whole batch, over all ranks."""

@@ -1,0 +1,65 @@
+"""The pictures of a model card, as PNG bytes: the same numbers give the same bytes."""
+
+import io
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+MOST_CLASSES = 40  # more rows would not be legible
+
+
+def curves(epochs: Mapping[int, Mapping[str, float]]) -> bytes:
+    """Losses and held-out top-1 over the epochs of a run.
+
+    Args:
+        epochs: Epoch, from 0, to any of `train_loss`, `val_loss` and `val_top1`.
+    """
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    losses, accuracy = figure.subplots(1, 2)
+    for axes, names in ((losses, {"train_loss": "training", "val_loss": "held-out"}), (accuracy, {"val_top1": None})):
+        for name, label in names.items():
+            points = [(epoch + 1, values[name]) for epoch, values in sorted(epochs.items()) if name in values]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker=".", label=label)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.grid(alpha=0.3)
+    losses.set_ylabel("loss")
+    if losses.lines:
+        losses.legend()
+    accuracy.set_ylabel("held-out top-1")
+    accuracy.set_ylim(-0.02, 1.02)
+    return _png(figure)
+
+
+def expert_weights(weights: np.ndarray, labels: Sequence[str], rates: Sequence[int]) -> bytes:
+    """Mean weight of each expert for each class; with many classes their distribution.
+
+    Args:
+        weights: (K, N), rows of classes without clips are NaN.
+        labels: Of the K classes.
+        rates: Of the N experts.
+    """
+    experts = [f"rate {rate}" for rate in rates]
+    if len(labels) > MOST_CLASSES:
+        figure = Figure(figsize=(1.2 * len(rates) + 3, 4), layout="constrained")
+        axes = figure.subplots()
+        axes.boxplot(weights[~np.isnan(weights).any(axis=1)], tick_labels=experts)
+        axes.set_ylabel("expert weight, one value a class")
+        return _png(figure)
+    figure = Figure(figsize=(1.2 * len(rates) + 3, 0.3 * len(labels) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(weights, aspect="auto", cmap="viridis", vmin=0, vmax=1)
+    axes.set_xticks(range(len(experts)), experts)
+    # A dollar sign would begin a formula.
+    axes.set_yticks(range(len(labels)), [label.replace("$", r"\$")[:40] for label in labels])
+    figure.colorbar(image, ax=axes, label="expert weight")
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110, metadata={"Software": None})
+    return picture.getvalue()
