@@ -11,7 +11,7 @@ STRATEGY ?=          ## Lightning strategy (auto, ddp, ...)
 PRECISION ?=         ## 32, bf16-mixed (the benchmarks' recipes), 16-mixed
 EPOCHS   ?=          ## epochs (the recipe's trainer.max_epochs)
 OUT      ?=          ## folder of the run (the recipe's output)
-MODEL    ?=          ## exported folder or Hub id, for evaluate and predict
+MODEL    ?=          ## exported folder or Hub id, for evaluate, predict and push (push: that of the run in OUT)
 FILES    ?=          ## video files, for predict
 REPO     ?=          ## repository on the Hub, for push
 ARGS     ?=          ## anything else for the command line, such as --model.freeze_backbone true
@@ -42,6 +42,12 @@ OPTIONS = $(SOURCE) $(call option,--data.root,$(DATA_ROOT)) $(call option,--mode
 	$(call option,--output,$(OUT)) $(ARGS)
 
 NEEDS_MODEL = $(if $(strip $(MODEL)),,$(error MODEL is empty: name an export, such as MODEL=runs/demo/export))
+
+NEEDS_REPO = $(if $(strip $(REPO)),,$(error REPO is empty: name the repository, such as REPO=org/name))
+# What is pushed unless MODEL says so: the export of the run that the same variables trained.
+RUN = $(or $(strip $(OUT)),$(shell sed -nE 's/^output: *([^ ]+).*/\1/p' $(RECIPE)))
+EXPORT = $(or $(strip $(MODEL)),$(shell test -d "$(RUN)/export" && echo "$(RUN)/export"),$(error \
+	$(RUN)/export is not there: train first, or name an export, such as MODEL=runs/demo/export))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup finetune fewshot prepare evaluate predict push cards test test-fast lint format clean
@@ -76,8 +82,8 @@ evaluate: $(READY)  ## held-out accuracy: make evaluate MODEL=runs/demo/export
 predict: $(READY)  ## top labels of files: make predict MODEL=runs/demo/export FILES="a.mp4 b.mp4"
 	$(NEEDS_MODEL)$(BIN)/vidprism predict "$(MODEL)" $(FILES) $(ARGS)
 
-push: $(READY)  ## publish an export: make push REPO=org/name MODEL=runs/demo/export
-	$(NEEDS_MODEL)$(BIN)/vidprism push "$(MODEL)" --repo "$(REPO)" $(ARGS)
+push: $(READY)  ## publish the export of a run: make push REPO=org/name [OUT=runs/demo] [MODEL=FOLDER]
+	$(NEEDS_REPO)$(BIN)/vidprism push "$(EXPORT)" --repo "$(REPO)" $(ARGS)
 
 cards: $(READY)  ## write the presets' model cards anew, from model_cards/presets.yaml and the recipes
 	$(BIN)/python model_cards/generate.py

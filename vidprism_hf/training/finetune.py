@@ -1,6 +1,7 @@
 """`vidprism finetune` and `vidprism evaluate`: from a recipe to a trained, evaluated and exported model.
 
 A run's folder (`output`) holds config.yaml, logs/, checkpoints/{best,last}.ckpt, metrics.json and export/.
+In push/ lie exports that a PushToHub of the recipe has not published.
 """
 
 import dataclasses
@@ -31,11 +32,12 @@ from ..data.bad_clips import BadClip, ClipCounts, TooManyBadClips, bad_clip_tabl
 from ..data.few_shot import save_clip_list
 from ..data.sources import source_kind
 from ..errors import UserError, first_line
+from ..hub.licenses import check_license
 from .callbacks import BadClipReport
 from .card_facts import CardRecorder, bad_clips, clip_counts
 from .exporting import TRAIN_LIST, ExportedCheckpoint, ExportSettings, export_best, export_kept
 from .module import VidPrismLightningModule, read_checkpoint_config
-from .push_callback import PushToHub
+from .push_callback import PushToHub, push_open
 
 # What a recipe need not say.
 TRAINER_DEFAULTS = {
@@ -64,7 +66,8 @@ class FinetuneCLI(LightningCLI):
         parser.link_arguments("data.id2label", "model.id2label", apply_on="instantiate")
 
     def before_instantiate_classes(self) -> None:
-        """Looks for the backbone before data are fetched, which may be hundreds of gigabytes."""
+        """Looks for licence and backbone before data are fetched, which may be hundreds of gigabytes."""
+        check_license("export.license", self.config.export.license)
         data = self.config.data
         if source_kind(data.source) in ("benchmark", "hub"):
             load_processor(data.processor, data.num_frames)
@@ -76,8 +79,9 @@ class FinetuneCLI(LightningCLI):
             UserError: If this machine cannot give what the recipe asks for.
         """
         asked = self.config_init.trainer.callbacks or []
-        # A list of its own for each trainer, which puts default callbacks into the list that it is given.
-        callbacks = [*(asked if isinstance(asked, list) else [asked]), *settings.pop("callbacks", [])]
+        # A list of its own for each trainer, which puts default callbacks into the list that it is given. The run's
+        # own come first: what a recipe's callback exports holds what they keep of the same epoch.
+        callbacks = [*settings.pop("callbacks", []), *(asked if isinstance(asked, list) else [asked])]
         try:
             return super().instantiate_trainer(callbacks=callbacks, **settings)
         except (MisconfigurationException, ValueError) as error:
@@ -108,23 +112,30 @@ def finetune(argv: list[str]) -> None:
     trainer = build_trainer(cli, output)
     print_once(f"Run folder: {output}")
     warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")  # a frozen tower is meant to be
+    with push_open(trainer) as publish:
+        fit(trainer, cli, argv)
+        checkpoint = best_checkpoint(output)
+        metrics = held_out_accuracy(trainer, cli, str(checkpoint))
+        save_metrics(trainer, metrics, output)
+        export = export_best(trainer, cli, metrics, output / "export")
+        print_bad_clips(bad_clips(trainer))
+        print_usage(export, metrics, clip_counts(trainer, "val"))
+        publish(export)
+
+
+def fit(trainer: Trainer, cli: FinetuneCLI, argv: list[str]) -> None:
+    """Trains; where it ends early, says how to go on, or which clips were bad."""
     try:
-        trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume, weights_only=True)
+        trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.resume, weights_only=True)
     except SystemExit:
         # Lightning's way to end after Ctrl-C; the checkpoint callback has saved last.ckpt by now.
-        last = output / "checkpoints" / "last.ckpt"
+        last = Path(cli.config.output) / "checkpoints" / "last.ckpt"
         if last.is_file():
             print_once(f"Stopped. Go on with: vidprism finetune {shlex.join(argv)} --resume {last}")
         raise
     except TooManyBadClips as error:
         print_once(bad_clip_table(error.clips))
         raise
-    checkpoint = best_checkpoint(output)
-    metrics = held_out_accuracy(trainer, cli, str(checkpoint))
-    save_metrics(trainer, metrics, output)
-    export = export_best(trainer, cli, metrics, output / "export")
-    print_bad_clips(bad_clips(trainer))
-    print_usage(export, metrics, clip_counts(trainer, "val"))
 
 
 def evaluate(argv: list[str]) -> dict[str, float]:
