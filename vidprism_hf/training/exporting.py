@@ -17,6 +17,7 @@ from ..data.few_shot import clip_list_hash
 from ..hub import export_model, render_card
 from ..hub.card import eval_results_file
 from ..hub.export import MAX_SHARD_SIZE, ExportError, Precision
+from .averaging import WeightEMA
 from .card_facts import CardRecorder, bad_clips, kept_by, run_facts, run_figures, views
 
 TRAIN_LIST = "train_clips.txt"  # in the run's folder, where the clips were drawn or listed
@@ -30,11 +31,14 @@ class ExportSettings:
         dtype: Precision of the written weights.
         max_shard_size: Size of a file of weights past which they are written in several.
         checkpoints: Whether each kept checkpoint is exported too, to a folder of its name beside it.
+        wise_ft_alpha: Share of the tuned tower in an average with the one it started from (WiSE-FT), which the
+            final test and export have; null takes the tuned tower alone.
     """
 
     dtype: Precision = "float32"
     max_shard_size: str = MAX_SHARD_SIZE
     checkpoints: bool = False
+    wise_ft_alpha: float | None = None
 
 
 class ExportedCheckpoint(ModelCheckpoint):
@@ -60,7 +64,7 @@ class ExportedCheckpoint(ModelCheckpoint):
 
 
 def export_kept(cli: LightningCLI, trainer: Trainer, folder: Path) -> None:
-    """Exports the weights as they are in training, with what the last validation found."""
+    """Exports the weights that the last validation had, with what it found."""
     found = {name: trainer.callback_metrics.get(f"val/{name}") for name in ("top1", "top5")}
     metrics = {name: value.item() for name, value in found.items() if value is not None}
     used = views(cli.model.model.config.num_frames, 1, 1)
@@ -98,8 +102,9 @@ def export_run(trainer: Trainer, cli: LightningCLI, metrics: dict[str, float], p
 
 
 def gathered_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """The model's weights by its own names, whole; a strategy that shares them out gathers them here."""
-    state = trainer.strategy.lightning_module_state_dict()
+    """The model's weights, or their average, by its own names, whole; a strategy that shares them out gathers here."""
+    averages = (callback.average() for callback in trainer.callbacks if isinstance(callback, WeightEMA))
+    state = next(averages, None) or trainer.strategy.lightning_module_state_dict()
     return {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
 
 
