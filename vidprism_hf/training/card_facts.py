@@ -22,8 +22,10 @@ from ..data.sources import DEMO, source_kind
 from ..evaluation.compute import giga_macs_per_view, million_parameters
 from ..evaluation.figures import curves, expert_weights
 from ..hub import CardFacts
+from .averaging import WiseFT
 from .callbacks import BadClipReport
 from .module import VidPrismLightningModule
+from .optimization import clips_per_step, scaled_learning_rate
 from .origin import base_model, starting_point
 
 METRICS = ("top1", "top5")
@@ -255,23 +257,45 @@ def hyper_parameters(trainer: Trainer, cli: LightningCLI) -> dict[str, Any]:
     """What the training was set to."""
     data, hparams = cli.datamodule.hparams, cli.model.hparams
     epochs, planned = epochs_at(trainer, trainer.global_step), trainer.max_epochs
+    clips, accumulated = clips_per_step(trainer), trainer.accumulate_grad_batches
     return {
         "epochs": epochs if planned in (None, -1, float(epochs)) else f"{epochs} of {planned}",
         "steps": trainer.global_step,
         "batches an epoch, by a limit": trainer.num_training_batches if trainer.limit_train_batches != 1.0 else None,
-        "batch size (clips)": data.batch_size * trainer.world_size * trainer.accumulate_grad_batches,
+        "batch size (clips)": clips,
+        "gradient accumulation (batches)": accumulated if accumulated > 1 else None,
         "optimiser": "AdamW, betas 0.9 and 0.999, eps 1e-08",
-        "learning rate": hparams.learning_rate,
+        "learning rate": learning_rate(hparams, clips),
         "schedule": "linear warm-up, then cosine to zero, stepped every step",
         "warm-up epochs": hparams.warmup_epochs,
-        "backbone": "frozen" if hparams.freeze_backbone else f"learning rate x {hparams.backbone_lr_scale}",
+        "backbone": backbone_training(hparams),
         "weight decay": hparams.weight_decay,
+        "label smoothing": hparams.label_smoothing or None,
         "gradient clipping": trainer.gradient_clip_val,
         "precision": trainer.precision,
         "seed": cli.config.seed_everything,
         "data seed": data.seed,
         "few-shot, clips a class": data.shots,
+        "weight averaging": f"exponential moving, decay {hparams.ema_decay}" if hparams.ema_decay else None,
+        "weight-space ensembling": next((it.applied for it in trainer.callbacks if isinstance(it, WiseFT)), None),
     }
+
+
+def learning_rate(hparams: Any, clips: int) -> str | float:
+    """The peak learning rate, and how it follows from the batch where it does."""
+    reference = hparams.reference_batch_size
+    if reference is None:
+        return hparams.learning_rate
+    scaled = scaled_learning_rate(hparams.learning_rate, clips, reference)
+    return f"{scaled:.4g} = {hparams.learning_rate:g} x sqrt({clips} / {reference})"
+
+
+def backbone_training(hparams: Any) -> str:
+    """How the tower is trained."""
+    if hparams.freeze_backbone:
+        return "frozen"
+    layers = f", x {hparams.layer_decay} for each layer below the top" if hparams.layer_decay != 1 else ""
+    return f"learning rate x {hparams.backbone_lr_scale}{layers}"
 
 
 def compute_facts(trainer: Trainer, module: VidPrismLightningModule, recorder: CardRecorder) -> dict[str, Any]:

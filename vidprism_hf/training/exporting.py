@@ -19,6 +19,7 @@ from ..errors import one_line_or_traceback
 from ..hub import export_model, render_card
 from ..hub.card import eval_results_file
 from ..hub.export import MAX_SHARD_SIZE, Precision
+from .averaging import WeightEMA
 from .card_facts import METRICS, CardRecorder, Measured, bad_clips, kept_by, moment, run_facts, run_figures, views
 
 TRAIN_LIST = "train_clips.txt"  # in the run's folder, where the clips were drawn or listed
@@ -39,12 +40,15 @@ class ExportSettings:
         checkpoints: Whether each kept checkpoint is exported too, to a folder of its name beside it.
         license: Of the weights: an id of the Hub, such as apache-2.0, which each export states anew; null leaves it
             unknown, or as the export's README says.
+        wise_ft_alpha: Share of the tuned tower in an average with the one it started from (WiSE-FT), which the
+            final test and export have; null takes the tuned tower alone.
     """
 
     dtype: Precision = "float32"
     max_shard_size: str = MAX_SHARD_SIZE
     checkpoints: bool = False
     license: str | None = None
+    wise_ft_alpha: float | None = None
 
 
 class ExportedCheckpoint(ModelCheckpoint):
@@ -149,8 +153,9 @@ def export_run(trainer: Trainer, cli: LightningCLI, measured: Measured, folder: 
 
 
 def gathered_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """The model's weights by its own names, whole; a strategy that shares them out gathers them here."""
-    state = trainer.strategy.lightning_module_state_dict()
+    """The model's weights, or their average, by its own names, whole; a strategy that shares them out gathers here."""
+    averages = (callback.average() for callback in trainer.callbacks if isinstance(callback, WeightEMA))
+    state = next(averages, None) or trainer.strategy.lightning_module_state_dict()
     return {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
 
 

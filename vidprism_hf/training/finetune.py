@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from ..data.few_shot import save_clip_list
 from ..data.sources import source_kind
 from ..errors import UserError, first_line
 from ..hub.licenses import check_license
+from .averaging import WiseFT
 from .callbacks import BadClipReport
 from .card_facts import CardRecorder, bad_clips, clip_counts
 from .exporting import TRAIN_LIST, ExportedCheckpoint, ExportSettings, export_best, export_kept
@@ -103,13 +105,14 @@ def finetune(argv: list[str]) -> None:
     cli = parse(argv)
     output, resume = Path(cli.config.output), cli.config.resume
     check_checkpoint(cli.config.model.checkpoint, output)
+    ensemble = tower_ensemble(cli)
     if resume is None:
         keep_previous_run(output)
     else:
         check_resume(resume, output)
     save_settings(cli, output)
     save_train_list(cli.datamodule, output)
-    trainer = build_trainer(cli, output)
+    trainer = build_trainer(cli, output, ensemble)
     print_once(f"Run folder: {output}")
     warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")  # a frozen tower is meant to be
     with push_open(trainer) as publish:
@@ -194,7 +197,17 @@ def parse(argv: list[str]) -> FinetuneCLI:
         raise UserError(" ".join(str(error).split())) from error
 
 
-def build_trainer(cli: FinetuneCLI, output: Path) -> Trainer:
+def tower_ensemble(cli: FinetuneCLI) -> list[Callback]:
+    """What averages the tower for the final test, if the recipe asks for it.
+
+    Raises:
+        UserError: If the run has nothing to average with.
+    """
+    alpha, model = cli.config.export.wise_ft_alpha, cli.config.model
+    return [] if alpha is None else [WiseFT(alpha, model.backbone, model.checkpoint)]
+
+
+def build_trainer(cli: FinetuneCLI, output: Path, more: Sequence[Callback] = ()) -> Trainer:
     """The trainer of the recipe, with the run's loggers and callbacks."""
     checkpoints = output / "checkpoints"
     keep = partial(ModelCheckpoint, dirpath=checkpoints, enable_version_counter=False)
@@ -207,6 +220,7 @@ def build_trainer(cli: FinetuneCLI, output: Path) -> Trainer:
         keep(filename="last", save_on_train_epoch_end=True, save_on_exception=True),
         BadClipReport(output),
         CardRecorder(),
+        *more,
         *progress_bars(cli),
     ]
     loggers = [

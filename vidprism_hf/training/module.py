@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors import SafetensorError
 from torch import nn
 from torchmetrics import MetricCollection
@@ -17,8 +17,9 @@ from transformers import AutoConfig, get_cosine_schedule_with_warmup
 from ..errors import UserError, first_line
 from ..model import VidPrismConfig, VidPrismForVideoClassification, VidPrismForVideoClassificationOutput
 from ..model.temporal_vidprism import gate_balance_loss
+from .averaging import WeightEMA
 from .callbacks import BadClipReport
-from .optimization import parameter_groups
+from .optimization import check_settings, clips_per_step, parameter_groups, scaled_learning_rate
 
 LOSS_PARTS = ("classification_loss", "rank_loss", "gate_loss", "diversity_loss")
 
@@ -36,9 +37,15 @@ class VidPrismLightningModule(L.LightningModule):
         config: Any other field of VidPrismConfig, such as `readout: mean`. A checkpoint brings its own.
         freeze_backbone: Whether the tower stays as it is.
         learning_rate: Peak learning rate of everything but the tower.
+        reference_batch_size: Clips a step that learning_rate is stated for; it is then multiplied with the square
+            root of clips a step / reference_batch_size. None takes it as it is.
         backbone_lr_scale: The tower's learning rate as a share of it.
+        layer_decay: Learning rate of each layer of the tower as a share of that of the layer above it.
         weight_decay: Weight decay of weights; biases, norms and the global query have none.
         warmup_epochs: Epochs of linear warm-up before the cosine; may be a fraction.
+        label_smoothing: Share of each training label that is spread over all classes, after mixing. Losses of
+            evaluations are of the labels as they are.
+        ema_decay: Decay of a moving average of the weights, which is then validated, kept and tested in their place.
         gradient_checkpointing: Whether activations are recomputed in the backward pass, to save memory.
     """
 
@@ -51,9 +58,13 @@ class VidPrismLightningModule(L.LightningModule):
         config: dict[str, Any] | None = None,
         freeze_backbone: bool = False,
         learning_rate: float = 5e-5,
+        reference_batch_size: int | None = None,
         backbone_lr_scale: float = 0.06,
+        layer_decay: float = 1.0,
         weight_decay: float = 0.2,
         warmup_epochs: float = 5,
+        label_smoothing: float = 0.0,
+        ema_decay: float | None = None,
         gradient_checkpointing: bool = False,
     ):
         super().__init__()
@@ -63,6 +74,7 @@ class VidPrismLightningModule(L.LightningModule):
         if checkpoint and config:
             raise UserError("model.config: a checkpoint brings its own configuration; remove one of the two")
         check_config(config or {}, num_frames)
+        check_settings(self.hparams)
         self.id2label = {int(index): label for index, label in id2label.items()}
         if checkpoint:
             load_checkpoint_config(checkpoint, self.id2label)  # now, before a run's folder is made
@@ -124,9 +136,11 @@ class VidPrismLightningModule(L.LightningModule):
         return self.model(pixel_values_videos, labels=labels)
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """The account of bad clips, unless the trainer has one: whoever trains with this module keeps it."""
-        kept = any(isinstance(callback, BadClipReport) for callback in self.trainer.callbacks)
-        return [] if kept else [BadClipReport()]
+        """The account of bad clips, and the average of the weights if asked for, unless the trainer has them."""
+        wanted: list[L.Callback] = [BadClipReport()]
+        if self.hparams.ema_decay is not None:
+            wanted.append(WeightEMA(self.hparams.ema_decay))
+        return [new for new in wanted if not any(isinstance(old, type(new)) for old in self.trainer.callbacks)]
 
     def on_train_epoch_start(self) -> None:
         """Tells streamed clips the epoch; Lightning tells samplers only."""
@@ -136,8 +150,11 @@ class VidPrismLightningModule(L.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         output = self._classify("train", batch)
-        if "soft_labels" in batch:
-            output.classification_loss = nn.functional.cross_entropy(output.logits.float(), batch["soft_labels"])
+        smoothing = self.hparams.label_smoothing
+        if "soft_labels" in batch or smoothing:
+            labels = batch.get("soft_labels", batch["labels"])
+            logits = output.logits.float()
+            output.classification_loss = nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing)
             output.loss = self.model.total_loss(*(output[part] for part in LOSS_PARTS))
         if self.trainer.world_size > 1:
             self._balance_over_ranks(output)
@@ -152,10 +169,21 @@ class VidPrismLightningModule(L.LightningModule):
         return self._evaluate("test", batch)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW on the parameter groups; linear warm-up and cosine to zero, stepped every step."""
-        hparams = self.hparams
-        groups = parameter_groups(self.model, hparams.learning_rate, hparams.backbone_lr_scale, hparams.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=hparams.learning_rate, betas=(0.9, 0.999), eps=1e-8)
+        """AdamW on the parameter groups; linear warm-up and cosine to zero, stepped with each of its steps.
+
+        Raises:
+            UserError: If the learning rate is to be scaled and the data do not tell their batch size.
+        """
+        hparams, rate = self.hparams, self.hparams.learning_rate
+        if hparams.reference_batch_size is not None:
+            clips = clips_per_step(self.trainer)
+            rate = scaled_learning_rate(rate, clips, hparams.reference_batch_size)
+            said = f"{hparams.learning_rate:g} x sqrt({clips} / {hparams.reference_batch_size} clips a step)"
+            rank_zero_info(f"Learning rate: {rate:.4g} = {said}")
+        groups = parameter_groups(
+            self.model, rate, hparams.backbone_lr_scale, hparams.weight_decay, hparams.layer_decay
+        )
+        optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.999), eps=1e-8)
         total = int(self.trainer.estimated_stepping_batches)
         steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         warmup = round(steps_per_epoch * hparams.warmup_epochs)
