@@ -16,6 +16,7 @@ from jsonargparse import ArgumentError
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
     Callback,
+    GradientAccumulationScheduler,
     LearningRateMonitor,
     ModelCheckpoint,
     RichProgressBar,
@@ -36,6 +37,7 @@ from .card_facts import CardRecorder, bad_clips, clip_counts
 from .exporting import TRAIN_LIST, ExportedCheckpoint, ExportSettings, export_best, export_kept
 from .module import VidPrismLightningModule, read_checkpoint_config
 from .push_callback import PushToHub
+from .strategies import named_strategy
 
 # What a recipe need not say.
 TRAINER_DEFAULTS = {
@@ -75,11 +77,14 @@ class FinetuneCLI(LightningCLI):
         Raises:
             UserError: If this machine cannot give what the recipe asks for.
         """
-        asked = self.config_init.trainer.callbacks or []
+        trainer = self.config_init.trainer
+        asked = trainer.callbacks or []
         # A list of its own for each trainer, which puts default callbacks into the list that it is given.
         callbacks = [*(asked if isinstance(asked, list) else [asked]), *settings.pop("callbacks", [])]
         try:
-            return super().instantiate_trainer(callbacks=callbacks, **settings)
+            accumulates = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
+            strategy = named_strategy(trainer.strategy, accumulates or trainer.accumulate_grad_batches > 1)
+            return super().instantiate_trainer(callbacks=callbacks, strategy=strategy, **settings)
         except (MisconfigurationException, ValueError) as error:
             raise UserError(f"trainer: {first_line(error)}") from error
 
