@@ -147,24 +147,6 @@ def test_an_export_that_fails_does_not_end_the_training(motion_clips, tmp_path, 
     assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
 
 
-def test_two_processes_export_the_same_files(run, motion_clips, tmp_path):
-    """From the same weights, which a learning rate of zero keeps: all that the strategy is not named in is equal."""
-    start = ("--trainer.max_epochs=1", "--model.learning_rate=0", f"--model.checkpoint={run / 'export'}")
-    assert main(run_arguments(motion_clips, tmp_path / "one", *start)) == 0
-    two = [*run_arguments(motion_clips, tmp_path / "two", *start), "--trainer.devices=2", "--trainer.strategy=ddp"]
-    command = [sys.executable, "-m", "vidprism_hf.cli", *two]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (files_of(tmp_path / name / "export") for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    named = {"README.md", "recipe.yaml"}  # the number of processes, time and memory
-    drawn = {"figures/curves.png", "figures/experts.png"}  # sums of other orders
-    assert {name for name in one if one[name] != two[name]} <= named | drawn
-    assert one["model.safetensors"] == (run / "export" / "model.safetensors").read_bytes()
-    assert b"2 x CPU" in two["README.md"]
-
-
 def test_ends_with_three_lines_that_work(motion_clips, tmp_path, capsys):
     output, clip = tmp_path / "run", str(motion_clips / "val" / "growing" / "0.mp4")
     assert main(run_arguments(motion_clips, output)) == 0

@@ -33,7 +33,12 @@ RUNS = {
     "adamw-resumed": ({"learning_rate": 1e-4}, {"max_epochs": 2}),  # from the single process's adamw
 }
 # By the command line, with weights that stay as they are.
-STILL = ("--model.learning_rate=0", "--export.checkpoints=true", "--trainer.max_epochs=1")
+STILL = (
+    "--model.learning_rate=0",
+    "--export.checkpoints=true",
+    "--trainer.max_epochs=1",
+    "--trainer.accumulate_grad_batches=2",
+)
 
 
 class DescentModule(VidPrismLightningModule):
@@ -88,6 +93,7 @@ def run(name: str, folder: Path, strategy: str = "auto", devices: int = 1, start
         use_distributed_sampler=False,
         default_root_dir=folder,
         logger=False,
+        num_sanity_val_steps=0,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -157,6 +157,7 @@ def test_the_same_weights_give_the_same_files(results, place, strategy):
     drawn = {"figures/curves.png", "figures/experts.png"}  # sums of other orders
     assert {name for name in alone if alone[name] != shared[name]} <= named | drawn
     assert b"2 x CPU" in shared["README.md"]
+    assert (results / f"run-{strategy}" / "metrics.json").read_text() == (results / "run-auto/metrics.json").read_text()
 
 
 @pytest.mark.slow
@@ -208,8 +209,10 @@ def test_fsdp_refuses_a_precision_that_it_has_not(motion_clips, tmp_path, capsys
     assert "Choose a different precision among: 32-true, bf16-mixed" in complaint(capsys)
 
 
-def test_strategies_by_name():
+def test_strategies_by_name(motion_clips, tmp_path, capsys):
     assert isinstance(named_strategy("fsdp"), ModelParallelStrategy)
     assert named_strategy("auto") == "auto"
     given = DDPStrategy()
     assert named_strategy(given) is given
+    assert main(run_arguments(motion_clips, tmp_path / "run", "--trainer.strategy=deepspeed_stage_3")) == 1
+    assert complaint(capsys).startswith("vidprism finetune: trainer.strategy=deepspeed_stage_3: ")

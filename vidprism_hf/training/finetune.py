@@ -81,9 +81,9 @@ class FinetuneCLI(LightningCLI):
         asked = trainer.callbacks or []
         # A list of its own for each trainer, which puts default callbacks into the list that it is given.
         callbacks = [*(asked if isinstance(asked, list) else [asked]), *settings.pop("callbacks", [])]
+        accumulates = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
+        strategy = named_strategy(trainer.strategy, accumulates or trainer.accumulate_grad_batches > 1)
         try:
-            accumulates = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
-            strategy = named_strategy(trainer.strategy, accumulates or trainer.accumulate_grad_batches > 1)
             return super().instantiate_trainer(callbacks=callbacks, strategy=strategy, **settings)
         except (MisconfigurationException, ValueError) as error:
             raise UserError(f"trainer: {first_line(error)}") from error

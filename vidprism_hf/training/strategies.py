@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from ..errors import UserError
 from ..model import VidPrismForVideoClassification
 
 
@@ -27,7 +28,12 @@ def named_strategy(name: str | Strategy, accumulates: bool = False) -> str | Str
     Args:
         name: `ddp` and `fsdp` are built here; Lightning knows the others: `auto` (one device, or DDP), `deepspeed`.
         accumulates: Whether gradients are accumulated over several batches.
+
+    Raises:
+        UserError: If it is one whose weights cannot be exported.
     """
+    if isinstance(name, str) and name.startswith("deepspeed_stage_3"):
+        raise UserError(f"trainer.strategy={name}: leaves no whole weights to export; take fsdp, or deepspeed")
     if name == "ddp":
         # Every trained parameter gets a gradient in every step, which is all that a static graph asks for; but torch
         # does not support one whose first step has no communication.
@@ -89,10 +95,10 @@ class FullyShardedStrategy(ModelParallelStrategy):
     on_test_end = on_predict_end = on_validation_end
 
     def _keep_whole(self, whole: bool) -> None:
-        blocks = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+        shared = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
         # Lightning evaluates in inference mode, whose tensors no training could use again.
         with torch.inference_mode(False), torch.no_grad():
-            for number, block in enumerate(blocks):
+            for number, block in enumerate(shared):
                 # The first is the root, which is wanted again as soon as the backward pass begins.
                 block.set_reshard_after_forward(not whole and number > 0, recurse=False)
                 block.unshard() if whole else block.reshard()
@@ -151,7 +157,7 @@ def shard(model: VidPrismForVideoClassification, mesh: DeviceMesh, precision: st
 
 
 def blocks(model: VidPrismForVideoClassification) -> list[nn.Module]:
-    """The parts that compute one after another: layers of the tower, and the blocks of the head."""
+    """The parts that compute one after another, the inner ones first: layers and experts, and the rest of the head."""
     head = model.vidprism.temporal_model
     layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
-    return [*layers, *(head.mergers or ()), *([head.interaction] if head.interaction is not None else []), head.readout]
+    return [*layers, *([] if head.interaction is None else [head.interaction]), head.readout, head]
