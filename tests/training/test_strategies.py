@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -195,6 +196,16 @@ def test_a_launch_scripts_command(motion_clips, tmp_path, monkeypatch, script, n
     trainer = cli.instantiate_trainer(logger=False)
     assert isinstance(trainer.strategy, DDPStrategy)
     assert (trainer.world_size, trainer.num_nodes) == (2 * nodes, nodes)
+
+
+def test_the_makefiles_variables(motion_clips, monkeypatch):
+    variables = {"devices": "2", "num_nodes": "3", "strategy": "fsdp", "precision": "bf16-mixed"}
+    words = [f"DATASET={motion_clips}", *(f"{name.upper()}={value}" for name, value in variables.items())]
+    printed = subprocess.run(["make", "-n", "finetune", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    command = shlex.split(printed.stdout.splitlines()[-1])
+    monkeypatch.chdir(ROOT)
+    given = parse(command[command.index("finetune") + 1 :]).config.trainer
+    assert {name: str(given[name]) for name in variables} == variables
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is not None, reason="deepspeed is installed")
