@@ -34,7 +34,7 @@ from ..errors import UserError, first_line
 from .callbacks import BadClipReport
 from .card_facts import CardRecorder, bad_clips, clip_counts
 from .exporting import TRAIN_LIST, ExportedCheckpoint, ExportSettings, export_best, export_kept
-from .module import VidPrismLightningModule, read_checkpoint_config
+from .module import VidPrismLightningModule, check_frozen, read_checkpoint_config
 from .push_callback import PushToHub
 
 # What a recipe need not say.
@@ -66,6 +66,8 @@ class FinetuneCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Looks for the backbone before data are fetched, which may be hundreds of gigabytes."""
         data = self.config.data
+        if data.feature_cache:
+            check_frozen(self.config.model.freeze_backbone)
         if source_kind(data.source) in ("benchmark", "hub"):
             load_processor(data.processor, data.num_frames)
 
