@@ -19,7 +19,8 @@ from small import tiny_model, tiny_processor
 from vidprism_hf.data import ClipAugmentation, ClipDataset, ClipReader, DataError, FileTable, normalize_clips
 from vidprism_hf.data import clip_contents as contents
 from vidprism_hf.data import feature_cache as module
-from vidprism_hf.data.feature_cache import FeatureCache, FrameEncoder, parse_size, tower_digest
+from vidprism_hf.data.feature_cache import FeatureCache, parse_size
+from vidprism_hf.data.frame_encoder import FrameEncoder, tower_digest
 
 LABELS = [0, 1, 0, 1, 0]
 
@@ -125,6 +126,19 @@ def test_other_views_of_a_selection_are_there(table, folder, model):
     chosen = cached(folder, tower, training(table.select([4, 2])))
     assert tower.clips == 0
     assert torch.equal(rows(chosen, 1), rows(whole, 1)[[4, 2]])
+
+
+def test_rows_that_hold_videos(table, folder, model):
+    """A dataset of the Hub: the bytes count, not where they are."""
+
+    class Rows(FileTable):
+        def video(self, index):
+            return Path(super().video(index)).read_bytes()
+
+    files = cached(folder, Tower(model), evaluation(table))
+    tower = Tower(model)
+    assert torch.equal(rows(cached(folder, tower, evaluation(Rows(**vars(table)))), 1), rows(files, 1))
+    assert tower.clips == 0
 
 
 def test_features_in_half_precision(table, folder, model):
@@ -371,7 +385,7 @@ def test_the_size_is_told_and_bounded(table, folder, model):
     assert shards(folder) == []
     cached(folder, Tower(model), training(table), limit="21KB")
     cached(folder, Tower(model), training(table), limit="1KB")  # there is nothing to add
-    with pytest.raises(DataError, match=r"20\.48 KB more than the 2\d\.\d* KB there"):
+    with pytest.raises(DataError, match=r"20\.48 KB to be added to 2\d\.\d* KB"):
         cached(folder, Tower(model), training(table, seed=1), limit="30KB")
 
 

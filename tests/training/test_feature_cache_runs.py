@@ -16,6 +16,7 @@ from vidprism_hf.cli import main
 from vidprism_hf.data import VideoDataModule
 from vidprism_hf.model.modeling_vidprism import VidPrismForVideoClassification, VidPrismVisionTower
 
+ROOT = Path(__file__).parents[2]
 FROZEN = ("--model.freeze_backbone=true", "--data.train_views=2", "--trainer.max_epochs=3")
 
 
@@ -166,7 +167,7 @@ def test_two_processes_fill_it_together(source, tmp_path, no_videos):
         capture_output=True,
         text=True,
         timeout=280,
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
     )
     assert finished.returncode == 1
     assert "1 of 8 training clips cannot be decoded" in finished.stderr
@@ -181,3 +182,13 @@ def test_two_processes_fill_it_together(source, tmp_path, no_videos):
     (source / "train" / "growing" / "1.mp4").unlink()
     no_videos()
     assert main(run_arguments(source, tmp_path / "one", *FROZEN, cache)) == 0
+
+
+def test_one_variable_of_make_does_it():
+    settings = ["DATASET=hmdb51", "FEATURES=some where", "VIEWS=2"]
+    printed = subprocess.run(["make", "-n", "fewshot", *settings], cwd=ROOT, capture_output=True, text=True).stdout
+    for option in ('--data.feature_cache "some where"', "--model.freeze_backbone true", '--data.train_views "2"'):
+        assert option in printed
+    printed = subprocess.run(["make", "-n", "fewshot", settings[0]], cwd=ROOT, capture_output=True, text=True).stdout
+    assert "splits" in printed
+    assert "feature_cache" not in printed

@@ -15,14 +15,13 @@ Clips that cannot be decoded are not kept: each run tries them once more. A clip
 counts as bad in all.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,15 +30,13 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedConfig
 
 from .bad_clips import Note
 from .clip_contents import ContentHashes, Signature, signature
 from .dataset import ClipDataset, collate, example
 from .feature_shards import SUFFIX, ShardFolder
+from .frame_encoder import FrameEncoder
 from .ranks import Ranks
 from .tables import DataError
 
@@ -51,42 +48,6 @@ SHARD_SECONDS = 60.0
 # The key of a clip of zeros, whose features stand for those of a clip that cannot be decoded.
 BLANK = "blank"
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-@dataclass(frozen=True)
-class FrameEncoder:
-    """A frozen tower, as the cache needs it.
-
-    Attributes:
-        digest: Hash of its weights and settings (`tower_digest`).
-        precision: That of the run, such as `bf16-mixed`.
-        encode: uint8 pixels on the CPU, (B, T, 3, H, W), to frame features, (B, T', D).
-    """
-
-    digest: str
-    precision: str
-    encode: Callable[[torch.Tensor], torch.Tensor]
-
-
-def tower_digest(tower: nn.Module, config: PreTrainedConfig) -> str:
-    """A hash of a tower's weights, their names and types, and of what the configuration says of its architecture.
-
-    Raises:
-        DataError: If this process has only a part of the weights.
-    """
-    inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
-    own = {field.name for field in dataclasses.fields(config)} - inherited
-    settings = {"model_type": config.model_type} | {name: getattr(config, name) for name in sorted(own)}
-    digest = hashlib.sha256(json.dumps(settings, default=str).encode())
-    for name, tensor in sorted(tower.state_dict().items()):
-        if isinstance(tensor, DTensor) or tensor.numel() == 0:
-            raise DataError(
-                "data.feature_cache: trainer.strategy divides the tower's weights among processes; use ddp, since a "
-                "tower whose features are kept does not run"
-            )
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def parse_size(text: str | int) -> int:
@@ -352,7 +313,7 @@ class FeatureCache:
                 f"{name} {len(part.clips)} clips x {views} view{'s' * (views > 1)} x {frames} frames x {width} x "
                 f"{blank.itemsize} bytes = {size_text(rows * blank.nbytes)}, {missing} of {rows} rows to compute"
             )
-        text = f"{'; '.join(lines)}: {size_text(new)} more than the {size_text(there)} there"
+        text = f"{'; '.join(lines)}: {size_text(new)} to be added to {size_text(there)}"
         rank_zero_info(f"Feature cache {self.folder}: {text}")
         if there + new > parse_size(self.limit):
             raise DataError(

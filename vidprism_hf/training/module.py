@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoConfig, get_cosine_schedule_with_warmup
 
 from ..data import normalize_clips
-from ..data.feature_cache import FrameEncoder, tower_digest
+from ..data.frame_encoder import FrameEncoder, tower_digest
 from ..errors import UserError, first_line
 from ..model import VidPrismConfig, VidPrismForVideoClassification, VidPrismForVideoClassificationOutput
 from ..model.temporal_vidprism import gate_balance_loss
