@@ -11,6 +11,8 @@ NUM_NODES ?=         ## machines (the recipe's trainer.num_nodes); see recipes/l
 STRATEGY ?=          ## auto, ddp, fsdp (weights shared out among the devices) or deepspeed
 PRECISION ?=         ## 32, bf16-mixed (the benchmarks' recipes), 16-mixed
 EPOCHS   ?=          ## epochs (the recipe's trainer.max_epochs)
+FEATURES ?=          ## folder of frame features: the tower is frozen, the head trained from them
+VIEWS    ?= 4        ## with FEATURES: random views of each training clip
 OUT      ?=          ## folder of the run (the recipe's output)
 MODEL    ?=          ## exported folder or Hub id, for evaluate, predict and push (push: that of the run in OUT)
 FILES    ?=          ## video files, for predict
@@ -24,8 +26,8 @@ READY    := $(VENV)/.ready
 SUITE    := $(VENV)/transformers-tests/VERSION
 
 # A misspelt variable would run something else without a word.
-KNOWN := DATASET DATA_ROOT BACKBONE FRAMES K SPLITS DEVICES NUM_NODES STRATEGY PRECISION EPOCHS OUT MODEL FILES \
-	REPO ARGS PYTHON VENV
+KNOWN := DATASET DATA_ROOT BACKBONE FRAMES K SPLITS DEVICES NUM_NODES STRATEGY PRECISION EPOCHS FEATURES VIEWS OUT \
+	MODEL FILES REPO ARGS PYTHON VENV
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
 $(if $(filter-out $(KNOWN),$(GIVEN)),$(error no variable $(filter-out $(KNOWN),$(GIVEN)); there are $(KNOWN)))
 
@@ -40,7 +42,10 @@ OPTIONS = $(SOURCE) $(call option,--data.root,$(DATA_ROOT)) $(call option,--mode
 	$(call option,--model.num_frames,$(FRAMES)) \
 	$(call option,--trainer.devices,$(DEVICES)) $(call option,--trainer.num_nodes,$(NUM_NODES)) \
 	$(call option,--trainer.strategy,$(STRATEGY)) $(call option,--trainer.precision,$(PRECISION)) \
-	$(call option,--trainer.max_epochs,$(EPOCHS)) $(call option,--output,$(OUT)) $(ARGS)
+	$(call option,--trainer.max_epochs,$(EPOCHS)) \
+	$(if $(strip $(FEATURES)),$(call option,--data.feature_cache,$(FEATURES)) --model.freeze_backbone true) \
+	$(if $(strip $(FEATURES)),$(call option,--data.train_views,$(VIEWS))) \
+	$(call option,--output,$(OUT)) $(ARGS)
 
 NEEDS_MODEL = $(if $(strip $(MODEL)),,$(error MODEL is empty: name an export, such as MODEL=runs/demo/export))
 

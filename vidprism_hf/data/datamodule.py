@@ -15,6 +15,7 @@ from ..errors import first_line
 from ..model import VISION_PRESETS, VidPrismConfig, VidPrismVideoProcessor
 from .dataset import ClipDataset, ClipReader, ClipSampler, collate
 from .demo import DEMO_CLASSES, demo_folder
+from .feature_cache import CachedClips, FeatureCache, parse_size
 from .sources import DEMO, check_source, describe_split, open_source, source_name
 from .streamed_clips import StreamedClips
 from .tables import ClipSplits, ClipTable, DataError, stable_hash
@@ -68,7 +69,10 @@ class VideoDataModule(L.LightningDataModule):
         shots: Few-shot: so many training clips of each class, drawn by seed and clip name; null takes all.
         seed: Seed of the demo clips, of val_fraction and shots, of the order and of the augmentation.
         train_views: Random views of each training clip, gone through in turn, one an epoch; null draws a new view
-            each epoch. With a number, a frozen backbone computes the features of each view once, in memory.
+            each epoch.
+        feature_cache: Folder in which the frame features of a frozen backbone are kept: those of each training view
+            and of the evaluation are computed once, and the head is trained from them. Runs may share it.
+        feature_cache_limit: Size that the folder may come to, such as 50GB; above it the run does not start.
         frame_stride: Frames between those of a clip (dense sampling); null takes one frame from each of num_frames
             equal segments of the whole video: at random in training, the middle one in evaluation.
         test_clips: Clips taken from each video in the final evaluation and by evaluate; their logits are averaged.
@@ -114,6 +118,8 @@ class VideoDataModule(L.LightningDataModule):
         shots: int | None = None,
         seed: int = 0,
         train_views: int | None = None,
+        feature_cache: str | None = None,
+        feature_cache_limit: str | int = "50GB",
         frame_stride: int | None = None,
         test_clips: int = 1,
         test_crops: int = 1,
@@ -136,6 +142,7 @@ class VideoDataModule(L.LightningDataModule):
         self._splits: ClipSplits | None = None
         self._video_processor: VidPrismVideoProcessor | None = None
         self._mixing: BatchMixing | None = None
+        self._cached: dict[tuple[str, str, str], CachedClips] = {}  # by digest and precision of the tower, and part
 
     @property
     def name(self) -> str:
@@ -211,28 +218,18 @@ class VideoDataModule(L.LightningDataModule):
 
         It begins with the trainer's epoch: a resumed run asks for its first clips before Lightning tells the epoch.
         """
-        hparams, crop = self.hparams, self.video_processor.crop_size
-        augmentation = ClipAugmentation(
-            (crop["height"], crop["width"]),
-            min_crop_scale=hparams.min_crop_scale,
-            horizontal_flip=self._flip()[0],
-            grayscale=hparams.grayscale,
-            rand_augment=hparams.rand_augment,
-            random_erasing=hparams.random_erasing,
-            mean=self.video_processor.image_mean,
-        )
-        loader = self._loader("train", self._reader(augmentation=augmentation))
+        loader = self._loader("train")
         epoch = self.trainer.current_epoch if self.trainer is not None else 0
-        (loader.dataset if hparams.streaming else loader.sampler).set_epoch(epoch)
+        (loader.dataset if self.hparams.streaming else loader.sampler).set_epoch(epoch)
         return loader
 
     def val_dataloader(self) -> DataLoader:
         """Every held-out clip once, in one view, as the processor makes it."""
-        return self._loader("val", self._reader())
+        return self._loader("val")
 
     def test_dataloader(self) -> DataLoader:
         """The held-out clips again, in all test views, for the final evaluation of the best checkpoint."""
-        return self._loader("val", self._reader(num_clips=self.hparams.test_clips, num_crops=self.hparams.test_crops))
+        return self._loader("test")
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Draws the seed of a training batch's mixing while its clips are still known without asking the device."""
@@ -243,6 +240,8 @@ class VideoDataModule(L.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Normalises the pixels where they are now, and mixes training clips if that is asked for."""
+        if "frame_features" in batch:
+            return batch
         pixels = normalize_clips(batch["pixel_values_videos"], self.video_processor)
         if "mixing_seed" not in batch:
             return batch | {"pixel_values_videos": pixels}
@@ -281,36 +280,73 @@ class VideoDataModule(L.LightningDataModule):
             return False, f"horizontal flip off, since label {sided!r} names a side"
         return True, "horizontal flip on, since no label names a side"
 
-    def _reader(self, **settings: Any) -> ClipReader:
+    def _reader(self, part: str) -> ClipReader:
+        hparams, crop, settings = self.hparams, self.video_processor.crop_size, {}
+        if part == "train":
+            settings["augmentation"] = ClipAugmentation(
+                (crop["height"], crop["width"]),
+                min_crop_scale=hparams.min_crop_scale,
+                horizontal_flip=self._flip()[0],
+                grayscale=hparams.grayscale,
+                rand_augment=hparams.rand_augment,
+                random_erasing=hparams.random_erasing,
+                mean=self.video_processor.image_mean,
+            )
+        elif part == "test":
+            settings = {"num_clips": hparams.test_clips, "num_crops": hparams.test_crops}
         return ClipReader(
             self.video_processor,
-            frame_stride=self.hparams.frame_stride,
-            seed=self.hparams.seed,
-            time_limit=self.hparams.clip_time_limit,
+            frame_stride=hparams.frame_stride,
+            seed=hparams.seed,
+            time_limit=hparams.clip_time_limit,
             **settings,
         )
 
-    def _loader(self, split: str, reader: ClipReader) -> DataLoader:
-        hparams, count = self.hparams, self.num_clips[split]
+    def _loader(self, part: str) -> DataLoader:
+        """The loader of a part: train, val, or test, which is val in all test views."""
+        hparams, split = self.hparams, "train" if part == "train" else "val"
         world = self.trainer.world_size if self.trainer is not None else 1
-        if count < world:
+        if self.num_clips[split] < world:
             # A process without a clip would leave the others waiting for it.
+            count = self.num_clips[split]
             raise DataError(f"{self.name}: {count} clips in a split for {world} processes; use fewer devices")
+        workers = hparams.num_workers
         if hparams.streaming:
-            clips, sampler = StreamedClips(getattr(self.splits, split), reader), None
+            clips, sampler = StreamedClips(getattr(self.splits, split), self._reader(part)), None
         else:
-            clips = ClipDataset(self._table(split), reader, hparams.train_views)
-            sampler = ClipSampler(count, training=split == "train", seed=hparams.seed)
+            clips = self._clips(part)
+            sampler = ClipSampler(len(clips), training=split == "train", seed=hparams.seed)
+        if hparams.feature_cache:
+            clips, workers = self._cached_clips(part), 0  # to hand features over would take longer than to read them
         return DataLoader(
             clips,
             # Several views of a clip take the place of as many clips.
-            batch_size=max(1, hparams.batch_size // (reader.num_clips * reader.num_crops)),
+            batch_size=max(1, hparams.batch_size // (clips.reader.num_clips * clips.reader.num_crops)),
             sampler=sampler,
-            num_workers=hparams.num_workers,
+            num_workers=workers,
             collate_fn=collate,
-            persistent_workers=hparams.num_workers > 0,
+            persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def _clips(self, part: str) -> ClipDataset:
+        table = self._table("train" if part == "train" else "val")
+        return ClipDataset(table, self._reader(part), self.hparams.train_views)
+
+    def _cached_clips(self, part: str) -> CachedClips:
+        """The clips of a part with frame features; before a training those of all its parts are computed."""
+        hparams, several = self.hparams, self.hparams.test_clips * self.hparams.test_crops > 1
+        if self.trainer is None or not hasattr(self.trainer.lightning_module, "frame_encoder"):
+            raise DataError("data.feature_cache: needs the tower; let a Trainer run VidPrismLightningModule")
+        encoder = self.trainer.lightning_module.frame_encoder()
+        part = "val" if part == "test" and not several else part
+        key = (encoder.digest, encoder.precision)
+        if (*key, part) not in self._cached:
+            parts = ("train", "val", "test")[: 2 + several] if self.trainer.state.fn == "fit" else (part,)
+            settings = hparams.feature_cache_limit, encoder, hparams.batch_size, hparams.num_workers
+            found = FeatureCache(hparams.feature_cache, *settings).cached({name: self._clips(name) for name in parts})
+            self._cached = {(*key, name): clips for name, clips in found.items()}
+        return self._cached[(*key, part)]
 
 
 def load_processor(name: str, num_frames: int) -> VidPrismVideoProcessor:
@@ -393,9 +429,14 @@ def _check_arguments(**settings: Any) -> None:
     if crops not in (1, 3):
         raise DataError(f"data.test_crops={crops}: must be 1 or 3")
     if settings["streaming"]:
-        for name in ("train_views", "shots", "val_fraction", "val_list", "val_pattern", "train_list", "allow_missing"):
+        rules = ("shots", "val_fraction", "val_list", "val_pattern", "train_list", "allow_missing")
+        for name in ("train_views", "feature_cache", *rules):
             if settings[name]:
                 raise DataError(f"data.{name}: needs a table of all clips, which data.streaming has not; remove one")
-    mixing = [name for name in ("mixup_alpha", "cutmix_alpha") if settings[name]]
-    if settings["train_views"] is not None and mixing:
-        raise DataError(f"data.{mixing[0]}: mixes pixels, which data.train_views replaces by features; use one of them")
+    parse_size(settings["feature_cache_limit"])
+    if settings["feature_cache"]:
+        if settings["train_views"] is None:
+            raise DataError("data.feature_cache: needs data.train_views, the number of random views of each clip")
+        for name in ("mixup_alpha", "cutmix_alpha"):
+            if settings[name]:
+                raise DataError(f"data.{name}: mixes pixels, which data.feature_cache replaces; use one of them")

@@ -1,7 +1,7 @@
 """Clips as training and evaluation examples, and the order in which each process gets them.
 
-What an example looks like follows from (seed, epoch, index) alone, so it is the same whatever the number of
-workers or processes and whichever clips share its batch.
+What an example looks like follows from the seed, the epoch and the clip's name alone, so it is the same whatever the
+number of workers or processes and whichever clips share its batch.
 """
 
 from collections.abc import Callable, Iterator
@@ -120,7 +120,6 @@ class ClipDataset(Dataset):
         table: The clips.
         reader: Makes their pixels.
         train_views: Random views of a clip that its epochs go through in turn; None draws a new one each epoch.
-            With a number, items also hold `view`, so that what was computed of a view can be kept.
     """
 
     def __init__(self, table: ClipTable, reader: ClipReader, train_views: int | None = None):
@@ -139,22 +138,25 @@ class ClipDataset(Dataset):
         view = (epoch % self.train_views if self.train_views else epoch) if training else 0
         pixels, bad, chosen = None, [], index
         for chosen in self._candidates(view, index) if training else (index,):
-            pixels = self._pixels(chosen, view, bad)
+            pixels = self.read(chosen, view, bad)
             if pixels is not None:
                 break
         shown = index if pixels is None else chosen
-        item = example(self.reader, pixels, int(self.table.labels[index]), int(shown), bad)
-        return item | {"view": view} if self.train_views else item
+        return example(self.reader, pixels, int(self.table.labels[index]), int(shown), bad)
 
-    def _pixels(self, index: int, view: int, bad: list[Note]) -> torch.Tensor | None:
+    def read(self, index: int, view: int, bad: list[Note]) -> torch.Tensor | None:
         """The pixels of a clip, or None and an entry in `bad`."""
         if index not in self._causes:
             try:
-                return self.reader(self.table.video(index), (view, index))
+                return self._load(index, view)
             except VideoDecodeError as error:
                 self._causes[index] = error.cause or str(error)
         bad.append((self.table.name(index), int(self.table.labels[index]), self._causes[index]))
         return None
+
+    def _load(self, index: int, view: int) -> torch.Tensor:
+        # By name: a clip looks the same in a few-shot draw or another fold, where it has another index.
+        return self.reader(self.table.video(index), (view, self.table.name(index)))
 
     def _candidates(self, view: int, index: int) -> Iterator[int]:
         """The clip itself, then others of its class in an order of their own."""

@@ -38,6 +38,9 @@ class ClipAugmentation:
         mean: Mean colour of the backbone's pictures, (red, green, blue) from 0 to 1. It fills what is erased or
             moved in from outside, which is 0 once the pixels are normalised.
 
+    Attributes:
+        settings: All of these; with the seed they decide what a view looks like.
+
     Raises:
         ValueError: If a value is out of its range.
     """
@@ -61,6 +64,15 @@ class ClipAugmentation:
         for name, share in (("grayscale", grayscale), ("random_erasing", random_erasing)):
             if not 0 <= share <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, got {share}")
+        self.settings = {
+            "crop_size": tuple(crop_size),
+            "min_crop_scale": min_crop_scale,
+            "horizontal_flip": horizontal_flip,
+            "grayscale": grayscale,
+            "rand_augment": rand_augment,
+            "random_erasing": random_erasing,
+            "mean": tuple(mean),
+        }
         fill = [round(255 * value) for value in mean]
         bicubic = {"interpolation": InterpolationMode.BICUBIC, "antialias": True}
         steps = [

@@ -39,7 +39,7 @@ from .averaging import WiseFT
 from .callbacks import BadClipReport
 from .card_facts import CardRecorder, bad_clips, clip_counts
 from .exporting import TRAIN_LIST, ExportedCheckpoint, ExportSettings, export_best, export_kept
-from .module import VidPrismLightningModule, read_checkpoint_config
+from .module import VidPrismLightningModule, check_frozen, read_checkpoint_config
 from .push_callback import PushToHub, push_open
 from .strategies import named_strategy
 
@@ -73,6 +73,8 @@ class FinetuneCLI(LightningCLI):
         """Looks for licence and backbone before data are fetched, which may be hundreds of gigabytes."""
         check_license("export.license", self.config.export.license)
         data = self.config.data
+        if data.feature_cache:
+            check_frozen(self.config.model.freeze_backbone)
         if source_kind(data.source) in ("benchmark", "hub"):
             load_processor(data.processor, data.num_frames)
 

@@ -14,6 +14,8 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoConfig, get_cosine_schedule_with_warmup
 
+from ..data import normalize_clips
+from ..data.frame_encoder import FrameEncoder, tower_digest
 from ..errors import UserError, first_line
 from ..model import VidPrismConfig, VidPrismForVideoClassification, VidPrismForVideoClassificationOutput
 from ..model.temporal_vidprism import gate_balance_loss
@@ -80,8 +82,6 @@ class VidPrismLightningModule(L.LightningModule):
         if checkpoint:
             load_checkpoint_config(checkpoint, self.id2label)  # now, before a run's folder is made
         self.model: VidPrismForVideoClassification | None = None
-        # Frame features (T, D) by split, view and clip: see _classify. No buffer, so no part of checkpoints.
-        self._features: dict[tuple[str, int, int], torch.Tensor] = {}
         # With five classes or fewer the right one is always among the top five.
         top_k = {"top1": 1, "top5": 5} if len(self.id2label) > 5 else {"top1": 1}
         metrics = MetricCollection(
@@ -133,10 +133,13 @@ class VidPrismLightningModule(L.LightningModule):
             self.model.vidprism.projection_head.requires_grad_(False)
 
     def forward(
-        self, pixel_values_videos: torch.Tensor, labels: torch.Tensor | None = None
+        self,
+        pixel_values_videos: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        frame_features: torch.Tensor | None = None,
     ) -> VidPrismForVideoClassificationOutput:
-        """Classifies clips (B, T, 3, H, W)."""
-        return self.model(pixel_values_videos, labels=labels)
+        """Classifies clips (B, T, 3, H, W), or frame features of clips (B, T, D)."""
+        return self.model(pixel_values_videos, labels=labels, frame_features=frame_features)
 
     def configure_callbacks(self) -> list[L.Callback]:
         """The account of bad clips, and the average of the weights if asked for, unless the trainer has them."""
@@ -152,7 +155,8 @@ class VidPrismLightningModule(L.LightningModule):
             set_epoch(self.current_epoch)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
-        output = self._classify("train", batch)
+        name, clips = clip_input(batch)
+        output = self(**{name: clips}, labels=batch["labels"])
         smoothing = self.hparams.label_smoothing
         if "soft_labels" in batch or smoothing:
             labels = batch.get("soft_labels", batch["labels"])
@@ -198,30 +202,31 @@ class VidPrismLightningModule(L.LightningModule):
         schedule = get_cosine_schedule_with_warmup(optimizer, warmup, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _classify(self, stage: str, batch: dict[str, Any]) -> VidPrismForVideoClassificationOutput:
-        """The model's output; a frozen tower runs once for each clip and view that `data.train_views` fixes."""
-        if not self.hparams.freeze_backbone or "view" not in batch:
-            return self(batch["pixel_values_videos"], batch["labels"])
-        split = "train" if stage == "train" else "val"  # test goes over the held-out clips again
-        pairs = zip(batch["view"].tolist(), batch["clip_index"].tolist(), strict=True)
-        keys = [(split, view, index) for view, index in pairs]
-        if any(key not in self._features for key in keys):
-            features = self.model.vidprism.get_frame_features(batch["pixel_values_videos"])
-            self._features.update(zip(keys, features.detach().cpu(), strict=True))
-        features = torch.stack([self._features[key] for key in keys]).to(self.device)
-        return self.model(labels=batch["labels"], frame_features=features)
+    def frame_encoder(self) -> FrameEncoder:
+        """The frozen tower as `data.feature_cache` needs it, in the trainer's precision.
+
+        Raises:
+            UserError: If the tower is trained.
+        """
+        check_frozen(self.hparams.freeze_backbone)
+        tower, config = self.model.vidprism.vision_tower, self.model.config.vision_config
+        return FrameEncoder(tower_digest(tower, config), str(self.trainer.precision), self._encode_frames)
+
+    @torch.no_grad()
+    def _encode_frames(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Frame features (B, T', D) of uint8 pixels (B, T, 3, H, W)."""
+        pixels = normalize_clips(pixels.to(self.device), self.trainer.datamodule.video_processor)
+        with self.trainer.precision_plugin.forward_context():
+            return self.model.vidprism.get_frame_features(pixels)
 
     def _evaluate(self, stage: str, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         labels, num_views = batch["labels"], 1
-        if batch["pixel_values_videos"].ndim == 6:  # (B, views, T, 3, H, W)
-            num_views = batch["pixel_values_videos"].shape[1]
-            views = {
-                "pixel_values_videos": batch["pixel_values_videos"].flatten(0, 1),
-                "labels": labels.repeat_interleave(num_views),
-            }
-            output = self._classify(stage, views)
+        name, clips = clip_input(batch)
+        if clips.ndim == (4 if name == "frame_features" else 6):  # (B, views, T, ...)
+            num_views = clips.shape[1]
+            output = self(**{name: clips.flatten(0, 1)}, labels=labels.repeat_interleave(num_views))
         else:
-            output = self._classify(stage, batch)
+            output = self(**{name: clips}, labels=labels)
         logits = output.logits.float().unflatten(0, (-1, num_views)).mean(dim=1)
         if "readable" in batch:
             # A clip without pixels counts as wrong, whatever the model makes of zeros.
@@ -259,6 +264,22 @@ class VidPrismLightningModule(L.LightningModule):
             prog_bar=prog_bar,
             sync_dist=not training,
         )
+
+
+def clip_input(batch: dict[str, Any]) -> tuple[str, torch.Tensor]:
+    """What a batch holds of its clips, and its name: kept frame features, or else pixels."""
+    name = "frame_features" if "frame_features" in batch else "pixel_values_videos"
+    return name, batch[name]
+
+
+def check_frozen(frozen: bool) -> None:
+    """Looks whether features of the tower can be kept.
+
+    Raises:
+        UserError: If it is trained.
+    """
+    if not frozen:
+        raise UserError("data.feature_cache: a tower that learns has no features to keep; set model.freeze_backbone")
 
 
 def check_config(fields: dict[str, Any], num_frames: int) -> None:

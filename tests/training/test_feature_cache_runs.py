@@ -1,0 +1,194 @@
+"""Runs with a feature cache: the same numbers, without a look at the videos, and one line where it cannot be."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from small import complaint, motion_folder, run_arguments
+
+from vidprism_hf.cli import main
+from vidprism_hf.data import VideoDataModule
+from vidprism_hf.model.modeling_vidprism import VidPrismForVideoClassification, VidPrismVisionTower
+
+ROOT = Path(__file__).parents[2]
+FROZEN = ("--model.freeze_backbone=true", "--data.train_views=2", "--trainer.max_epochs=3")
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Eight training and four held-out clips."""
+    return motion_folder(tmp_path / "clips")
+
+
+@pytest.fixture
+def tower_clips(monkeypatch):
+    """The number of clips that went through the tower, call by call."""
+    seen = []
+    forward = VidPrismVisionTower.forward
+
+    def counted(self, pixel_values_videos):
+        if not pixel_values_videos.is_meta:  # the card's count of multiply-adds
+            seen.append(len(pixel_values_videos))
+        return forward(self, pixel_values_videos)
+
+    monkeypatch.setattr(VidPrismVisionTower, "forward", counted)
+    return seen
+
+
+@pytest.fixture
+def no_videos(monkeypatch):
+    """From when it is called, clips can no longer be decoded."""
+
+    def call(*args, **kwargs):
+        raise AssertionError("a video was decoded")
+
+    return lambda: monkeypatch.setattr("vidprism_hf.data.dataset.decode_video", call)
+
+
+def losses(output: Path) -> list[list[str]]:
+    """Losses and accuracies, line by line."""
+    (file,) = (output / "logs" / "csv").glob("metrics.csv")
+    with open(file, newline="") as lines:
+        return [
+            [f"{name}={value}" for name, value in row.items() if "/" in name and value] for row in csv.DictReader(lines)
+        ]
+
+
+def state(output: Path) -> dict[str, torch.Tensor]:
+    return torch.load(output / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
+def test_the_numbers_are_those_of_a_run_without_it(source, tmp_path, tower_clips, no_videos, precision):
+    # Every step is logged; the batch is the whole split, so that the tower rounds alike.
+    settings = (*FROZEN, f"--trainer.precision={precision}", "--trainer.log_every_n_steps=1", "--data.batch_size=8")
+    cache = f"--data.feature_cache={tmp_path / 'cache'}"
+    assert main(run_arguments(source, tmp_path / "without", *settings)) == 0
+    tower_clips.clear()
+    assert main(run_arguments(source, tmp_path / "filling", *settings, cache)) == 0
+    # Eight clips in two views, four held-out ones, and a clip of zeros for each.
+    assert sum(tower_clips) == 2 * 8 + 4 + 2
+    no_videos()
+    tower_clips.clear()
+    assert main(run_arguments(source, tmp_path / "reading", *settings, cache)) == 0
+    assert tower_clips == []
+    for name in ("filling", "reading"):
+        assert losses(tmp_path / name) == losses(tmp_path / "without")
+        metrics = [json.loads((tmp_path / run / "metrics.json").read_text()) for run in (name, "without")]
+        assert metrics[0] == metrics[1]
+        for one, two in zip(state(tmp_path / name).values(), state(tmp_path / "without").values(), strict=True):
+            assert torch.equal(one, two)
+
+
+def test_logits_of_an_evaluation_in_several_views(source, tmp_path, monkeypatch, no_videos):
+    """Of an exported model, whose tower is the run's; a bad clip among them."""
+    (source / "val" / "growing" / "1.mp4").write_bytes(b"no video")
+    settings = (*FROZEN, "--trainer.max_epochs=1", "--data.test_clips=2", "--data.test_crops=3")
+    cache = f"--data.feature_cache={tmp_path / 'cache'}"
+    assert main(run_arguments(source, tmp_path / "run", *settings, cache)) == 0
+    forward, logits = VidPrismForVideoClassification.forward, []
+
+    def recorded(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        logits[-1].append(output.logits)
+        return output
+
+    monkeypatch.setattr(VidPrismForVideoClassification, "forward", recorded)
+    evaluate = ["evaluate", str(tmp_path / "run" / "export"), "--config", str(tmp_path / "run" / "config.yaml")]
+    for more in (["--data.feature_cache=null"], []):
+        logits.append([])
+        assert main([*evaluate, *more]) == 0
+        (source / "val" / "growing" / "1.mp4").touch()
+    assert len(logits[0]) == len(logits[1]) > 1
+    assert all(torch.equal(one, two) for one, two in zip(*logits, strict=True))
+
+
+def test_bad_clips_are_counted_and_listed_as_without_it(source, tmp_path, capsys):
+    for name in ("train/growing/1.mp4", "val/shrinking/0.mp4"):
+        (source / name).write_bytes(b"no video")
+    settings = (*FROZEN, "--data.max_bad_fraction=0.2")
+    printed = []
+    for name, more in (("without", ()), ("with", (f"--data.feature_cache={tmp_path / 'cache'}",))):
+        assert main(run_arguments(source, tmp_path / name, *settings, *more)) == 0
+        printed.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("Bad clip")])
+    assert sorted(printed[0]) == sorted(printed[1])
+    assert len(printed[0]) == 2
+    for file in ("bad_clips.csv", "metrics.json"):
+        assert (tmp_path / "with" / file).read_text() == (tmp_path / "without" / file).read_text()
+    assert main(run_arguments(source, tmp_path / "strict", *FROZEN, f"--data.feature_cache={tmp_path / 'cache'}")) == 1
+    assert "1 of 8 training clips cannot be decoded" in complaint(capsys)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("--data.train_views=2",), "data.feature_cache: a tower that learns has no features to keep"),
+        (("--model.freeze_backbone=true",), "data.feature_cache: needs data.train_views"),
+        ((*FROZEN, "--data.feature_cache_limit=10KB"), "data.feature_cache_limit=10KB: too little for train 8 clips"),
+    ],
+)
+def test_one_line_where_it_cannot_be(motion_clips, tmp_path, capsys, settings, message):
+    cache = f"--data.feature_cache={tmp_path / 'cache'}"
+    assert main(run_arguments(motion_clips, tmp_path / "run", cache, *settings)) == 1
+    assert message in complaint(capsys)
+
+
+def test_it_needs_a_trainer(motion_clips, tmp_path):
+    data = VideoDataModule(str(motion_clips), processor="tiny", train_views=1, feature_cache=str(tmp_path))
+    with pytest.raises(ValueError, match="needs the tower"):
+        data.train_dataloader()
+
+
+def test_views_repeat_after_their_number(motion_clips):
+    data = VideoDataModule(str(motion_clips), processor="tiny", num_frames=8, train_views=2, num_workers=0)
+    data.setup("fit")
+    clips = data.train_dataloader().dataset
+    pixels = [clips[epoch, 0]["pixel_values_videos"] for epoch in range(4)]
+    assert torch.equal(pixels[0], pixels[2])
+    assert torch.equal(pixels[1], pixels[3])
+    assert not torch.equal(pixels[0], pixels[1])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_processes_fill_it_together(source, tmp_path, no_videos):
+    cache = f"--data.feature_cache={tmp_path / 'cache'}"
+    more = (*FROZEN, cache, "--trainer.devices=2", "--trainer.strategy=ddp")
+    (source / "train" / "growing" / "1.mp4").write_bytes(b"no video")
+    finished = subprocess.run(
+        [sys.executable, "-m", "vidprism_hf.cli", *run_arguments(source, tmp_path / "two", *more)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        cwd=ROOT,
+    )
+    assert finished.returncode == 1
+    assert "1 of 8 training clips cannot be decoded" in finished.stderr
+    keys = []
+    for shard in (tmp_path / "cache").rglob("*.safetensors"):
+        with safe_open(shard, "pt") as file:
+            keys += file.metadata()["keys"].split()
+    # Seven clips in two views, four held-out ones, and a clip of zeros for each; none twice.
+    assert len(keys) == 2 * 7 + 4 + 2
+    assert len(set(keys)) == len(keys) - 1
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 4
+    (source / "train" / "growing" / "1.mp4").unlink()
+    no_videos()
+    assert main(run_arguments(source, tmp_path / "one", *FROZEN, cache)) == 0
+
+
+def test_one_variable_of_make_does_it():
+    settings = ["DATASET=hmdb51", "FEATURES=some where", "VIEWS=2"]
+    printed = subprocess.run(["make", "-n", "fewshot", *settings], cwd=ROOT, capture_output=True, text=True).stdout
+    for option in ('--data.feature_cache "some where"', "--model.freeze_backbone true", '--data.train_views "2"'):
+        assert option in printed
+    printed = subprocess.run(["make", "-n", "fewshot", settings[0]], cwd=ROOT, capture_output=True, text=True).stdout
+    assert "splits" in printed
+    assert "feature_cache" not in printed

@@ -1,0 +1,67 @@
+"""What the processes of a run do together while each works through its share of the clips."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from ..errors import UserError
+
+T = TypeVar("T")
+# Shares take as long as their clips do: the usual limits of minutes are for steps of training.
+PATIENCE = timedelta(days=2)
+
+
+class Ranks:
+    """The processes of a run, which may be one. Use `running`, since waiting long needs connections of their own."""
+
+    def __init__(self, rank: int = 0, world: int = 1, group: Any = None):
+        self.rank, self.world, self._group = rank, world, group
+
+    @classmethod
+    @contextmanager
+    def running(cls) -> Iterator["Ranks"]:
+        """The processes of this run."""
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            yield cls()
+            return
+        # gloo, which is on the CPU and notices at once when another process ends.
+        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        try:
+            yield cls(dist.get_rank(), dist.get_world_size(), group)
+        finally:
+            dist.destroy_process_group(group)
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's items."""
+        return items[self.rank :: self.world]
+
+    def gather(self, work: Callable[[], T]) -> list[T]:
+        """What the work of each process comes to, in all of them; if one fails, all raise.
+
+        Raises:
+            UserError: If it has failed in another process.
+        """
+        result, error = None, None
+        try:
+            result = work()
+        except Exception as failure:
+            error = failure
+        if self.world == 1:
+            if error is not None:
+                raise error
+            return [result]
+        answers: list[Any] = [None] * self.world
+        dist.all_gather_object(answers, (result, error and f"{error}"), group=self._group)
+        if error is not None:
+            raise error
+        for _, message in answers:
+            if message is not None:
+                raise UserError(message)
+        return [result for result, _ in answers]
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What the work of the first process comes to, in all of them."""
+        return self.gather(lambda: work() if self.rank == 0 else None)[0]
