@@ -16,8 +16,8 @@ import yaml
 from hub_server import Hub
 from hub_server.cards import judge
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
 from push_helpers import as_published
+from safetensors.torch import load_file
 from small import LABELS, files_of, run_arguments
 
 from vidprism_hf import VidPrismForVideoClassification, VidPrismLightningModule, VidPrismVideoProcessor
