@@ -263,7 +263,7 @@ def hyper_parameters(trainer: Trainer, cli: LightningCLI) -> dict[str, Any]:
         "optimiser": "AdamW, betas 0.9 and 0.999, eps 1e-08",
         "learning rate": hparams.learning_rate,
         "schedule": "linear warm-up, then cosine to zero, stepped every step",
-        "warm-up epochs": hparams.warmup_epochs,
+        "warm-up steps": cli.model.warmup_steps,
         "backbone": "frozen" if hparams.freeze_backbone else f"learning rate x {hparams.backbone_lr_scale}",
         "weight decay": hparams.weight_decay,
         "gradient clipping": trainer.gradient_clip_val,

@@ -251,6 +251,8 @@ def best_checkpoint(output: Path) -> Path:
 def held_out_accuracy(trainer: Trainer, cli: FinetuneCLI, checkpoint: str | None) -> dict[str, float]:
     """Held-out top-1 and top-5 of a checkpoint, which stays loaded in the module, or of the module as it is."""
     results = trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True, verbose=False)
+    if trainer.limit_test_batches != 1.0:
+        print_once(f"trainer.limit_test_batches={trainer.limit_test_batches}: not all held-out clips were evaluated")
     return {name: results[0][f"test/{name}"] for name in ("top1", "top5") if f"test/{name}" in results[0]}
 
 
