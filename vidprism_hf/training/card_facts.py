@@ -237,7 +237,9 @@ def dataset_facts(data: L.LightningDataModule) -> dict[str, str]:
         return {"dataset": data.name}
     stated = stated_license(source, data.hparams.hub_revision)
     terms = {"data_license": f"{stated}, as its card says"} if stated else {}
-    return {"dataset": data.name, "dataset_id": source} | terms
+    where = {"split": data.hparams.val_split, "config": data.hparams.hub_config, "revision": data.hparams.hub_revision}
+    named = {f"dataset_{part}": name for part, name in where.items() if name}
+    return {"dataset": data.name, "dataset_id": source} | named | terms
 
 
 def epochs_at(trainer: Trainer, step: int) -> str:

@@ -32,6 +32,7 @@ from ..data.bad_clips import BadClip, ClipCounts, TooManyBadClips, bad_clip_tabl
 from ..data.few_shot import save_clip_list
 from ..data.sources import source_kind
 from ..errors import UserError, first_line
+from ..hub.export import refuse_other_content
 from ..hub.licenses import check_license
 from .callbacks import BadClipReport
 from .card_facts import CardRecorder, bad_clips, clip_counts
@@ -107,6 +108,7 @@ def finetune(argv: list[str]) -> None:
         keep_previous_run(output)
     else:
         check_resume(resume, output)
+        refuse_other_content(output / "export")  # now, not when the training has ended
     save_settings(cli, output)
     save_train_list(cli.datamodule, output)
     trainer = build_trainer(cli, output)
