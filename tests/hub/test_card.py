@@ -258,7 +258,8 @@ def test_leaves_out_what_is_not_known(tmp_path):
     unknown = ("Data", "Evaluation", "Training", "Figures", "Experts", "Compute")
     assert not [heading for heading in unknown if f"## {heading}" in text]
     assert "None" not in text
-    assert text.count("not stated") == 3
+    assert text.count("not stated") == 2
+    assert "| these weights | see `license` in this card's metadata |" in text
 
 
 def test_text_of_the_data_stays_in_its_place():

@@ -364,7 +364,9 @@ def test_replaces_only_what_is_an_export_and_nothing_else(tmp_path, spoil):
     before = files_of(tmp_path)
     with pytest.raises(ExportError) as caught:
         tiny_export(folder)
-    assert str(caught.value) == (f"{folder}: exists and is not an exported model ({reason}); choose another folder")
+    assert str(caught.value) == (
+        f"{folder}: exists and is not an exported model ({reason}); choose another folder, or move that away"
+    )
     assert files_of(tmp_path) == before
 
 

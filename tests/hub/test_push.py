@@ -1,6 +1,5 @@
 """Pushing an export: what is sent, what is not, and what a person is told."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from dataclasses import replace
 import pytest
 from hub_server.client import published
 from huggingface_hub import HfApi
-from push_helpers import QUICK, as_published, brisk, first_commit, grown, push, pushed_once, repo_of, with_bytes
+from push_helpers import QUICK, as_published, brisk, first_commit, push, pushed_once, repo_of, with_bytes
 from small import complaint, files_of, tiny_export
 
 from vidprism_hf.errors import UserError
@@ -100,6 +99,17 @@ def test_other_files_of_the_repository_stay(hub, api, folder, tmp_path):
     hub.add_model("alice/m", tmp_path / "other")
     push(hub, api.token, folder)
     assert repo_of(hub).commit("main").files["paper.pdf"].read() == b"%PDF"
+
+
+def test_shards_are_published(hub, api, folder, tmp_path):
+    from vidprism_hf import VidPrismForVideoClassification
+
+    model = VidPrismForVideoClassification.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="400KB", save_original_format=False)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    push(hub, api.token, folder)
+    assert published(api, "alice/m", tmp_path / "c") == as_published(folder)
 
 
 # Where to
@@ -285,76 +295,6 @@ def test_a_file_that_the_repository_ignores(hub, api, exported, monkeypatch):
     assert "lacks config.json" in refusal(hub, api.token, exported)
 
 
-# What is no export
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda folder: (folder / "config.json").unlink(),
-        lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'),
-        lambda folder: (folder / "config.json").write_text("{"),
-        lambda folder: (folder / "model.safetensors").unlink(),
-        lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9]),
-        lambda folder: (folder / "model.safetensors").write_bytes(b""),
-        lambda folder: shutil.copy(folder / "model.safetensors", folder / "model-00001-of-00002.safetensors"),
-        lambda folder: (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors"),
-        lambda folder: shutil.rmtree(folder),
-        lambda folder: (folder / "README.md").write_bytes(b"\xff"),
-        grown,
-    ],
-)
-def test_what_is_no_export_is_not_published(hub, api, folder, spoil):
-    spoil(folder)
-    assert "export" in refusal(hub, api.token, folder)
-    assert hub.count() == {}
-
-
-def test_all_that_is_missing_is_named(hub, api, folder):
-    missing = ["README.md", "model.safetensors", "temporal_vidprism.py", "video_preprocessor_config.json"]
-    for name in missing:
-        (folder / name).unlink()
-    assert f"it lacks {', '.join(missing)}; export it again" in refusal(hub, api.token, folder)
-    for path in folder.glob("*.py"):
-        path.unlink()
-    # Of the code files those can be told that config.json names.
-    lacking = [name for name in missing if "temporal" not in name]
-    lacking += [f"{name}_vidprism.py" for name in ("configuration", "modeling", "video_processing")]
-    assert f"it lacks {', '.join(sorted(lacking))};" in refusal(hub, api.token, folder)
-    assert hub.count() == {}
-
-
-def test_an_export_that_names_no_code(hub, api, folder):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"auto_map": None}))
-    assert "auto_map in config.json" in refusal(hub, api.token, folder)
-
-
-def test_an_export_of_a_version_with_other_code_files_is_one(hub, api, folder):
-    for path in folder.glob("*_vidprism.py"):
-        path.unlink()
-    (folder / "all_vidprism.py").write_text("from .more_vidprism import VidPrismConfig\n")
-    (folder / "more_vidprism.py").write_text("from .all_vidprism import VidPrismModel\n")
-    config = json.loads((folder / "config.json").read_text())
-    config["auto_map"] = {"AutoConfig": "all_vidprism.VidPrismConfig", "AutoModel": "org/other--model.VidPrismModel"}
-    (folder / "config.json").write_text(json.dumps(config))
-    push(hub, api.token, folder)
-    pushed_once(hub, folder)
-    (folder / "more_vidprism.py").unlink()
-    assert "it lacks more_vidprism.py;" in refusal(hub, api.token, folder)
-
-
-def test_shards_are_published(hub, api, folder, tmp_path):
-    from vidprism_hf import VidPrismForVideoClassification
-
-    model = VidPrismForVideoClassification.from_pretrained(folder)
-    (folder / "model.safetensors").unlink()
-    model.save_pretrained(folder, max_shard_size="400KB", save_original_format=False)
-    assert len(list(folder.glob("*.safetensors"))) > 1
-    push(hub, api.token, folder)
-    assert published(api, "alice/m", tmp_path / "c") == as_published(folder)
-
-
 # The command line
 
 
@@ -367,6 +307,14 @@ def test_the_last_line_is_the_url_and_the_commit(hub, command, exported, capsys)
     assert repo_of(hub).private
     for name, content in as_published(exported).items():
         assert any(line.startswith("new ") and f"{len(content):,}" in line and line.endswith(name) for line in lines)
+
+
+def test_what_is_not_published_is_told(hub, command, exported, tmp_path, capsys):
+    hub.add_model("alice/m", with_bytes(tmp_path / "old", {"README.md": b"# Mine\n"}))
+    command([str(exported), "--repo", "alice/m"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("kept ") and line.endswith(" README.md")]
+    assert [line for line in lines if line.startswith("note: README.md: ") and "not published" in line]
 
 
 def test_a_dry_run_lists_and_changes_nothing(hub, api, command, folder, capsys):
@@ -419,7 +367,7 @@ def test_the_clients_settings_come_back(hub, api, exported):
 
 
 @pytest.mark.parametrize("secret", ["hf_0123456789abcdef", "api_org_secret"])
-def test_nothing_says_the_token(hub, exported, caplog, capsys, brisk, secret):
+def test_nothing_says_the_token(hub, api, exported, caplog, capsys, brisk, secret):
     """Neither one of today's form nor of another; the server sends it back."""
     alice = hub.tokens[hub.user("alice")]
     hub.tokens[secret] = replace(alice, secret=secret)

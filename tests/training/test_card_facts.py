@@ -258,6 +258,7 @@ def test_starting_point_of_a_folder_whose_card_names_its_base():
 def test_licence_of_a_dataset_of_the_hub(tmp_path, monkeypatch, metadata, terms):
     data = SimpleNamespace(name="alice/clips")
     data.hparams = SimpleNamespace(source="alice/clips", train_list=None, hub_revision=None)
+    data.hparams.val_split, data.hparams.hub_config = None, None
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips" / "README.md").write_text(f"---\n{metadata}\n---\nClips.\n")
     with Hub() as hub:

@@ -62,7 +62,9 @@ def test_what_is_no_secret_stays(settings):
     assert portable(settings) == settings
 
 
-@pytest.mark.parametrize("value", ["hf_" + "a" * 30, "https://me:word@example.org/x", "--token=hf_" + "B" * 34])
+@pytest.mark.parametrize(
+    "value", ["hf_" + "a" * 30, "https://me:word@example.org/x", "https://key@example.org/x", "--token=hf_" + "B" * 34]
+)
 def test_secrets_in_other_settings_are_left_out(value):
     assert portable({"args": [value, "x"]}) == {"args": [None, "x"]}
     assert portable({"url": "https://example.org/me@home:1"}) == {"url": "https://example.org/me@home:1"}

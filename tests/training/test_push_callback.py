@@ -358,3 +358,23 @@ def test_a_process_without_an_end_is_ended(exported, tmp_path, monkeypatch):
         hub.fault("any", hang=True, times=None)
         with pytest.raises(PushFailed, match="not done within 1 s"):
             PushProcess(["--repo", "alice/m"], limit=1.0)(exported)
+
+
+@pytest.mark.slow
+def test_what_a_push_notes_is_told_once(exported, tmp_path, monkeypatch, caplog):
+    """Of a repository with a person's README: the new weights stand under a card that is not theirs."""
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "README.md").write_text("# All my own\n")
+    with Hub() as hub:
+        for name, value in hub.environment(tmp_path / "home", hub.user("alice")).items():
+            monkeypatch.setenv(name, value)
+        hub.add_model("alice/m", there)
+        push = PushProcess(["--repo", "alice/m"], limit=300)
+        assert [push(exported), push(exported)] == [f"{hub.url}/alice/m {hub_head(hub)}"] * 2
+    (told,) = (record.message for record in caplog.records if "note" in record.message)
+    assert "a person's on the Hub, and stays as it is" in told
+
+
+def hub_head(hub):
+    return hub.repositories["model", "alice/m"].commit("main").oid

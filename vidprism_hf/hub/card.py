@@ -47,6 +47,9 @@ class CardFacts:
         backbone: What the training started from, in words.
         dataset: Title or folder name of the data.
         dataset_id: Its id on the Hub, if it has one.
+        dataset_split: Name there of the part that was held out; None where it has no name.
+        dataset_config: Its configuration there, where one was named.
+        dataset_revision: Its revision there, where one was named.
         data_license: Its licence and terms, in a line.
         split: How it was split.
         train_clips: Training clips used, `N` or `N of M`.
@@ -73,6 +76,9 @@ class CardFacts:
     backbone: str | None = None
     dataset: str | None = None
     dataset_id: str | None = None
+    dataset_split: str | None = None
+    dataset_config: str | None = None
+    dataset_revision: str | None = None
     data_license: str = NOT_STATED
     split: str | None = None
     train_clips: str | None = None
@@ -164,7 +170,9 @@ def evaluation_results(facts: CardFacts) -> list[EvalResult]:
             task_type="video-classification",
             dataset_type=facts.dataset_id or facts.dataset or "unknown",
             dataset_name=facts.dataset or "unknown",
-            dataset_split="val",
+            dataset_split=facts.dataset_split,
+            dataset_config=facts.dataset_config,
+            dataset_revision=facts.dataset_revision,
             metric_type="accuracy",
             metric_name=METRICS[name],
             metric_value=rounded(value),

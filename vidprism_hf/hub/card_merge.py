@@ -15,6 +15,8 @@ KEY = re.compile(r"""["']?([\w-]+)["']?:""")
 BOM = "\ufeff"  # some editors put it first; behind it nobody finds the metadata
 # Metadata that follows the weights. The rest, such as license and tags, is written once and then the reader's own.
 OWNED = frozenset({"library_name", "pipeline_tag", "base_model", "datasets", "metrics", "model-index", "model_name"})
+# Of these, what a person writes where a run on plain folders knows none: it stays until a new card states its own.
+BY_HAND = frozenset({"base_model", "datasets"})
 UNSTATED = ("license", "unknown")  # what a card says where nobody has stated it
 OUTSIDE = "its text outside the generated section"
 
@@ -97,6 +99,12 @@ def is_kept(existing: str, generated: str) -> bool:
     return stays(take_apart(existing), take_apart(generated))
 
 
+def states_license(card: str) -> bool:
+    """Whether the generated part of a card names the licence of the weights, as its export was told it."""
+    parts = take_apart(card)
+    return f"\n| these weights | {value(parts.keys.get('license', ''))} |" in (parts.section or "")
+
+
 def left_out(generated: str, merged: str) -> list[str]:
     """What a person has put into a card that a merged README holds otherwise: its text, or keys of the metadata."""
     new, made = (take_apart(plain_lines(text)) for text in (generated, merged))
@@ -105,7 +113,7 @@ def left_out(generated: str, merged: str) -> list[str]:
         stated = value(text)
         if key not in OWNED and (key, stated) != UNSTATED and stated != value(made.keys.get(key, "")):
             lost.append(key)
-    return lost
+    return lost + [key for key in made.keys if key in BY_HAND and key not in new.keys]
 
 
 def merge_metadata(existing: str, generated: str, anew: Collection[str] = ()) -> str:
@@ -118,7 +126,7 @@ def merge_metadata(existing: str, generated: str, anew: Collection[str] = ()) ->
     for key, text in old:
         if key in new and (key in OWNED or key in anew or (key, value(text)) == UNSTATED):
             text = new[key]
-        elif key in OWNED:  # of earlier weights
+        elif key in OWNED - BY_HAND:  # of earlier weights
             continue
         merged.append(text)
     present = {key for key, _ in old}
@@ -136,12 +144,12 @@ def value(text: str) -> object:
 def entries(block: str) -> list[tuple[str | None, str]]:
     """The lines of a YAML mapping by top-level key; comments and blank lines between keys have none."""
     found: list[tuple[str | None, str]] = []
-    pending = ""  # blank lines, which belong to a key if more of it follows
+    pending = ""  # blank lines and comments, which belong to a key if more of it follows
     for line in re.findall(r"[^\n]*\n|[^\n]+", block):
         key = KEY.match(line)
         if key:
             found += [(None, pending), (key[1], line)]
-        elif not line.strip():
+        elif not line.strip() or line[0] == "#":
             pending += line
             continue
         elif line[0] in " \t-" and found and found[-1][0] is not None:

@@ -229,7 +229,9 @@ def refuse_other_content(folder: Path) -> None:
         reason = "it has no config.json of a VidPrism"
     else:
         return
-    raise ExportError(f"{folder}: exists and is not an exported model ({reason}); choose another folder")
+    raise ExportError(
+        f"{folder}: exists and is not an exported model ({reason}); choose another folder, or move that away"
+    )
 
 
 def is_vacant(folder: Path) -> bool:

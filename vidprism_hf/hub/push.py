@@ -19,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..errors import UserError, first_line
 from .card import addressed
-from .card_merge import is_kept, left_out, merge_card
+from .card_merge import is_kept, left_out, merge_card, states_license
 from .pushed_files import RESULTS, WRITTEN, LocalFile, read_export
 from .refusals import LOG_IN, PushError, explain
 from .remote import MAIN, README, Remote
@@ -146,7 +146,8 @@ def merge_readme(present: bytes, local: str) -> tuple[str, bool, list[str]]:
         kept = is_kept(text, local)
     if kept:
         return text, True, [f"{README}: a person's on the Hub, and stays as it is; the local one is not published"]
-    merged = merge_card(text, local)
+    # A licence that the run was told stands in the generated part too: the metadata must not say another.
+    merged = merge_card(text, local, anew={"license"} if states_license(local) else ())
     parts = ", ".join(left_out(local, merged))
     told = [f"{README}: differs from the local one, and stays on the Hub as it is: {parts}"] if parts else []
     return merged, False, told
@@ -214,6 +215,8 @@ def push_export(
                 raise
             raise PushError(safe(f"{repo_id}: {told}", token)) from error
     notes = [*result.notes, *(f"{path}: no file of an export; left out" for path in others)]
+    if remote.revision != MAIN and not create_pr:
+        notes.append(f"{README}: its snippets load main; pass revision={remote.revision!r} to load this branch")
     return replace(result, notes=[safe(note, token) for note in notes])
 
 

@@ -46,8 +46,9 @@ class LocalFile:
         return entry.blob_id == git_hash(content)
 
     def operation(self) -> CommitOperationAdd:
-        """A new operation, as the client wears them out; the hash is computed once."""
-        made = CommitOperationAdd(self.path, self.source)
+        """A new operation, as the client wears them out; built on no bytes, so that gigabytes are hashed once."""
+        made = CommitOperationAdd(self.path, b"")
+        made.path_or_fileobj = self.source if isinstance(self.source, bytes) else str(self.source)
         made.upload_info = self.info
         return made
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import TypeVar
 from urllib.parse import quote
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_session, hf_hub_url
+from huggingface_hub import CommitOperationAdd, HfApi, get_session
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
@@ -112,7 +112,7 @@ class Remote:
 
     def readme(self, commit: str) -> bytes:
         """The repository's README."""
-        url = hf_hub_url(self.repo_id, README, revision=commit, endpoint=self.api.endpoint)
+        url = f"{self.api.endpoint}/{self.repo_id}/resolve/{commit}/{README}"
 
         def fetch() -> bytes:
             answer = get_session().get(url, headers=build_hf_headers(token=self.api.token))

@@ -239,7 +239,9 @@ def dataset_facts(data: L.LightningDataModule) -> dict[str, str]:
         return {"dataset": data.name}
     stated = stated_license(source, data.hparams.hub_revision)
     terms = {"data_license": f"{stated}, as its card says"} if stated else {}
-    return {"dataset": data.name, "dataset_id": source} | terms
+    where = {"split": data.hparams.val_split, "config": data.hparams.hub_config, "revision": data.hparams.hub_revision}
+    named = {f"dataset_{part}": name for part, name in where.items() if name}
+    return {"dataset": data.name, "dataset_id": source} | named | terms
 
 
 def epochs_at(trainer: Trainer, step: int) -> str:
@@ -267,7 +269,7 @@ def hyper_parameters(trainer: Trainer, cli: LightningCLI) -> dict[str, Any]:
         "optimiser": "AdamW, betas 0.9 and 0.999, eps 1e-08",
         "learning rate": learning_rate(hparams, clips),
         "schedule": "linear warm-up, then cosine to zero, stepped every step",
-        "warm-up epochs": hparams.warmup_epochs,
+        "warm-up steps": cli.model.warmup_steps,
         "backbone": backbone_training(hparams),
         "weight decay": hparams.weight_decay,
         "label smoothing": hparams.label_smoothing or None,

@@ -25,9 +25,9 @@ from .card_facts import METRICS, CardRecorder, Measured, bad_clips, kept_by, mom
 TRAIN_LIST = "train_clips.txt"  # in the run's folder, where the clips were drawn or listed
 # Parts of a setting's name that make its text a secret; num_tokens and tokenizer are none.
 SECRET_NAME = re.compile(
-    r"(^|_)(token|password|passwd|secrets?|credentials?|api_?keys?|access_?keys?|private_?keys?)(_|$)", re.IGNORECASE
+    r"(^|_)(token|auth|password|passwd|passphrase|secrets?|credentials?|api_?keys?|\w+_keys?)(_|$)", re.IGNORECASE
 )
-SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}|://[^/@\s]*:[^/@\s]*@")  # a token of the Hub, or one in an address
+SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}|://[^/@\s]+@")  # a token of the Hub, or an address with a user
 
 
 @dataclass
@@ -193,8 +193,10 @@ def portable_recipe(cli: LightningCLI) -> str:
     settings = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))
     settings["resume"] = None  # a checkpoint of the run's own folder
     # Whoever runs it again is not to push to the same repository.
-    asked = [each for each in settings["trainer"]["callbacks"] or [] if not each["class_path"].endswith(".PushToHub")]
-    settings["trainer"]["callbacks"] = asked or None
+    asked = settings["trainer"]["callbacks"] or []
+    asked = asked if isinstance(asked, list) else [asked]
+    kept = [callback for callback in asked if not callback["class_path"].endswith(".PushToHub")]
+    settings["trainer"]["callbacks"] = kept or None
     head = "# All settings of the run (vidprism finetune --config recipe.yaml). Absolute paths keep their last part.\n"
     return head + yaml.safe_dump(portable(settings), sort_keys=False, allow_unicode=True)
 
@@ -220,8 +222,9 @@ def portable(value: Any, name: str = "") -> Any:
 
 def portable_path(text: str) -> str:
     """The last part of a path that this machine alone has, on any system; any other text as it is."""
+    text = text.removeprefix("file://")
     kind = PureWindowsPath if re.match(r"[A-Za-z]:[\\/]|\\\\", text) else PurePath
-    return kind(text).name if kind(text).is_absolute() or text.startswith("~") else text
+    return kind(text).name if kind(text).is_absolute() or text.startswith(("~", "../", "..\\")) else text
 
 
 def split_manifest(trainer: Trainer) -> dict[str, Any]:

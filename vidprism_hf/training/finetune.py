@@ -34,6 +34,7 @@ from ..data.bad_clips import BadClip, ClipCounts, TooManyBadClips, bad_clip_tabl
 from ..data.few_shot import save_clip_list
 from ..data.sources import source_kind
 from ..errors import UserError, first_line
+from ..hub.export import refuse_other_content
 from ..hub.licenses import check_license
 from .averaging import WiseFT
 from .callbacks import BadClipReport
@@ -117,6 +118,7 @@ def finetune(argv: list[str]) -> None:
         keep_previous_run(output)
     else:
         check_resume(resume, output)
+        refuse_other_content(output / "export")  # now, not when the training has ended
     save_settings(cli, output)
     save_train_list(cli.datamodule, output)
     trainer = build_trainer(cli, output, ensemble)
@@ -272,6 +274,8 @@ def best_checkpoint(output: Path) -> Path:
 def held_out_accuracy(trainer: Trainer, cli: FinetuneCLI, checkpoint: str | None) -> dict[str, float]:
     """Held-out top-1 and top-5 of a checkpoint, which stays loaded in the module, or of the module as it is."""
     results = trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True, verbose=False)
+    if trainer.limit_test_batches != 1.0:
+        print_once(f"trainer.limit_test_batches={trainer.limit_test_batches}: not all held-out clips were evaluated")
     return {name: results[0][f"test/{name}"] for name in ("top1", "top5") if f"test/{name}" in results[0]}
 
 

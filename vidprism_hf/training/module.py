@@ -199,6 +199,7 @@ class VidPrismLightningModule(L.LightningModule):
                 f"model.warmup_epochs={hparams.warmup_epochs} is the whole run; a tenth of it warms up instead"
             )
             warmup = total // 10
+        self.warmup_steps = warmup  # for the model card
         schedule = get_cosine_schedule_with_warmup(optimizer, warmup, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

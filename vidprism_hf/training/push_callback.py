@@ -211,6 +211,7 @@ class PushProcess:
     def __init__(self, options: list[str], limit: float):
         self.options, self.limit = options, limit
         self._process: subprocess.Popen | None = None
+        self._noted: set[str] = set()  # each once, not with each push
 
     def __call__(self, folder: Path) -> str:
         """Pushes, and gives the last line: URL and commit."""
@@ -229,7 +230,12 @@ class PushProcess:
         if self._process.returncode != 0:
             lines = err.strip().splitlines() or [f"ended with status {self._process.returncode}"]
             raise PushFailed(lines[-1].removeprefix("vidprism push: "))
-        return out.strip().splitlines()[-1]
+        *told, last = out.strip().splitlines()
+        for line in told:
+            if line.startswith("note: ") and line not in self._noted:
+                self._noted.add(line)
+                logger.warning("Pushed to the Hub; %s", line)
+        return last
 
     def stop(self) -> None:
         """Ends a push that is under way; pushing again goes on from there."""
