@@ -25,8 +25,6 @@ from vidprism_hf.training.strategies import named_strategy
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "recipes" / "launch"
-# No gradient but rounding, which AdamW takes to its own scale.
-BY_CHANCE = ("k_proj.bias", "qkv.bias", "key_value_proj.bias")
 
 
 @settings(max_examples=30, deadline=None)
@@ -96,9 +94,9 @@ def first_weights(name: str) -> dict[str, torch.Tensor]:
 
 
 def largest_difference(one: dict, other: dict) -> float:
-    """Of the weights, but for those that no gradient moves."""
+    """Of two models' weights."""
     assert list(one) == list(other)
-    return max((one[name] - other[name]).abs().max().item() for name in one if not name.endswith(BY_CHANCE))
+    return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
 both = pytest.mark.parametrize("strategy", STRATEGIES)
@@ -111,7 +109,7 @@ exact = pytest.mark.parametrize("name", [name for name in RUNS if name != "half"
 def test_two_processes_train_what_one_does(results, name, strategy):
     """The same global batches: gradients, also clipped by their common norm, the balance of all clips, and AdamW."""
     alone, shared = (weights(results / f"{name}-{kind}.ckpt") for kind in ("auto", strategy))
-    assert largest_difference(alone, shared) < 1e-5 < 5e-5 < largest_difference(alone, first_weights(name))
+    assert largest_difference(alone, shared) < 1e-5 < 1e-4 < largest_difference(alone, first_weights(name))
 
 
 @pytest.mark.slow
@@ -132,7 +130,9 @@ def test_half_precision_of_two_processes(results, strategy):
 def test_two_processes_find_the_same_metrics(results, name, strategy):
     """Of held-out clips that do not divide evenly: each counts once, in means as in accuracies."""
     alone, shared = (json.loads((results / f"{name}-{kind}.json").read_text()) for kind in ("auto", strategy))
-    assert {"val/top1", "val/loss", "val/rank_loss", "val/expert_1_rate_4_weight"} <= alone.keys()
+    for of_batches in ("val/gate_loss", "val/loss"):  # which are others
+        alone.pop(of_batches), shared.pop(of_batches)
+    assert {"val/top1", "val/classification_loss", "val/rank_loss", "val/expert_1_rate_4_weight"} <= alone.keys()
     assert shared == pytest.approx(alone, abs=1e-4)
 
 
@@ -144,7 +144,7 @@ def test_one_process_goes_on_from_any_checkpoint(results, tmp_path):
     for kind in ("auto", *STRATEGIES):
         ends.append(weights(run("adamw-resumed", tmp_path, start=results / f"adamw-resumed-{kind}.ckpt", max_epochs=3)))
     assert all(largest_difference(ends[0], end) < 1e-5 for end in ends[1:])
-    assert largest_difference(ends[0], weights(results / "adamw-resumed-auto.ckpt")) > 2e-5
+    assert largest_difference(ends[0], weights(results / "adamw-resumed-auto.ckpt")) > 1e-4
 
 
 @pytest.mark.slow
