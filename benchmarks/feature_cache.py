@@ -124,8 +124,8 @@ def main():
         f"Training a head on a frozen tower ({Path(args.backbone).name}), {args.batch_size} clips a step: medians over "
         f"the epochs, {args.epochs} from pixels (decoding, augmentation, tower, head) and {args.epochs * args.repeats} "
         f"from the cache, on {args.views} views of each clip; {args.workers} loader processes; threads of the tower: "
-        f"{torch.get_num_threads()}. Filling the cache is given in epochs that compute, start-up included: about as many "
-        "as there are views, once for all runs. The last column is the largest difference of an epoch's mean loss "
+        f"{torch.get_num_threads()}. Filling the cache is given in epochs that compute, start-up included: about as "
+        "many as there are views, once for all runs. The last column is the largest difference of an epoch's mean loss "
         "between the two."
     )
     write_report("What the feature cache saves", about, header, rows, args)
