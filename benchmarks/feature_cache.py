@@ -121,12 +121,12 @@ def main():
     header = ["clips of", "clips", "frames", "epoch that computes", "epoch from the cache", "times faster"]
     header += ["filling, in epochs", "size", "difference of losses"]
     about = (
-        f"Training a head on a frozen tower ({Path(args.backbone).name}), {args.batch_size} clips a step: medians of "
-        f"{args.epochs} epochs from pixels (decoding, augmentation, tower, head) and of "
-        f"{args.epochs * args.repeats} from the cache, on {args.views} views of each clip, with {args.workers} loader "
-        f"processes and {torch.get_num_threads()} threads. Filling the cache is given in epochs that compute, start-up "
-        "included: about as many as there are views, once for all runs. The last column is the largest difference of "
-        "an epoch's mean loss between the two."
+        f"Training a head on a frozen tower ({Path(args.backbone).name}), {args.batch_size} clips a step: medians over "
+        f"the epochs, {args.epochs} from pixels (decoding, augmentation, tower, head) and {args.epochs * args.repeats} "
+        f"from the cache, on {args.views} views of each clip; {args.workers} loader processes; threads of the tower: "
+        f"{torch.get_num_threads()}. Filling the cache is given in epochs that compute, start-up included: about as "
+        "many as there are views, once for all runs. The last column is the largest difference of an epoch's mean loss "
+        "between the two."
     )
     write_report("What the feature cache saves", about, header, rows, args)
 

@@ -318,7 +318,7 @@ KILLED = """
 import os, signal, sys
 sys.path[:0] = {tests!r}
 import test_feature_cache as test
-from vidprism_hf.data import FileTable, feature_cache, feature_shards
+from vidprism_hf.data import FileTable, feature_cache
 
 feature_cache.SHARD_SECONDS = 0.0
 replace, count = os.replace, 0
@@ -330,7 +330,7 @@ def killing(source, target):
         os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target)
 
-feature_shards.os.replace = killing
+os.replace = killing
 table = FileTable.from_lists({clips!r}, [f"{{index}}.mp4" for index in range(5)], test.LABELS)
 test.cached(test.Path({folder!r}), test.Tower(test.tiny_model()), test.training(table))
 """

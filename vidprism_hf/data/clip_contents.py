@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import time
+import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,16 @@ def file_hash(path: str | os.PathLike) -> str:
         while block := file.read(BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file that others see whole or not at all, whoever else writes it at the same time."""
+    beside = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 class ContentHashes:
@@ -88,11 +99,9 @@ class ContentHashes:
         """Writes what is new, beside what others have written; a folder that may not be written loses only time."""
         if not self._new:
             return
-        beside = self.memo.with_name(f".{self.memo.name}.{os.getpid()}.tmp")
         with suppress(OSError), FileLock(self.memo.with_name(f".{self.memo.name}.lock")):
             self._known = self._read() | self._new
-            beside.write_text(json.dumps(self._known))
-            os.replace(beside, self.memo)
+            write_whole(self.memo, json.dumps(self._known).encode())
             self._new = {}
 
     def _read(self) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from .bad_clips import Note
-from .clip_contents import ContentHashes, Signature, signature
+from .clip_contents import ContentHashes, Signature, signature, write_whole
 from .dataset import ClipDataset, collate, example
 from .feature_shards import SUFFIX, ShardFolder
 from .frame_encoder import FrameEncoder
@@ -337,8 +337,7 @@ class FeatureCache:
         folder = part.shards.folder
         folder.mkdir(exist_ok=True)
         part.shards.sweep()
-        (folder / ".about.tmp").write_text(json.dumps(part.about, indent=2) + "\n")
-        os.replace(folder / ".about.tmp", folder / "about.json")
+        write_whole(folder / "about.json", (json.dumps(part.about, indent=2) + "\n").encode())
 
     def _compute(
         self, name: str, part: Part, rows: list[tuple[int, int]], new: dict[str, torch.Tensor]

@@ -6,9 +6,7 @@ renamed, so that a process that dies loses the one that it was writing, and two 
 """
 
 import hashlib
-import os
 import time
-import uuid
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from .clip_contents import file_hash
+from .clip_contents import file_hash, write_whole
 
 SUFFIX = ".safetensors"
 ABANDONED = 3600  # seconds after which a file that was never renamed is taken for a dead process's
@@ -78,12 +76,7 @@ class ShardFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         content = save({"features": torch.stack(list(rows.values()))}, {"keys": " ".join(rows)})
         name = hashlib.sha256(content).hexdigest() + SUFFIX
-        beside = self.folder / f".{uuid.uuid4().hex}.tmp"
-        try:
-            beside.write_bytes(content)
-            os.replace(beside, self.folder / name)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_whole(self.folder / name, content)
         return name
 
     def remove(self, names: Iterable[str]) -> None:
