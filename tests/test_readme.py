@@ -44,7 +44,7 @@ def test_every_command_runs_as_written(clone, tmp_path):
     assert re.search(r"top1\s+(\S+)", evaluated)[1] == trained[1]
     assert "moving_left" in next(text for command, text in outputs.items() if " predict " in command)
     assert any("expert weights" in text for text in outputs.values())
-    assert "'label': 'shrinking'" in next(text for command, text in outputs.items() if "trust_remote_code" in command)
+    assert "'label': 'shrinking'" in next(text for command, text in outputs.items() if 'org/vidprism-demo", trust_remote_code' in command)
 
 
 @pytest.mark.slow
