@@ -6,8 +6,9 @@ BACKBONE ?=          ## CLIP checkpoint: Hub id, folder or preset (b32, b16, l14
 FRAMES   ?=          ## frames per clip (the recipe's model.num_frames)
 K        ?= 16       ## for fewshot: training clips of each class
 SPLITS   ?= 1        ## for fewshot: official splits to run and average, such as "1 2 3"
-DEVICES  ?=          ## number of devices (the recipe's trainer.devices)
-STRATEGY ?=          ## Lightning strategy (auto, ddp, ...)
+DEVICES  ?=          ## devices of this machine (the recipe's trainer.devices)
+NUM_NODES ?=         ## machines (the recipe's trainer.num_nodes); see recipes/launch/
+STRATEGY ?=          ## auto, ddp, fsdp (weights shared out among the devices) or deepspeed
 PRECISION ?=         ## 32, bf16-mixed (the benchmarks' recipes), 16-mixed
 EPOCHS   ?=          ## epochs (the recipe's trainer.max_epochs)
 OUT      ?=          ## folder of the run (the recipe's output)
@@ -23,8 +24,8 @@ READY    := $(VENV)/.ready
 SUITE    := $(VENV)/transformers-tests/VERSION
 
 # A misspelt variable would run something else without a word.
-KNOWN := DATASET DATA_ROOT BACKBONE FRAMES K SPLITS DEVICES STRATEGY PRECISION EPOCHS OUT MODEL FILES REPO ARGS \
-	PYTHON VENV
+KNOWN := DATASET DATA_ROOT BACKBONE FRAMES K SPLITS DEVICES NUM_NODES STRATEGY PRECISION EPOCHS OUT MODEL FILES \
+	REPO ARGS PYTHON VENV
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
 $(if $(filter-out $(KNOWN),$(GIVEN)),$(error no variable $(filter-out $(KNOWN),$(GIVEN)); there are $(KNOWN)))
 
@@ -37,9 +38,9 @@ FEW_SHOT := recipes/few_shot/$(DATASET).yaml
 option = $(if $(strip $(2)),$(1) "$(strip $(2))")
 OPTIONS = $(SOURCE) $(call option,--data.root,$(DATA_ROOT)) $(call option,--model.backbone,$(BACKBONE)) \
 	$(call option,--model.num_frames,$(FRAMES)) \
-	$(call option,--trainer.devices,$(DEVICES)) $(call option,--trainer.strategy,$(STRATEGY)) \
-	$(call option,--trainer.precision,$(PRECISION)) $(call option,--trainer.max_epochs,$(EPOCHS)) \
-	$(call option,--output,$(OUT)) $(ARGS)
+	$(call option,--trainer.devices,$(DEVICES)) $(call option,--trainer.num_nodes,$(NUM_NODES)) \
+	$(call option,--trainer.strategy,$(STRATEGY)) $(call option,--trainer.precision,$(PRECISION)) \
+	$(call option,--trainer.max_epochs,$(EPOCHS)) $(call option,--output,$(OUT)) $(ARGS)
 
 NEEDS_MODEL = $(if $(strip $(MODEL)),,$(error MODEL is empty: name an export, such as MODEL=runs/demo/export))
 

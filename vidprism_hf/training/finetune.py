@@ -17,6 +17,7 @@ from jsonargparse import ArgumentError
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
     Callback,
+    GradientAccumulationScheduler,
     LearningRateMonitor,
     ModelCheckpoint,
     RichProgressBar,
@@ -39,6 +40,7 @@ from .card_facts import CardRecorder, bad_clips, clip_counts
 from .exporting import TRAIN_LIST, ExportedCheckpoint, ExportSettings, export_best, export_kept
 from .module import VidPrismLightningModule, read_checkpoint_config
 from .push_callback import PushToHub, push_open
+from .strategies import named_strategy
 
 # What a recipe need not say.
 TRAINER_DEFAULTS = {
@@ -79,12 +81,15 @@ class FinetuneCLI(LightningCLI):
         Raises:
             UserError: If this machine cannot give what the recipe asks for.
         """
-        asked = self.config_init.trainer.callbacks or []
+        trainer = self.config_init.trainer
+        asked = trainer.callbacks or []
         # A list of its own for each trainer, which puts default callbacks into the list that it is given. The run's
         # own come first: what a recipe's callback exports holds what they keep of the same epoch.
         callbacks = [*settings.pop("callbacks", []), *(asked if isinstance(asked, list) else [asked])]
+        accumulates = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
+        strategy = named_strategy(trainer.strategy, accumulates or trainer.accumulate_grad_batches > 1)
         try:
-            return super().instantiate_trainer(callbacks=callbacks, **settings)
+            return super().instantiate_trainer(callbacks=callbacks, strategy=strategy, **settings)
         except (MisconfigurationException, ValueError) as error:
             raise UserError(f"trainer: {first_line(error)}") from error
 

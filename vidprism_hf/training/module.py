@@ -19,6 +19,7 @@ from ..model import VidPrismConfig, VidPrismForVideoClassification, VidPrismForV
 from ..model.temporal_vidprism import gate_balance_loss
 from .callbacks import BadClipReport
 from .optimization import parameter_groups
+from .strategies import shard
 
 LOSS_PARTS = ("classification_loss", "rank_loss", "gate_loss", "diversity_loss")
 
@@ -90,6 +91,8 @@ class VidPrismLightningModule(L.LightningModule):
         # Lightning sets the accelerator as default device here, which transformers would take for a device map.
         with torch.device("cpu"):
             self._build_model()
+        if self.device_mesh is not None:  # under FSDP2
+            shard(self.model, self.device_mesh["data_parallel"], self.trainer.precision)
 
     def _build_model(self) -> None:
         hparams = self.hparams
@@ -224,7 +227,8 @@ class VidPrismLightningModule(L.LightningModule):
             value,
             on_step=training,
             on_epoch=not training,
-            batch_size=batch_size,
+            # Lightning averages these weights over the processes and rounds down: as multiples they stay exact.
+            batch_size=batch_size * self.trainer.world_size,
             prog_bar=prog_bar,
             sync_dist=not training,
         )
