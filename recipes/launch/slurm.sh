@@ -13,8 +13,6 @@
 #SBATCH --cpus-per-task=9
 #SBATCH --time=24:00:00
 #SBATCH --output=vidprism-%j.log
-# Two minutes before its time ends, the run writes a checkpoint and goes back into the queue.
-#SBATCH --signal=USR1@120
 set -euo pipefail
 
 # To change: the recipe, the strategy (ddp or fsdp) and the environment.

@@ -101,6 +101,11 @@ class CardFacts:
         return BASE_LICENSES.get(self.base_model or "", NOT_STATED)
 
     @property
+    def chance(self) -> dict[str, float]:
+        """What each metric would be for guesses, where all classes have as many clips."""
+        return {name: min(1.0, int(name.removeprefix("top")) / len(self.labels)) for name in self.metrics}
+
+    @property
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Wilson's 95 % interval of each metric."""
         clips = self.num_evaluated
