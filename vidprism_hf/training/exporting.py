@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -18,6 +17,7 @@ from ..hub import export_model, render_card
 from ..hub.card import eval_results_file
 from ..hub.export import MAX_SHARD_SIZE, ExportError, Precision
 from .card_facts import CardRecorder, bad_clips, kept_by, run_facts, run_figures, views
+from .checkpointing import KeptCheckpoint
 
 TRAIN_LIST = "train_clips.txt"  # in the run's folder, where the clips were drawn or listed
 
@@ -37,8 +37,8 @@ class ExportSettings:
     checkpoints: bool = False
 
 
-class ExportedCheckpoint(ModelCheckpoint):
-    """A ModelCheckpoint that also exports what it keeps, to the file's name without `.ckpt`.
+class ExportedCheckpoint(KeptCheckpoint):
+    """A KeptCheckpoint that also exports what it keeps, to the file's name without `.ckpt`.
 
     An export that fails does not end the run.
 
@@ -53,10 +53,15 @@ class ExportedCheckpoint(ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
-        try:
-            self.export(trainer, Path(filepath).with_suffix(""))
-        except ExportError as error:
-            rank_zero_warn(f"{filepath} is kept, but not exported: {error}")
+        export_or_warn(self.export, trainer, Path(filepath).with_suffix(""))
+
+
+def export_or_warn(export: Callable[[Trainer, Path], None], trainer: Trainer, folder: Path) -> None:
+    """Exports a kept checkpoint; a failure is told and ends nothing."""
+    try:
+        export(trainer, folder)
+    except ExportError as error:
+        rank_zero_warn(f"{folder}.ckpt is kept, but not exported: {error}")
 
 
 def export_kept(cli: LightningCLI, trainer: Trainer, folder: Path) -> None:
