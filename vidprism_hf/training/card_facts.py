@@ -2,6 +2,7 @@
 
 import platform
 import resource
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ from ..hub import CardFacts
 from ..model import VISION_PRESETS
 from .callbacks import BadClipReport
 from .module import VidPrismLightningModule
+from .resuming import gathered
 
 
 class CardRecorder(L.Callback):
@@ -44,15 +46,17 @@ class CardRecorder(L.Callback):
         self.class_weights: np.ndarray | None = None
         self.mean_weights: np.ndarray | None = None
         self._since: float | None = None
-        self._loss, self._batches = torch.zeros(()), 0  # of the epoch so far; one that is resumed has no start
+        self._loss, self._batches = torch.zeros(()), 0  # of the epoch so far
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epochs": self.epochs, "seconds": self._seconds()}
+        loss = statistics.fmean(gathered(self._loss.item()))
+        return {"epochs": self.epochs, "seconds": self._seconds(), "loss": loss, "batches": self._batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # A test loads the best checkpoint, which knows less than this run does by then.
         self.epochs = state_dict["epochs"] | self.epochs
         self.seconds = max(self.seconds, state_dict["seconds"])
+        self._loss, self._batches = torch.tensor(state_dict.get("loss", 0.0)), state_dict.get("batches", 0)
 
     def on_fit_start(self, trainer, pl_module):
         self._since = time.monotonic()
@@ -111,7 +115,7 @@ def peak_memory(device: torch.device) -> int:
 
 def bad_clips(trainer: Trainer, split: str | None = None) -> list[BadClip]:
     """The clips that could not be decoded so far, of one split (train, val) or both."""
-    return kept_by(trainer, BadClipReport).account.clips(trainer.datamodule.id2label, split)
+    return kept_by(trainer, BadClipReport).clips(trainer.datamodule.id2label, split)
 
 
 def kept_by(trainer: Trainer, kind: type) -> Any:
