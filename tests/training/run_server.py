@@ -64,6 +64,7 @@ class RunServer:
 
 
 def _serve() -> None:
+    sys.path.insert(0, str(ROOT))
     import datasets  # noqa: F401
     import torch.distributed  # noqa: F401
 
@@ -115,17 +116,26 @@ def _arm(plan: dict) -> None:
     - `{"signals": ["SIGTERM"], "step": 3}`: signals in the middle of the 3rd step of this process; with `"to": "group"`
       also to its loaders.
     - `{"calls": 500, "step": 3}`: kill -9 so many Python calls after the 3rd step begins; step 0 is the start of fit.
-    - `{"written": 0.5, "file": 2}`: kill -9 when so much of the 2nd checkpoint is written.
+    - `{"written": 0.5, "file": 2}`: kill -9 when so much of last.ckpt is written for the 2nd time.
+    - `{"lost": 3}`: the loss of the 3rd step is NaN.
     - `{"renamed": 2, "file": 2}`: kill -9 before the 1st or 2nd rename after that, or after the 2nd (3).
     """
     if "signals" in plan:
         numbers = [getattr(signal, name) for name in plan["signals"]]
-        send = os.killpg if plan.get("to") == "group" else os.kill
-        _at_step(plan["step"], lambda: [send(os.getpid(), number) for number in numbers])
+        send = _signal_group if plan.get("to") == "group" else signal.raise_signal
+        _at_step(plan["step"], lambda: [send(number) for number in numbers])
     if "calls" in plan:
         _at_step(plan["step"], lambda: _count_calls(plan["calls"]))
+    if "lost" in plan:
+        _lose(plan["lost"])
     if "file" in plan:
         _at_file(plan["file"], plan.get("written"), plan.get("renamed"))
+
+
+def _signal_group(number: int) -> None:
+    # From another process, as a cluster would: loaders obey the run.
+    code = f"import os; os.killpg({os.getpid()}, {int(number)})"
+    subprocess.run([sys.executable, "-S", "-c", code], start_new_session=True, check=True)
 
 
 def _die() -> None:
@@ -151,6 +161,13 @@ def _at_step(step: int, act) -> None:
     setattr(owner, name, watched)
 
 
+def _lose(step: int) -> None:
+    from vidprism_hf import VidPrismLightningModule
+
+    losses, whole = iter(range(1, 1 << 30)), VidPrismLightningModule.training_step
+    VidPrismLightningModule.training_step = lambda *args: whole(*args) * (float("nan") if next(losses) == step else 1)
+
+
 def _count_calls(left: int) -> None:
     def count(frame, event, argument):
         nonlocal left
@@ -170,7 +187,7 @@ def _at_file(number: int, share: float | None, rename: int | None) -> None:
 
     def saving(content, file):
         nonlocal files, renames
-        files, renames = files + 1, 0
+        files, renames = files + Path(file.name).name.startswith("last."), 0
         if files == number and share is not None:
             whole = io.BytesIO()
             save(content, whole)

@@ -41,6 +41,8 @@ class BadClipReport(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._before.merge(state_dict["notes"])
+        if len(self._before):
+            self._agreed = None  # the list may not have been written yet
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self._note("train", batch)

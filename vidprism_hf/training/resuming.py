@@ -68,13 +68,16 @@ def begin(output: Path, resume: str | bool | None, settings: dict[str, Any]) -> 
         return Start()
     if not (output / "config.yaml").is_file():
         raise UserError(f"output {output}: exists and is not a run's folder; choose another one")
-    found = None
-    if resume in ("auto", True) and not (output / METRICS).is_file():
-        found = last_good(output / "checkpoints")
+    found, why = None, "asked for"
+    if resume in ("auto", True):
+        finished = (output / METRICS).is_file()
+        found, why = (
+            (None, "it is finished") if finished else (last_good(output / "checkpoints"), "it has no checkpoint")
+        )
     if found is None:
         kept = free_name(output)
         output.rename(kept)
-        print(f"The earlier run in {output} is kept as {kept}; a new one begins", flush=True)
+        print(f"The earlier run in {output} is kept as {kept} ({why}); a new one begins", flush=True)
         return Start()
     changes = changed_settings(output, settings)
     if changes:
@@ -104,7 +107,8 @@ def _start(output: Path, checkpoint: Path) -> Start:
     for unfinished in checkpoint.parent.glob(f"*{UNFINISHED}"):
         unfinished.unlink()
     (output / METRICS).unlink(missing_ok=True)  # the run is not finished any more
-    where = f"step {content['global_step']}, epoch {content['epoch'] + 1}" if content else "its last step"
+    epochs = content.get("loops", {}).get("fit_loop", {}).get("epoch_progress")
+    where = f"step {content['global_step']}, epoch {epochs['current']['processed'] + 1}" if content else "its last step"
     print(f"Going on with the run in {output} from {where} ({checkpoint.name})", flush=True)
     return Start(str(checkpoint), dict(content.get("VideoDataModule", {})))
 
