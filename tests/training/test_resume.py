@@ -122,7 +122,7 @@ def test_the_same_command_goes_on(source, whole_run, stop, tmp_path, capsys, mor
     assert main(words) == 0
     assert f"Going on with the run in {output} from step {left[0]}, epoch {left[1] + 1} " in capsys.readouterr().out
     assert_same_runs(whole_run(*more), output)
-    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert {path.name for path in (output / "checkpoints").iterdir()} <= {"best.ckpt", "last.ckpt"}
 
 
 def test_a_run_that_ends_in_its_evaluation_is_evaluated(source, whole_run, tmp_path, monkeypatch):

@@ -122,13 +122,12 @@ def test_slurm_requeues_the_job(source, server, tmp_path, array):
     assert not list(output.glob("hpc_ckpt*"))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_goes_on_within_an_epoch(server, tmp_path, workers):
-    """One of its ten clips cannot be decoded: what stands in for it is the same too."""
+def test_a_stream_goes_on_within_an_epoch(server, tmp_path):
+    """With two loaders. One of its ten clips cannot be decoded: what stands in for it is the same too."""
 
     def words(name: str) -> list[str]:
         own = (f"--data.source={SOURCE}", "--data.streaming=true", f"--data.root={tmp_path / 'data'}")
-        more = ("--data.max_bad_fraction=0.1", f"--data.num_workers={workers}")
+        more = ("--data.max_bad_fraction=0.1", "--data.num_workers=2")
         return arguments(Path("unused"), tmp_path / name, *own, *more)
 
     status, log = server.run(words("whole"))

@@ -68,6 +68,9 @@ class CardRecorder(L.Callback):
         peak = torch.tensor(float(peak_memory(pl_module.device)), device=pl_module.device)
         self.peak_bytes = int(trainer.strategy.reduce(peak, reduce_op="max"))
 
+    def on_train_epoch_start(self, trainer, pl_module):
+        self._loss, self._batches = torch.zeros(()), 0
+
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         # Lightning hands on the loss as it was divided for the accumulation.
         self._loss = self._loss.to(pl_module.device) + outputs["loss"].float() * trainer.accumulate_grad_batches
@@ -75,7 +78,6 @@ class CardRecorder(L.Callback):
 
     def on_train_epoch_end(self, trainer, pl_module):
         mean = trainer.strategy.reduce(self._loss.to(pl_module.device) / max(1, self._batches), reduce_op="mean")
-        self._loss, self._batches = torch.zeros(()), 0
         self.epochs.setdefault(trainer.current_epoch, {})["train_loss"] = mean.item()
 
     def on_validation_end(self, trainer, pl_module):

@@ -83,15 +83,15 @@ def begin(output: Path, resume: str | bool | None, settings: dict[str, Any]) -> 
     if changes:
         raise UserError(
             f"output {output}: its run was stopped, and had other settings ({'; '.join(changes)}); type them again, "
-            f"or go on with the new ones by --resume {found}, or begin anew by --resume none, which keeps the folder"
+            f"or go on with the new ones by --resume {found[0]}, or begin anew by --resume none, which keeps the folder"
         )
-    return _start(output, found)
+    return _start(output, *found)
 
 
 def _go_on(output: Path, checkpoint: Path, settings: dict[str, Any]) -> Start:
     """From a checkpoint that was named."""
     try:
-        read_checkpoint(checkpoint)
+        content = read_checkpoint(checkpoint)
     except UserError as error:
         raise UserError(f"resume {checkpoint}: {error}; --resume auto finds the last good one") from error
     if checkpoint.resolve().parent != (output / "checkpoints").resolve():
@@ -99,11 +99,10 @@ def _go_on(output: Path, checkpoint: Path, settings: dict[str, Any]) -> Start:
     changes = changed_settings(output, settings)
     if changes:
         print(f"With other settings than before: {'; '.join(changes)}", flush=True)
-    return _start(output, checkpoint)
+    return _start(output, checkpoint, content)
 
 
-def _start(output: Path, checkpoint: Path) -> Start:
-    content = read_checkpoint(checkpoint)
+def _start(output: Path, checkpoint: Path, content: dict[str, Any]) -> Start:
     for unfinished in checkpoint.parent.glob(f"*{UNFINISHED}"):
         unfinished.unlink()
     (output / METRICS).unlink(missing_ok=True)  # the run is not finished any more
@@ -113,8 +112,8 @@ def _start(output: Path, checkpoint: Path) -> Start:
     return Start(str(checkpoint), dict(content.get("VideoDataModule", {})))
 
 
-def last_good(folder: Path) -> Path | None:
-    """The last whole checkpoint of a run, None if there is none at all. Damaged ones are told, and put aside.
+def last_good(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The last whole checkpoint of a run and its content, None if there is none. Damaged ones are told, and put aside.
 
     Raises:
         UserError: If there are checkpoints, but none is whole.
@@ -124,7 +123,7 @@ def last_good(folder: Path) -> Path | None:
         if not path.exists():
             continue
         try:
-            read_checkpoint(path)
+            content = read_checkpoint(path)
         except UserError as error:
             damaged.append(f"{path} {error}")
             continue
@@ -133,7 +132,7 @@ def last_good(folder: Path) -> Path | None:
         if damaged and (folder / LAST).exists():
             # Out of the way of the next one, before which last.ckpt would become previous.ckpt.
             os.replace(folder / LAST, folder / f"{LAST}.damaged")
-        return path
+        return path, content
     if damaged:
         raise UserError(f"{'; '.join(damaged)}: there is no other; --resume none begins anew and keeps the folder")
     return None

@@ -74,8 +74,6 @@ class Safeguard(Checkpoint):
         self._told: deque[_Told] = deque()
         self._latest: _Told | None = None
         self._signal, self._due = 0, False  # agreed on by all processes
-        self._step = 0  # global step after the last batch
-        self._whole_step = True  # whether the last batch ended one
         self._validating = False
         self._clock = 0.0
         self._random: list[dict[str, Any]] | None = None
@@ -96,7 +94,7 @@ class Safeguard(Checkpoint):
 
     def on_load_checkpoint(self, trainer, pl_module, checkpoint):
         if trainer.state.fn == "fit":
-            self.saved_step = self._step = checkpoint["global_step"]
+            self.saved_step = checkpoint["global_step"]
 
     # Where training is
 
@@ -112,17 +110,16 @@ class Safeguard(Checkpoint):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self._read(trainer, late=pl_module.device.type == "cuda")
-        if (self._signal or self._due) and self._whole_step:
+        if (self._signal or self._due) and between_steps(trainer):
             self._save(trainer)
             self._leave(trainer)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self._whole_step, self._step = trainer.global_step != self._step, trainer.global_step
         lost = ~torch.isfinite(outputs["loss"].detach()).all()
         flags = lost.new_full((3,), 0.0, dtype=torch.float32)
-        flags[0], flags[1], flags[2] = lost, self._signals.received, self._is_due()
-        clips = batch.get("name", batch.get("clip_index"))
-        self._told.append(_told(self._step + (not self._whole_step), flags, lost, clips))
+        flags[0], flags[1], flags[2] = lost, self._signals.received, self._is_due(trainer)
+        step = trainer.global_step + (not ends_step(trainer))
+        self._told.append(_told(step, flags, lost, batch.get("name", batch.get("clip_index"))))
         self._latest = self._told[-1]
 
     def on_validation_start(self, trainer, pl_module):
@@ -154,11 +151,9 @@ class Safeguard(Checkpoint):
 
     def on_exception(self, trainer, pl_module, exception):
         """Saves what was reached, where that is the end of a step, and all processes are there."""
-        together = trainer.world_size == 1 or isinstance(exception, TooManyBadClips)
-        at_rest = trainer.fit_loop.epoch_loop.batch_progress.current
-        at_rest = at_rest.started == at_rest.processed and self._whole_step
         ours = isinstance(exception, (Stopped, Diverged))
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and together and at_rest and not ours:
+        together = trainer.world_size == 1 or isinstance(exception, TooManyBadClips)
+        if trainer.state.fn == "fit" and not ours and together and between_steps(trainer):
             with suppress(UserError):  # the weights are lost, or the disk is full: the exception tells why it ends
                 self._save(trainer)
 
@@ -183,9 +178,9 @@ class Safeguard(Checkpoint):
             requeue(trainer)
         raise Stopped(self._signal)
 
-    def _is_due(self) -> bool:
+    def _is_due(self, trainer: L.Trainer) -> bool:
         minutes, steps = self.settings.every_minutes, self.settings.every_n_steps
-        by_steps = steps is not None and self._whole_step and self._step % steps == 0
+        by_steps = steps is not None and ends_step(trainer) and trainer.global_step % steps == 0
         return by_steps or (minutes is not None and time.monotonic() - self._clock >= 60 * minutes)
 
     def _read(self, trainer: L.Trainer, late: bool = False) -> None:
@@ -214,6 +209,20 @@ class Safeguard(Checkpoint):
             f"step {told.step if told else trainer.global_step}: {what}; clips of the batch: {clips}; last good "
             f"checkpoint: {kept}; lower model.learning_rate or set trainer.gradient_clip_val, and look at these clips"
         )
+
+
+def ends_step(trainer: L.Trainer) -> bool:
+    """Whether the last batch ended a step of the optimiser: gradients that add up are in no checkpoint."""
+    done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+    return done % trainer.accumulate_grad_batches == 0 or done >= trainer.num_training_batches
+
+
+def between_steps(trainer: L.Trainer) -> bool:
+    """Whether a checkpoint can be written from which the training goes on as it would have."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress.current
+    # The end of an epoch's last batch, before what follows on it, is a place that Lightning's counters cannot tell.
+    closing = batches.completed < batches.processed >= trainer.num_training_batches
+    return ends_step(trainer) and batches.started == batches.processed and not closing
 
 
 def _told(step: int, flags: torch.Tensor, lost: torch.Tensor, clips: Any) -> _Told:
