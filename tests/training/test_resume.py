@@ -15,6 +15,8 @@ from vidprism_hf import VidPrismLightningModule
 from vidprism_hf.cli import main
 from vidprism_hf.data import VideoDataModule
 from vidprism_hf.errors import UserError
+from vidprism_hf.training import safeguard
+from vidprism_hf.training.checkpointing import SafeCheckpointIO
 from vidprism_hf.training.resuming import begin
 
 pytestmark = pytest.mark.slow
@@ -255,6 +257,14 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(stopped, source, whole
     assert_same_runs(whole_run("--checkpoint.every_n_steps=1"), stopped)
 
 
+def test_a_damaged_checkpoint_never_takes_the_place_of_a_good_one(stopped, capsys):
+    folder = stopped / "checkpoints"
+    cut(folder / "last.ckpt")
+    begin_again(stopped)
+    SafeCheckpointIO().save_checkpoint({"global_step": 7}, folder / "last.ckpt")
+    assert [checkpoint(stopped, name)["global_step"] for name in ("last", "previous")] == [7, 6]
+
+
 def test_the_best_checkpoint_stands_in_for_the_last_ones(stopped, capsys):
     for name in ("last", "previous"):
         cut(stopped / "checkpoints" / f"{name}.ckpt")
@@ -310,7 +320,16 @@ def test_a_run_may_be_moved(stopped, source, whole_run, tmp_path):
 # Divergence
 
 
-def test_a_run_that_diverges_ends_with_step_clips_and_last_good_checkpoint(source, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("late", "more", "steps", "kept"),
+    [(False, ["--checkpoint.every_n_steps=1"], 4, 3), (True, ["--checkpoint.every_n_steps=1"], 4, 3), (True, [], 5, 0)],
+    ids=["at once", "late, but for a checkpoint", "late"],
+)
+def test_a_run_that_diverges_ends_with_step_clips_and_last_good_checkpoint(
+    source, tmp_path, capsys, monkeypatch, late, more, steps, kept
+):
+    """On a GPU a step's loss is looked at a step later, or when a checkpoint is due; the fourth is lost."""
+    monkeypatch.setattr(safeguard, "reads_late", lambda device: late)
     output, seen = tmp_path / "run", []
     whole = VidPrismLightningModule.training_step
 
@@ -320,15 +339,18 @@ def test_a_run_that_diverges_ends_with_step_clips_and_last_good_checkpoint(sourc
         return whole(module, batch, batch_idx) * (float("nan") if len(seen) == 4 else 1)
 
     monkeypatch.setattr(VidPrismLightningModule, "training_step", step)
-    assert main(arguments(source, output, "--checkpoint.every_n_steps=1")) == 1
+    assert main(arguments(source, output, *more)) == 1
     line = complaint(capsys)
     last = output / "checkpoints" / "last.ckpt"
     assert f"step 4: the loss is NaN or infinite; clips of the batch: {', '.join(seen[3])}; " in line
-    assert f"last good checkpoint: {last} (step 3)" in line
-    assert len(seen) == 4
-    kept = checkpoint(output)
-    assert kept["global_step"] == 3
-    assert all(torch.isfinite(value).all() for value in kept["state_dict"].values())
+    assert f"last good checkpoint: {f'{last} (step {kept})' if kept else 'none'}; " in line
+    assert len(seen) == steps
+    if kept:
+        found = checkpoint(output)
+        assert found["global_step"] == kept
+        assert all(torch.isfinite(value).all() for value in found["state_dict"].values())
+    else:
+        assert not last.exists()
 
 
 def test_no_checkpoint_holds_weights_that_are_no_numbers(source, tmp_path, capsys, monkeypatch):

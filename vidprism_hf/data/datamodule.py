@@ -270,7 +270,7 @@ class VideoDataModule(L.LightningDataModule):
         """
         if self.trainer is None or not self.trainer.training:
             return batch
-        if batch["bad_clips"]:
+        if batch.get("bad_clips"):
             self._bad_epoch = self.trainer.current_epoch
         if not self._mixes():
             return batch

@@ -22,7 +22,7 @@ UNFINISHED = ".tmp"  # ends the name of a file that is being written
 
 @dataclass
 class CheckpointSettings:
-    """When last.ckpt is written, besides the end of each epoch and a stop by a signal.
+    """When last.ckpt is written, besides the ends of epochs and a stop by a signal.
 
     Args:
         every_minutes: Minutes between two; null leaves them out.

@@ -28,6 +28,7 @@ HARMLESS = {
     "model": {"gradient_checkpointing"},
     "data": {
         *("root", "num_workers", "verify_counts", "max_bad_fraction", "clip_time_limit", "test_clips", "test_crops"),
+        *("feature_cache", "feature_cache_limit"),
     },
 }
 OF_THE_TRAINER = {
@@ -70,10 +71,10 @@ def begin(output: Path, resume: str | bool | None, settings: dict[str, Any]) -> 
         raise UserError(f"output {output}: exists and is not a run's folder; choose another one")
     found, why = None, "asked for"
     if resume in ("auto", True):
-        finished = (output / METRICS).is_file()
-        found, why = (
-            (None, "it is finished") if finished else (last_good(output / "checkpoints"), "it has no checkpoint")
-        )
+        if (output / METRICS).is_file():
+            why = "it is finished"
+        else:
+            found, why = last_good(output / "checkpoints"), "it has no checkpoint"
     if found is None:
         kept = free_name(output)
         output.rename(kept)
@@ -105,6 +106,10 @@ def _go_on(output: Path, checkpoint: Path, settings: dict[str, Any]) -> Start:
 def _start(output: Path, checkpoint: Path, content: dict[str, Any]) -> Start:
     for unfinished in checkpoint.parent.glob(f"*{UNFINISHED}"):
         unfinished.unlink()
+    last = checkpoint.with_name(LAST)
+    if checkpoint.name != LAST and last.exists():
+        # Damaged or unwanted: the next one would make it previous.ckpt, which may be the one that is gone on from.
+        os.replace(last, last.with_name(f"{LAST}.aside"))
     (output / METRICS).unlink(missing_ok=True)  # the run is not finished any more
     epochs = content.get("loops", {}).get("fit_loop", {}).get("epoch_progress")
     where = f"step {content['global_step']}, epoch {epochs['current']['processed'] + 1}" if content else "its last step"
@@ -113,7 +118,7 @@ def _start(output: Path, checkpoint: Path, content: dict[str, Any]) -> Start:
 
 
 def last_good(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The last whole checkpoint of a run and its content, None if there is none. Damaged ones are told, and put aside.
+    """The last whole checkpoint of a run and its content, None if there is none; damaged ones are told.
 
     Raises:
         UserError: If there are checkpoints, but none is whole.
@@ -129,9 +134,6 @@ def last_good(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             continue
         for line in damaged:
             print(f"{line}: going on from the one before", flush=True)
-        if damaged and (folder / LAST).exists():
-            # Out of the way of the next one, before which last.ckpt would become previous.ckpt.
-            os.replace(folder / LAST, folder / f"{LAST}.damaged")
         return path, content
     if damaged:
         raise UserError(f"{'; '.join(damaged)}: there is no other; --resume none begins anew and keeps the folder")
@@ -141,14 +143,14 @@ def last_good(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 def changed_settings(output: Path, settings: dict[str, Any]) -> list[str]:
     """What of a run's settings was otherwise when it was started, as far as it makes another training of it."""
     try:
-        before = yaml.safe_load((output / "config.yaml").read_text())
-    except (OSError, yaml.YAMLError) as error:
+        before = yaml.safe_load((output / "config.yaml").read_text()) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{output / 'config.yaml'}: cannot be read ({type(error).__name__}); mend it") from error
     found = []
     for section, key, value in _leaves(settings):
         had = before.get(section, {}).get(key, value) if section else before.get(key, value)
         if had != value:
-            found.append(f"{section}{'.' * bool(section)}{key} {had}, now {value}")
+            found.append(f"{section}{'.' * bool(section)}{key} {had!s:.60}, now {value!s:.60}")
     return found
 
 
@@ -211,8 +213,8 @@ def settle_progress(checkpoint: dict[str, Any], validating: bool) -> None:
 
     Lightning guesses from them where a checkpoint was written, and takes some places for others: a validation would
     be left out, a step logged under another's number. There are three places, and for each the counters that it does
-    understand: between two batches (as its own at the end of a batch, where validation is over), within a
-    validation (which is done again from its start), and at the end of an epoch (as at the start of the next).
+    understand: between two epochs (as at the start of the next), within a validation (which is done again from its
+    start), and between two batches (as its own at the end of a batch, where validation is over).
 
     Args:
         checkpoint: As Lightning is about to write it.
@@ -220,24 +222,21 @@ def settle_progress(checkpoint: dict[str, Any], validating: bool) -> None:
     """
     loops = checkpoint["loops"]["fit_loop"]
     epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
-    steps = loops["epoch_loop.state_dict"]
     current, total = batches["current"], batches["total"]
-    if epochs["current"]["started"] == epochs["current"]["processed"]:
-        for counts in (epochs["current"], epochs["total"]):
-            counts["completed"] = counts["processed"]
+    if epochs["current"]["started"] == epochs["current"]["processed"] or not current["processed"]:
+        for counts in (epochs["current"], epochs["total"], total):
+            counts.update(dict.fromkeys(counts, counts["processed"]))
         current.update(dict.fromkeys(current, 0))
         batches["is_last_batch"] = False
     elif validating:
-        for counts in (
-            loops["epoch_loop.val_loop.batch_progress"]["total"],
-            loops["epoch_loop.val_loop.batch_progress"]["current"],
-        ):
+        evaluated = loops["epoch_loop.val_loop.batch_progress"]
+        for counts in (evaluated["current"], evaluated["total"]):
             counts.update(ready=1, started=1, processed=0, completed=0)
-    elif current["completed"] == current["processed"] > 0:
+    elif current["completed"] == current["processed"]:
         for counts in (current, total):
             counts.update(ready=counts["processed"], started=counts["processed"], completed=counts["processed"] - 1)
         batches["is_last_batch"] = False
-        steps["_batches_that_stepped"] -= 1
+        loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
 
 
 def settle_loops(trainer: L.Trainer) -> None:

@@ -27,6 +27,7 @@ from .resuming import gathered, random_states, set_random_states, settle_loops, 
 from .signals import WARNING, SignalWatch, Stopped, requeue
 
 NAMED_CLIPS = 16  # in the message of a run that diverges
+YOUNG = 60.0  # seconds: epochs that are shorter share a last.ckpt, whose writing may take longer than they do
 
 
 class Diverged(UserError):
@@ -52,7 +53,7 @@ class _Told(NamedTuple):
 
 
 class Safeguard(Checkpoint):
-    """Writes last.ckpt at the end of each epoch, in between, and when a signal asks for the end; see the module.
+    """Writes last.ckpt at the ends of epochs, in between, and when a signal asks for the end; see the module.
 
     Args:
         folder: Where last.ckpt goes.
@@ -109,7 +110,7 @@ class Safeguard(Checkpoint):
             set_random_states(self._random[trainer.global_rank % len(self._random)])
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self._read(trainer, late=pl_module.device.type == "cuda")
+        self._read(trainer, late=reads_late(pl_module.device))
         if (self._signal or self._due) and between_steps(trainer):
             self._save(trainer)
             self._leave(trainer)
@@ -140,10 +141,13 @@ class Safeguard(Checkpoint):
 
     def on_train_epoch_end(self, trainer, pl_module):
         self._read(trainer)
-        self._signal = max(self._signal, int(_most(float(self._signals.received), trainer)))
-        self._save(trainer, anew=True)
-        if self.export is not None:
-            self.export(trainer, self.path.with_suffix(""))
+        old = not self.saved_step or time.monotonic() - self._clock >= YOUNG
+        signum, old = _most([self._signals.received, old], trainer)
+        self._signal = max(self._signal, int(signum))
+        if old or self._due or self._signal or training_ends(trainer):
+            self._save(trainer, anew=True)
+            if self.export is not None:
+                self.export(trainer, self.path.with_suffix(""))
         self._leave(trainer)
 
     def on_test_start(self, trainer, pl_module):
@@ -195,7 +199,7 @@ class Safeguard(Checkpoint):
                 raise self._diverged(trainer, told, "the loss is NaN or infinite", bool(told.lost))
 
     def _check_weights(self, trainer: L.Trainer, module: nn.Module) -> None:
-        if _most(float(not finite_weights(module)), trainer):
+        if any(_most([not finite_weights(module)], trainer)):
             raise self._diverged(trainer, self._latest, "a weight is NaN or infinite after the step", True)
 
     def _diverged(self, trainer: L.Trainer, told: _Told | None, what: str, here: bool) -> Diverged:
@@ -209,6 +213,11 @@ class Safeguard(Checkpoint):
             f"step {told.step if told else trainer.global_step}: {what}; clips of the batch: {clips}; last good "
             f"checkpoint: {kept}; lower model.learning_rate or set trainer.gradient_clip_val, and look at these clips"
         )
+
+
+def reads_late(device: torch.device) -> bool:
+    """Whether what a step told is read a step later, so that nothing waits for the device."""
+    return device.type == "cuda"
 
 
 def ends_step(trainer: L.Trainer) -> bool:
@@ -236,12 +245,19 @@ def _told(step: int, flags: torch.Tensor, lost: torch.Tensor, clips: Any) -> _To
     return _Told(step, host, copied, lost, clips)
 
 
-def _most(value: float, trainer: L.Trainer) -> float:
-    """The maximum over all processes, which wait for each other."""
-    tensor = torch.tensor(value, device=trainer.strategy.root_device)
+def training_ends(trainer: L.Trainer) -> bool:
+    """Whether no epoch follows on the one that ends."""
+    epochs, most = trainer.fit_loop.epoch_progress.current.processed, trainer.max_epochs
+    by_epochs = most not in (None, -1) and epochs >= most
+    return by_epochs or trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
+
+
+def _most(values: list[float], trainer: L.Trainer) -> list[float]:
+    """The maximum of each value over all processes, which wait for each other."""
+    tensor = torch.tensor(values, dtype=torch.float32, device=trainer.strategy.root_device)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return tensor.item()
+    return tensor.tolist()
 
 
 def finite_weights(module: nn.Module) -> bool:
