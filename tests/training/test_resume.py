@@ -47,11 +47,12 @@ def stop(monkeypatch):
     """Runs until SIGTERM comes in the middle of a step or a batch of validation."""
 
     def run(words: list[str], step: str, epoch: int, batch: int) -> None:
-        whole = getattr(VidPrismLightningModule, step)
+        whole, sent = getattr(VidPrismLightningModule, step), []
 
         def watched(module, examples, batch_idx):
-            if (module.current_epoch, batch_idx) == (epoch, batch) and not module.trainer.sanity_checking:
-                os.kill(os.getpid(), signal.SIGTERM)
+            here = (module.current_epoch, batch_idx) == (epoch, batch) and not module.trainer.sanity_checking
+            if here and not sent:
+                sent.append(signal.raise_signal(signal.SIGTERM))
             return whole(module, examples, batch_idx)
 
         with monkeypatch.context() as patch:
@@ -98,6 +99,7 @@ FROZEN = ("--model.freeze_backbone=true", "--data.train_views=1", "--data.mixup_
         ((), (VALIDATION, 0, 1), (5, 0, 5)),
         ((ACCUMULATED,), (TRAINING, 0, 2), (2, 0, 4)),
         ((OFTEN,), (TRAINING, 0, 1), (2, 0, 2)),
+        ((ACCUMULATED, "--trainer.val_check_interval=3"), (VALIDATION, 0, 0), (2, 0, 4)),
         ((SELDOM, "--trainer.max_steps=8"), (TRAINING, 0, 4), (5, 1, 0)),
         (("--data.num_workers=2",), (TRAINING, 1, 1), (7, 1, 2)),
         (FROZEN, (TRAINING, 1, 1), (7, 1, 2)),
@@ -107,6 +109,7 @@ FROZEN = ("--model.freeze_backbone=true", "--data.train_views=1", "--data.mixup_
         "validation",
         "half a window",
         "step before a validation",
+        "validation in half a window",
         "end of an epoch",
         "workers",
         "fixed views",

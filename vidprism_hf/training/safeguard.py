@@ -130,7 +130,8 @@ class Safeguard(Checkpoint):
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
         # One process may stop here; several take different numbers of batches and stop together after the last.
-        if self._signals.received and trainer.world_size == 1 and trainer.state.fn == "fit":
+        alone = trainer.world_size == 1 and trainer.state.fn == "fit"
+        if self._signals.received and alone and between_steps(trainer):
             self._signal = self._signals.received
             if self._validating:
                 self._save(trainer)
@@ -165,10 +166,10 @@ class Safeguard(Checkpoint):
 
     def _save(self, trainer: L.Trainer, anew: bool = False) -> None:
         """Writes last.ckpt, unless it is this step's already."""
+        self._read(trainer)
         self._due, self._clock = False, time.monotonic()
         if trainer.fast_dev_run or (trainer.global_step == self.saved_step and not anew):
             return
-        self._read(trainer)
         for logger in trainer.loggers:
             logger.save()  # what is logged up to here will not be logged again
         trainer.save_checkpoint(self.path, weights_only=False)
