@@ -118,7 +118,7 @@ def finetune(argv: list[str]) -> None:
     warnings.filterwarnings("ignore", r"Checkpoint directory .* exists and is not empty")  # that of a resumed run
     # Of the loader that begins where it should without Lightning's knowledge.
     warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
-    start = agreed(trainer, start)
+    start = agreed(trainer, cli.model, start)
     if start.data:
         cli.datamodule.load_state_dict(start.data)
     try:

@@ -165,16 +165,17 @@ def _leaves(settings: dict[str, Any]):
         yield "trainer", key, settings["trainer"][key]
 
 
-def agreed(trainer: L.Trainer, start: Start | None) -> Start:
+def agreed(trainer: L.Trainer, module: L.LightningModule, start: Start | None) -> Start:
     """The first process's decision, on all processes: the others may look at the folder when it has changed.
 
-    Processes that Lightning is to launch are launched here.
+    Processes that Lightning is to launch are launched here, and connected; Lightning does it again for what follows.
     """
     launcher = trainer.strategy.launcher
     if trainer.world_size == 1 or isinstance(launcher, _MultiProcessingLauncher):
         return start  # there is one process so far
 
     def tell() -> Start:
+        trainer.strategy.connect(module)  # FSDP2 gives it the mesh of devices
         trainer.strategy.setup_environment()
         return trainer.strategy.broadcast(start)
 
