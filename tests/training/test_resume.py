@@ -325,13 +325,13 @@ def test_a_run_may_be_moved(stopped, source, whole_run, tmp_path):
 
 @pytest.mark.parametrize(
     ("late", "more", "steps", "kept"),
-    [(False, ["--checkpoint.every_n_steps=1"], 4, 3), (True, ["--checkpoint.every_n_steps=1"], 4, 3), (True, [], 5, 0)],
+    [(False, ["--checkpoint.every_n_steps=1"], 4, 3), (True, ["--checkpoint.every_n_steps=1"], 4, 2), (True, [], 5, 0)],
     ids=["at once", "late, but for a checkpoint", "late"],
 )
 def test_a_run_that_diverges_ends_with_step_clips_and_last_good_checkpoint(
     source, tmp_path, capsys, monkeypatch, late, more, steps, kept
 ):
-    """On a GPU a step's loss is looked at a step later, or when a checkpoint is due; the fourth is lost."""
+    """On a GPU a step's loss is looked at a step later, or when a checkpoint is due. The fourth is lost."""
     monkeypatch.setattr(safeguard, "reads_late", lambda device: late)
     output, seen = tmp_path / "run", []
     whole = VidPrismLightningModule.training_step
