@@ -121,6 +121,19 @@ def test_training_takes_every_clip_and_gives_all_processes_as_many(num_clips, wo
     assert together[:num_clips] == keys(sampler, 0, 1)
 
 
+@settings(deadline=None)
+@given(num_clips=sizes["num_clips"], epoch=sizes["epoch"], had=st.integers(0, 50))
+def test_an_epoch_that_was_begun_goes_on(num_clips, epoch, had):
+    whole, resumed = (ClipSampler(num_clips, training=True) for _ in range(2))
+    whole.set_epoch(epoch)
+    resumed.begin(epoch, had)
+    assert len(resumed) == len(whole)
+    assert list(resumed) == list(whole)[had:]
+    for sampler in (whole, resumed):
+        sampler.set_epoch(epoch + 1)
+    assert list(resumed) == list(whole)
+
+
 def test_order_follows_from_seed_and_epoch():
     def order(seed, epoch):
         sampler = ClipSampler(20, training=True, seed=seed)

@@ -1,8 +1,9 @@
 """Reading rows as they come: who reads which, how many, and what becomes of those that cannot be read."""
 
 import collections
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from vidprism_hf.data import streamed_clips
+from vidprism_hf.data import streamed_clips, streamed_rows
 from vidprism_hf.data.hub_tables import Labels
 from vidprism_hf.data.streamed_clips import StreamedClips
 from vidprism_hf.data.streamed_rows import StreamedRow, StreamedRows
@@ -235,3 +236,76 @@ def test_labels_are_checked_before_a_video_is_read():
         shard_classes(shards, labels, "org/set, split train")
     classes = shard_classes([*shards[:2], [("b",)]], labels, "org/set, split train")
     assert [part.tolist() for part in classes] == [[0, 1], [], [1]]
+
+
+class Numbers:
+    """A reader that gives what it was asked for, in numbers; some rows cannot be decoded."""
+
+    augmentation = True
+    shape = (3,)
+
+    def __init__(self, bad=()):
+        self.bad = {b"%d" % number for number in bad}
+
+    def __call__(self, video, key):
+        if video in self.bad:
+            raise VideoDecodeError("no video", "", "is no video")
+        epoch, _, view = key
+        return torch.tensor([int(video), epoch, view])
+
+
+def items_in_turn(clips: StreamedClips, workers: int, size: int, monkeypatch) -> list[list[dict]]:
+    """The batches of a loader, which asks its workers in turn, without the loader."""
+    iterators = []
+    for worker in range(workers):
+        info = SimpleNamespace(id=worker, num_workers=workers)
+        monkeypatch.setattr(streamed_rows, "get_worker_info", lambda info=info: info)
+        items = list(clips)
+        iterators.append(iter([items[start : start + size] for start in range(0, len(items), size)]))
+    rounds = zip_longest(*iterators)
+    return [batch for batches in rounds for batch in batches if batch]
+
+
+@pytest.mark.parametrize("bad", [(), (4,), (0, 1, 9, 10, 17)], ids=["good", "one bad", "many bad"])
+@pytest.mark.parametrize(("workers", "sizes"), [(1, SIZES), (2, [19]), (3, SIZES)])
+def test_a_stream_begins_within_an_epoch(tmp_path, monkeypatch, workers, sizes, bad):
+    """After each batch of an epoch: the others come as they would have, and what was had is not read again."""
+    rows = streamed(tmp_path, sizes, training=True, batch_size=3, buffer_size=2)
+    clips, resumed = (StreamedClips(rows, Numbers(bad)) for _ in range(2))
+    monkeypatch.setattr(streamed_rows, "MIXED_SHARDS", 2)
+    clips.set_epoch(2)
+    whole = items_in_turn(clips, workers, 3, monkeypatch)
+    opened, ends = [], np.cumsum(sizes)
+    shard = datasets.IterableDataset.shard
+
+    def watched(*args, **settings):
+        opened.append(args)
+        return shard(*args, **settings)
+
+    monkeypatch.setattr(datasets.IterableDataset, "shard", watched)
+    for had in range(len(whole) + 1):
+        met = [note for batch in whole[:had] for item in batch for note in item["bad_clips"]]
+        resumed.begin(2, had, again=bool(met))
+        opened.clear()
+        rest = items_in_turn(resumed, workers, 3, monkeypatch)
+        assert str(rest) == str(whole[had:]), had
+        if not bad:
+            numbers = [int(item["pixel_values_videos"][0]) for batch in rest for item in batch]
+            assert {index for _, _, index in opened} == {int(np.searchsorted(ends, row, "right")) for row in numbers}
+    resumed.set_epoch(3)
+    clips.set_epoch(3)
+    assert str(items_in_turn(resumed, workers, 3, monkeypatch)) == str(items_in_turn(clips, workers, 3, monkeypatch))
+
+
+def test_a_loader_begins_within_an_epoch(tmp_path):
+    """With two real workers, which stay for the epochs that follow."""
+    rows = streamed(tmp_path, SIZES, training=True, batch_size=3, buffer_size=2)
+    clips, resumed = (StreamedClips(rows, Numbers()) for _ in range(2))
+    loaders = [
+        DataLoader(c, batch_size=3, num_workers=2, collate_fn=str, persistent_workers=True) for c in (clips, resumed)
+    ]
+    clips.set_epoch(1)
+    resumed.begin(1, 3)
+    assert list(loaders[1]) == list(loaders[0])[3:]
+    clips.set_epoch(2)
+    assert list(loaders[1]) == list(loaders[0])

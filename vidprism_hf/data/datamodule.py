@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig
@@ -20,6 +21,7 @@ from .sources import DEMO, check_source, describe_split, open_source, source_nam
 from .streamed_clips import StreamedClips
 from .tables import ClipSplits, ClipTable, DataError, stable_hash
 from .transforms import BatchMixing, ClipAugmentation
+from .workers import shield_worker
 
 if TYPE_CHECKING:
     from .streaming import ClipStreams
@@ -143,6 +145,8 @@ class VideoDataModule(L.LightningDataModule):
         self._video_processor: VidPrismVideoProcessor | None = None
         self._mixing: BatchMixing | None = None
         self._cached: dict[tuple[str, str, str], CachedClips] = {}  # by digest and precision of the tower, and part
+        self._begin: dict[str, Any] | None = None  # where a stopped run goes on
+        self._bad_epoch = -1  # the last one of training in which a clip could not be decoded
 
     @property
     def name(self) -> str:
@@ -216,12 +220,38 @@ class VideoDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Augmented clips in random order; the last batch may be smaller.
 
-        It begins with the trainer's epoch: a resumed run asks for its first clips before Lightning tells the epoch.
+        Those of a resumed run begin where it was stopped: it asks for its clips before Lightning knows the epoch.
         """
         loader = self._loader("train")
-        epoch = self.trainer.current_epoch if self.trainer is not None else 0
-        (loader.dataset if self.hparams.streaming else loader.sampler).set_epoch(epoch)
+        epoch = self.trainer.fit_loop.epoch_progress.current.processed if self.trainer is not None else 0
+        begin, self._begin = self._begin, None
+        if begin is None or begin["epoch"] < epoch:
+            begin = {"epoch": epoch, "batches": 0, "bad": False}
+        if self.hparams.streaming:
+            loader.dataset.begin(begin["epoch"], begin["batches"], again=begin["bad"])
+            self._bad_epoch = begin["epoch"] if begin["bad"] else -1
+        else:
+            loader.sampler.begin(begin["epoch"], begin["batches"] * self.hparams.batch_size)
         return loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training is: the epoch, how many of its batches each process has had, and whether a clip was bad
+        among them.
+        """
+        loop = self.trainer.fit_loop
+        epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current.processed
+        within = epochs.started > epochs.processed
+        bad = within and self._bad_epoch == epochs.processed
+        if dist.is_available() and dist.is_initialized():
+            told = [None] * dist.get_world_size()
+            dist.all_gather_object(told, bad)
+            bad = any(told)
+        return {"epoch": epochs.processed, "batches": batches if within else 0, "bad": bad}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Lets the next training begin there; a test, which loads checkpoints too, changes nothing."""
+        if self.trainer is None or self.trainer.state.fn == "fit":
+            self._begin = state_dict
 
     def val_dataloader(self) -> DataLoader:
         """Every held-out clip once, in one view, as the processor makes it."""
@@ -232,8 +262,14 @@ class VideoDataModule(L.LightningDataModule):
         return self._loader("test")
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Draws the seed of a training batch's mixing while its clips are still known without asking the device."""
-        if self.trainer is None or not self.trainer.training or not self._mixes():
+        """Draws the seed of a training batch's mixing while its clips are still known without asking the device; notes
+        that clips were bad.
+        """
+        if self.trainer is None or not self.trainer.training:
+            return batch
+        if batch.get("bad_clips"):
+            self._bad_epoch = self.trainer.current_epoch
+        if not self._mixes():
             return batch
         names = batch["clip_index"].tolist()
         return batch | {"mixing_seed": stable_hash("mixing", self.hparams.seed, self.trainer.current_epoch, *names)}
@@ -327,6 +363,9 @@ class VideoDataModule(L.LightningDataModule):
             collate_fn=collate,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=shield_worker,
+            # Its own: the loader draws from it each epoch, and the run's random states go on without.
+            generator=torch.Generator(),
         )
 
     def _clips(self, part: str) -> ClipDataset:

@@ -207,6 +207,12 @@ class ClipSampler(DistributedSampler):
         super().__init__(range(num_clips), num_replicas=1, rank=0, shuffle=training, seed=seed)
         self.num_clips = num_clips
         self.training = training
+        self._begun = (0, 0)
+
+    def begin(self, epoch: int, keys: int = 0) -> None:
+        """Sets the epoch, of which this process has had so many keys before its run was stopped."""
+        self.set_epoch(epoch)
+        self._begun = (epoch, keys)
 
     def __len__(self) -> int:
         rank, world = _rank_and_world()
@@ -221,7 +227,8 @@ class ClipSampler(DistributedSampler):
             order = np.random.default_rng(stable_hash("order", self.seed, self.epoch)).permutation(order)
             order = np.resize(order, len(self) * world)  # repeats from the start
         epoch = self.epoch
-        return ((epoch, index) for index in order[rank::world].tolist())
+        first = self._begun[1] if epoch == self._begun[0] else 0
+        return ((epoch, index) for index in order[rank::world][first:].tolist())
 
 
 def _rank_and_world() -> tuple[int, int]:

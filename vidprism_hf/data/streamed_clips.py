@@ -1,7 +1,8 @@
 """Clips of rows that come one after the other, as items like those of a table of clips."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +35,7 @@ class StreamedClips(IterableDataset):
     def __init__(self, rows: "StreamedRows", reader: ClipReader):
         self.rows = rows
         self.reader = reader
+        self._begun = (0, 0, False)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -42,17 +44,41 @@ class StreamedClips(IterableDataset):
         """Sets the epoch, before an iterator for it is made."""
         self.rows.set_epoch(epoch)
 
+    def begin(self, epoch: int, batches: int = 0, again: bool = False) -> None:
+        """Sets the epoch, of which this process has had so many batches before its run was stopped.
+
+        Args:
+            epoch: The epoch.
+            batches: The next iterator for it begins after so many.
+            again: Whether to make those batches again, only to drop them: where one of their clips could not be
+                decoded, what follows depends on which. Else their rows are not even read.
+        """
+        self.set_epoch(epoch)
+        self._begun = (epoch, batches, again)
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         # Read now and once: by the time an item is made a later epoch may have been set.
         epoch = self.rows.epoch
-        return self._training(epoch) if self.reader.augmentation else self._evaluation(epoch)
+        if not self.reader.augmentation:
+            return self._evaluation(epoch)
+        begun, batches, again = self._begun
+        if epoch != begun or not batches:
+            return self._training(epoch, self.rows.read(epoch))
+        had = self.rows.rows_of_batches(batches)
+        whole = self.rows.read(epoch, batches, again=True)
+        if again:
+            return islice(self._training(epoch, whole), had, None)
+        return self._training(epoch, self.rows.read(epoch, batches), earlier=islice(whole, had))
 
     def _evaluation(self, epoch: int) -> Iterator[dict[str, Any]]:
         for row in self.rows.read(epoch):
             bad: list[Note] = []
             yield self._item(row, self._pixels(row, (epoch, row.name, 0), bad), bad)
 
-    def _training(self, epoch: int) -> Iterator[dict[str, Any]]:
+    def _training(
+        self, epoch: int, rows: Iterable["StreamedRow"], earlier: Iterable["StreamedRow"] = ()
+    ) -> Iterator[dict[str, Any]]:
+        """The items of an epoch's rows; `earlier` are good ones before them, read when one is needed as a stand-in."""
         bad: list[Note] = []
         owed: Counter[int] = Counter()
         good = GoodRows(HELD_BYTES)
@@ -62,8 +88,11 @@ class StreamedClips(IterableDataset):
             bad.clear()
             return item
 
-        for row in self.rows.read(epoch):
+        for row in rows:
             pixels = self._pixels(row, (epoch, row.name, 0), bad)
+            if pixels is None:
+                good.precede(earlier)
+                earlier = ()
             if pixels is not None:
                 yield self._item(row, pixels, bad.copy())
                 bad.clear()
@@ -78,7 +107,7 @@ class StreamedClips(IterableDataset):
             if good.last is not None:
                 yield stand_in(good.last)
             else:  # not one clip decodes
-                yield example(self.reader, None, label, 0, bad.copy())
+                yield example(self.reader, None, label, 0, bad.copy()) | {"name": ""}
                 bad.clear()
 
     def _pixels(self, row: "StreamedRow", key: tuple, bad: list[Note]) -> torch.Tensor | None:
@@ -93,7 +122,7 @@ class StreamedClips(IterableDataset):
         return None
 
     def _item(self, row: "StreamedRow", pixels: torch.Tensor | None, bad: list[Note]) -> dict[str, Any]:
-        return example(self.reader, pixels, row.label, stable_hash(row.name), bad)
+        return example(self.reader, pixels, row.label, stable_hash(row.name), bad) | {"name": row.name}
 
 
 class GoodRows:
@@ -129,6 +158,14 @@ class GoodRows:
         while self._size > self.limit and len(self._rows) > 1:
             _, oldest = self._rows.popitem(last=False)
             self._size -= len(oldest.video)
+
+    def precede(self, rows: Iterable["StreamedRow"]) -> None:
+        """Keeps the rows that would be kept if these had been added before all others."""
+        later = list(self._rows.values())
+        self._rows.clear()
+        self._size = 0
+        for row in chain(rows, later):
+            self.add(row)
 
     def next_view(self, row: "StreamedRow") -> int:
         """A number from 1 on, for one more view of a row."""

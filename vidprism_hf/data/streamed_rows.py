@@ -8,8 +8,8 @@ workers: unlike for a table, order is bound to who reads what.
 
 import posixpath
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import Any, NamedTuple
 
@@ -111,11 +111,17 @@ class StreamedRows(IterableDataset):
     def __iter__(self) -> Iterator[StreamedRow]:
         return self.read(self.epoch)  # read now, not with the first row: it may be another one then
 
-    def read(self, epoch: int) -> Iterator[StreamedRow]:
-        """The rows of one epoch for this worker of this process."""
+    def read(self, epoch: int, batches: int = 0, again: bool = False) -> Iterator[StreamedRow]:
+        """The rows of one epoch for this worker of this process.
+
+        Args:
+            epoch: The epoch.
+            batches: Batches of it that this process has had: the rows of those do not come, and only the rest of
+                their shards is read.
+            again: Whether they do come.
+        """
         rank, world = self._rank_and_world()
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        worker, workers = self._worker(batches)
         counts = [self._quota(rank, world, worker, workers) for rank in range(world) for worker in range(workers)]
         order, pieces = np.arange(len(self.classes)), np.arange(len(counts))
         if self.training:
@@ -126,11 +132,29 @@ class StreamedRows(IterableDataset):
         before = pieces[: int(np.flatnonzero(pieces == unit)[0])]
         rows: Any = self._parts(order.tolist(), sum(counts[other] for other in before), counts[unit])
         if self.training:
-            generator = np.random.default_rng(stable_hash("rows", self.seed, epoch, unit))
-            rows = _shuffled(rows, generator, self.buffer_size)
+            seed = stable_hash("rows", self.seed, epoch, unit)
+            had = 0 if again else self.rows_of_batches(batches)
+            numbers = _shuffled([part.numbers for part in rows], np.random.default_rng(seed), self.buffer_size)
+            known = set(islice(numbers, had))
+            rows = [replace(part, known=known) for part in rows]
+            rows = islice(_shuffled(rows, np.random.default_rng(seed), self.buffer_size), had, None)
         else:
             rows = (row for part in rows for row in part)
         return map(self._row, rows)
+
+    def rows_of_batches(self, batches: int) -> int:
+        """How many rows of this worker are in the first batches of an epoch of training."""
+        worker, workers = self._worker(batches)
+        quota = self._quota(*self._rank_and_world(), worker, workers)
+        return min(quota, self.batch_size * len(range(worker, batches, workers)))
+
+    def _worker(self, batches: int) -> tuple[int, int]:
+        """Which worker this is, and of how many, to one who has had some batches.
+
+        The loader asks its workers in turn from the first on, which takes the place of the one whose turn it was.
+        """
+        info = get_worker_info()
+        return ((info.id + batches) % info.num_workers, info.num_workers) if info else (0, 1)
 
     def _rank_and_world(self) -> tuple[int, int]:
         if dist.is_available() and dist.is_initialized():
@@ -178,7 +202,10 @@ class StreamedRows(IterableDataset):
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """Some rows of a shard, as (number in the split, class index, video, cause if it could not be read)."""
+    """Some rows of a shard, as (number in the split, class index, video, cause if it could not be read).
+
+    Those at its start whose numbers are known come without their videos, and are not read.
+    """
 
     rows: datasets.IterableDataset
     shard: int
@@ -186,13 +213,24 @@ class _Part:
     classes: np.ndarray
     start: int
     stop: int
+    known: Set[int] = frozenset()
+
+    @property
+    def numbers(self) -> range:
+        """The numbers of the rows."""
+        return range(self.first + self.start, self.first + self.stop)
 
     def __iter__(self) -> Iterator[tuple[int, int, Any, str]]:
         place, cause = self.start, "the dataset ends before it"
+        while place < self.stop and self.first + place in self.known:
+            yield self.first + place, int(self.classes[place]), None, ""
+            place += 1
+        if place == self.stop:
+            return
         try:
             shard = self.rows.shard(self.rows.num_shards, self.shard, contiguous=False)
             # Not iter(shard), which would divide it once more among the loader's workers.
-            for batch in islice(shard.iter(batch_size=1), self.start, self.stop):
+            for batch in islice(shard.iter(batch_size=1), place, self.stop):
                 yield self.first + place, int(self.classes[place]), batch["video"][0], ""
                 place += 1
         except Exception as error:  # of any library that reads: the client has tried again by itself
@@ -201,15 +239,16 @@ class _Part:
             yield self.first + lost, int(self.classes[lost]), None, cause
 
 
-def _shuffled(parts: list[_Part], generator: np.random.Generator, buffer_size: int) -> Iterator[tuple]:
-    """Mixes rows: some shards are read in turn, and rows wait in a buffer from which any may come next.
+def _shuffled(parts: Sequence[Iterable], generator: np.random.Generator, buffer_size: int) -> Iterator:
+    """Mixes rows, whatever stands for one.
 
+    Some shards are read in turn, and rows wait in a buffer from which any may come next.
     `datasets` shuffles too, but with threads in each worker, whose end it awaits by sleeping for seconds.
     """
     waiting = [parts[index] for index in generator.permutation(len(parts))]
     opened = [iter(part) for part in waiting[:MIXED_SHARDS]]
     waiting = waiting[MIXED_SHARDS:]
-    buffer: list[tuple] = []
+    buffer: list[Any] = []
     while opened:
         for source in list(opened):
             row = next(source, None)

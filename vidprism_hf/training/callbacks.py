@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_only
 
-from ..data.bad_clips import FILE_NAME, BadClipLog, check_bad_clips, write_bad_clips
+from ..data.bad_clips import FILE_NAME, BadClip, BadClipLog, check_bad_clips, write_bad_clips
 from ..errors import printable
 
 
@@ -27,9 +27,22 @@ class BadClipReport(L.Callback):
         self.folder = folder
         self.interval = interval
         self.account = BadClipLog()
+        self._before = BadClipLog()  # what a stopped run had met: it counts, but a mended clip stops no run again
         self._unreadable = 0  # training examples without pixels
         self._printed: set[tuple[str, str]] = set()
         self._agreed: int | None = 0  # how many notes there were, over all processes, after the last look
+
+    def clips(self, id2label: dict[int, str], split: str | None = None) -> list[BadClip]:
+        """The bad clips of one split or both, sorted, with those that were met before the run was resumed."""
+        return self._all().clips(id2label, split)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"notes": self._all().notes}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._before.merge(state_dict["notes"])
+        if len(self._before):
+            self._agreed = None  # the list may not have been written yet
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self._note("train", batch)
@@ -47,6 +60,7 @@ class BadClipReport(L.Callback):
 
     def on_test_epoch_start(self, trainer, pl_module):
         # The account is that of the final evaluation: a clip may have timed out in an earlier one alone.
+        self._before.notes["val"].clear()
         if self.account.notes["val"]:  # in all processes alike, since they agreed after the last validation
             self.account.notes["val"].clear()
             self._agreed = None
@@ -55,6 +69,12 @@ class BadClipReport(L.Callback):
         self._look(trainer)
 
     on_test_epoch_end = on_validation_epoch_end
+
+    def _all(self) -> BadClipLog:
+        both = BadClipLog()
+        both.merge(self._before.notes)
+        both.merge(self.account.notes)
+        return both
 
     def _note(self, split: str, batch: dict[str, Any]) -> None:
         fate = "replaced by another clip" if split == "train" else "counts as wrong"
@@ -87,4 +107,4 @@ class BadClipReport(L.Callback):
     @rank_zero_only
     def _write(self, id2label: dict[int, str]) -> None:
         if self.folder is not None:
-            write_bad_clips(self.account.clips(id2label), Path(self.folder) / FILE_NAME)
+            write_bad_clips(self.clips(id2label), Path(self.folder) / FILE_NAME)

@@ -3,6 +3,7 @@
 import math
 import platform
 import resource
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ from .callbacks import BadClipReport
 from .module import VidPrismLightningModule
 from .optimization import clips_per_step, scaled_learning_rate
 from .origin import base_model, starting_point
+from .resuming import gathered
 
 METRICS = ("top1", "top5")
 
@@ -73,17 +75,20 @@ class CardRecorder(L.Callback):
         self.class_weights: np.ndarray | None = None
         self.mean_weights: np.ndarray | None = None
         self._since: float | None = None
-        self._loss, self._batches = torch.zeros(()), 0  # of the epoch so far; one that is resumed has no start
+        self._loss, self._batches = torch.zeros(()), 0  # of the epoch so far
         self._clips = 0  # of the evaluation that goes on, in this process
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epochs": self.epochs, "validations": self.validations, "seconds": self._seconds()}
+        loss = statistics.fmean(gathered(self._loss.item()))
+        so_far = {"loss": loss, "batches": self._batches}
+        return {"epochs": self.epochs, "validations": self.validations, "seconds": self._seconds(), **so_far}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # A test loads the best checkpoint, which knows less than this run does by then.
         self.epochs = state_dict["epochs"] | self.epochs
         self.validations = state_dict["validations"] | self.validations
         self.seconds = max(self.seconds, state_dict["seconds"])
+        self._loss, self._batches = torch.tensor(state_dict.get("loss", 0.0)), state_dict.get("batches", 0)
 
     def on_load_checkpoint(self, trainer, pl_module, checkpoint):
         if trainer.state.fn == "test":
@@ -102,6 +107,9 @@ class CardRecorder(L.Callback):
         self.seconds, self._since = self._seconds(), None
         peak = torch.tensor(float(peak_memory(pl_module.device)), device=pl_module.device)
         self.peak_bytes = int(trainer.strategy.reduce(peak, reduce_op="max"))
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self._loss, self._batches = torch.zeros(()), 0
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         # Lightning hands on the loss as it was divided for the accumulation.
@@ -175,7 +183,7 @@ def peak_memory(device: torch.device) -> int:
 
 def bad_clips(trainer: Trainer, split: str | None = None) -> list[BadClip]:
     """The clips that could not be decoded so far, of one split (train, val) or both."""
-    return kept_by(trainer, BadClipReport).account.clips(trainer.datamodule.id2label, split)
+    return kept_by(trainer, BadClipReport).clips(trainer.datamodule.id2label, split)
 
 
 def kept_by(trainer: Trainer, kind: type) -> Any:

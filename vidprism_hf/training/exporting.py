@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 
 from ..data.few_shot import clip_list_hash
@@ -21,6 +20,7 @@ from ..hub.card import eval_results_file
 from ..hub.export import MAX_SHARD_SIZE, Precision
 from .averaging import WeightEMA
 from .card_facts import METRICS, CardRecorder, Measured, bad_clips, kept_by, moment, run_facts, run_figures, views
+from .checkpointing import KeptCheckpoint
 
 TRAIN_LIST = "train_clips.txt"  # in the run's folder, where the clips were drawn or listed
 # Parts of a setting's name that make its text a secret; num_tokens and tokenizer are none.
@@ -51,27 +51,31 @@ class ExportSettings:
     wise_ft_alpha: float | None = None
 
 
-class ExportedCheckpoint(ModelCheckpoint):
-    """A ModelCheckpoint that also exports what it keeps, to the file's name without `.ckpt`.
+class ExportedCheckpoint(KeptCheckpoint):
+    """A KeptCheckpoint that also exports what it keeps, to the file's name without `.ckpt`.
 
     An export that fails does not end the run.
 
     Args:
-        export: Called on all processes after each saving, with trainer, folder, and whether a metric chose what is
-            kept.
+        export: Called on all processes after each saving, with trainer and folder.
         settings: Those of ModelCheckpoint.
     """
 
-    def __init__(self, export: Callable[[Trainer, Path, bool], None], **settings: Any):
+    def __init__(self, export: Callable[[Trainer, Path], None], **settings: Any):
         super().__init__(**settings)
         self.export = export
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
-        try:
-            self.export(trainer, Path(filepath).with_suffix(""), self.monitor is not None)
-        except Exception as error:
-            warnings.warn(f"{filepath} is kept, but not exported: {one_line_or_traceback(error)}", stacklevel=2)
+        export_or_warn(self.export, trainer, Path(filepath).with_suffix(""))
+
+
+def export_or_warn(export: Callable[[Trainer, Path], None], trainer: Trainer, folder: Path) -> None:
+    """Exports a kept checkpoint; a failure is told and ends nothing."""
+    try:
+        export(trainer, folder)
+    except Exception as error:
+        warnings.warn(f"{folder}.ckpt is kept, but not exported: {one_line_or_traceback(error)}", stacklevel=2)
 
 
 def export_kept(cli: LightningCLI, trainer: Trainer, folder: Path, chosen: bool = True) -> None:

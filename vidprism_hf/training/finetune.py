@@ -1,7 +1,7 @@
 """`vidprism finetune` and `vidprism evaluate`: from a recipe to a trained, evaluated and exported model.
 
-A run's folder (`output`) holds config.yaml, logs/, checkpoints/{best,last}.ckpt, metrics.json and export/.
-In push/ lie exports that a PushToHub of the recipe has not published.
+A run's folder (`output`) holds config.yaml, logs/, checkpoints/{best,last}.ckpt, export/ and, when it is finished,
+metrics.json. In push/ lie exports that a PushToHub of the recipe has not published.
 """
 
 import dataclasses
@@ -13,19 +13,19 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
+import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
     Callback,
     GradientAccumulationScheduler,
     LearningRateMonitor,
-    ModelCheckpoint,
     RichProgressBar,
     TQDMProgressBar,
 )
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -39,9 +39,13 @@ from ..hub.licenses import check_license
 from .averaging import WiseFT
 from .callbacks import BadClipReport
 from .card_facts import CardRecorder, bad_clips, clip_counts
-from .exporting import TRAIN_LIST, ExportedCheckpoint, ExportSettings, export_best, export_kept
+from .checkpointing import BEST, LAST, PREVIOUS, CheckpointSettings, KeptCheckpoint, SafeCheckpointIO, damage
+from .exporting import TRAIN_LIST, ExportedCheckpoint, ExportSettings, export_best, export_kept, export_or_warn
 from .module import VidPrismLightningModule, check_frozen, read_checkpoint_config
 from .push_callback import PushToHub, push_open
+from .resuming import METRICS, Start, agreed, begin, free_name
+from .safeguard import Safeguard
+from .signals import Stopped
 from .strategies import named_strategy
 
 # What a recipe need not say.
@@ -59,8 +63,13 @@ class FinetuneCLI(LightningCLI):
     def add_arguments_to_parser(self, parser):
         parser.add_argument("--output", type=str, default="runs/finetune", help="Folder of the run.")
         parser.add_argument(
-            "--resume", type=str, default=None, help="Checkpoint (.ckpt) of an interrupted run to go on from."
+            "--resume",
+            type=str | bool | None,
+            default="auto",
+            help="auto goes on with a stopped run in the output folder; none begins anew and keeps the folder as "
+            "<folder>.1; a checkpoint of the folder goes on from there, with other settings if they are given.",
         )
+        parser.add_class_arguments(CheckpointSettings, "checkpoint")
         parser.add_class_arguments(ExportSettings, "export")
         parser.link_arguments("model.num_frames", "data.num_frames")
         parser.link_arguments(
@@ -111,39 +120,38 @@ def finetune(argv: list[str]) -> None:
     """
     argv = list(argv)
     cli = parse(argv)
-    output, resume = Path(cli.config.output), cli.config.resume
+    output = Path(cli.config.output)
     check_checkpoint(cli.config.model.checkpoint, output)
     ensemble = tower_ensemble(cli)
-    if resume is None:
-        keep_previous_run(output)
-    else:
-        check_resume(resume, output)
-        refuse_other_content(output / "export")  # now, not when the training has ended
+    start = begin_once(cli, output)
     save_settings(cli, output)
     save_train_list(cli.datamodule, output)
     trainer = build_trainer(cli, output, ensemble)
     print_once(f"Run folder: {output}")
     warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")  # a frozen tower is meant to be
+    warnings.filterwarnings("ignore", r"Checkpoint directory .* exists and is not empty")  # that of a resumed run
+    # Of the loader that begins where it should without Lightning's knowledge.
+    warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
     with push_open(trainer) as publish:
-        fit(trainer, cli, argv)
+        fit(trainer, cli, agreed(trainer, cli.model, start), argv)
         checkpoint = best_checkpoint(output)
         metrics = held_out_accuracy(trainer, cli, str(checkpoint))
-        save_metrics(trainer, metrics, output)
         export = export_best(trainer, cli, metrics, output / "export")
+        finish(trainer, metrics, output)
         print_bad_clips(bad_clips(trainer))
         print_usage(export, metrics, clip_counts(trainer, "val"))
         publish(export)
 
 
-def fit(trainer: Trainer, cli: FinetuneCLI, argv: list[str]) -> None:
+def fit(trainer: Trainer, cli: FinetuneCLI, start: Start, argv: list[str]) -> None:
     """Trains; where it ends early, says how to go on, or which clips were bad."""
+    if start.data:
+        cli.datamodule.load_state_dict(start.data)
     try:
-        trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.resume, weights_only=True)
-    except SystemExit:
-        # Lightning's way to end after Ctrl-C; the checkpoint callback has saved last.ckpt by now.
-        last = Path(cli.config.output) / "checkpoints" / "last.ckpt"
-        if last.is_file():
-            print_once(f"Stopped. Go on with: vidprism finetune {shlex.join(argv)} --resume {last}")
+        trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=start.checkpoint, weights_only=True)
+    except Stopped:
+        again = shlex.join(argv) + (" --resume auto" if any(word.startswith("--resume") for word in argv) else "")
+        print_once(f"Stopped after step {trainer.global_step}. Go on with: vidprism finetune {again}")
         raise
     except TooManyBadClips as error:
         print_once(bad_clip_table(error.clips))
@@ -218,15 +226,15 @@ def tower_ensemble(cli: FinetuneCLI) -> list[Callback]:
 
 def build_trainer(cli: FinetuneCLI, output: Path, more: Sequence[Callback] = ()) -> Trainer:
     """The trainer of the recipe, with the run's loggers and callbacks."""
-    checkpoints = output / "checkpoints"
-    keep = partial(ModelCheckpoint, dirpath=checkpoints, enable_version_counter=False)
-    if cli.config_init.export.checkpoints:
-        export = partial(export_kept, cli)
-        keep = partial(ExportedCheckpoint, export, dirpath=checkpoints, enable_version_counter=False)
+    checkpoints, exported = output / "checkpoints", cli.config_init.export.checkpoints
+    keep = partial(ExportedCheckpoint, partial(export_kept, cli)) if exported else KeptCheckpoint
+    export_last = partial(export_or_warn, partial(export_kept, cli, chosen=False))
+    best = keep(
+        dirpath=checkpoints, filename=Path(BEST).stem, monitor="val/top1", mode="max", enable_version_counter=False
+    )
     callbacks = [
-        keep(filename="best", monitor="val/top1", mode="max"),
-        # A checkpoint of its own, so that "last" is the last, not the best; also written on Ctrl-C.
-        keep(filename="last", save_on_train_epoch_end=True, save_on_exception=True),
+        best,
+        Safeguard(checkpoints, cli.config_init.checkpoint, export_last if exported else None),
         BadClipReport(output),
         CardRecorder(),
         *more,
@@ -246,6 +254,8 @@ def build_trainer(cli: FinetuneCLI, output: Path, more: Sequence[Callback] = ())
     if logger:
         callbacks.append(LearningRateMonitor(logging_interval="step"))
     trainer = cli.instantiate_trainer(default_root_dir=str(output), callbacks=callbacks, logger=logger)
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # neither the recipe's nor a strategy's own
+        trainer.strategy.checkpoint_io = SafeCheckpointIO()
     for callback in trainer.callbacks:
         if isinstance(callback, PushToHub):  # a recipe's (trainer.callbacks), which cannot name a function
             callback.export = lambda trainer, module, folder: export_kept(cli, trainer, folder)
@@ -260,15 +270,19 @@ def progress_bars(cli: FinetuneCLI) -> list[Callback]:
 
 
 def best_checkpoint(output: Path) -> Path:
-    """The run's best checkpoint, or its last one if no epoch was validated.
+    """The run's best checkpoint, or its last one if no epoch was validated or the best one is damaged.
 
     By its place, not by the path that the checkpoint callback remembers: that of a resumed run may be from before
     the run's folder was moved.
     """
-    best, last = (output / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
-    if not best.is_file():
+    best, last = (output / "checkpoints" / name for name in (BEST, LAST))
+    if not best.exists():
         print_once("No epoch was validated (trainer.check_val_every_n_epoch): the last checkpoint is evaluated")
-    return best if best.is_file() else last
+    elif cause := damage(best):
+        print_once(f"{best} {cause}: the last checkpoint is evaluated")
+    else:
+        return best
+    return last
 
 
 def held_out_accuracy(trainer: Trainer, cli: FinetuneCLI, checkpoint: str | None) -> dict[str, float]:
@@ -280,12 +294,13 @@ def held_out_accuracy(trainer: Trainer, cli: FinetuneCLI, checkpoint: str | None
 
 
 @rank_zero_only
-def save_metrics(trainer: Trainer, metrics: dict[str, float], output: Path) -> None:
-    """Writes metrics.json: the metrics, and what became of the clips."""
+def finish(trainer: Trainer, metrics: dict[str, float], output: Path) -> None:
+    """Writes metrics.json, by which the run is finished: the metrics, and what became of the clips."""
     counts = {split: dataclasses.asdict(clip_counts(trainer, split)) for split in ("train", "val")}
-    beside = output / "metrics.json.tmp"
+    beside = output / f"{METRICS}.tmp"
     beside.write_text(json.dumps({**metrics, "clips": counts}, indent=2) + "\n")
-    os.replace(beside, output / "metrics.json")
+    os.replace(beside, output / METRICS)
+    (output / "checkpoints" / PREVIOUS).unlink(missing_ok=True)
 
 
 @rank_zero_only
@@ -295,29 +310,6 @@ def save_train_list(data: VideoDataModule, output: Path) -> None:
     """
     if data.hparams.shots or data.hparams.train_list:
         save_clip_list(data.train_table, output / TRAIN_LIST)
-
-
-@rank_zero_only
-def keep_previous_run(output: Path) -> None:
-    """Moves an earlier run that stands in the folder out of the way, to the first free `<folder>.N`.
-
-    Raises:
-        UserError: If the folder cannot be written, or holds something that is no run.
-    """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        probe = output / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"output {output}: cannot be written ({error.strerror}); choose another folder") from error
-    if not any(output.iterdir()):
-        return
-    if not (output / "config.yaml").is_file():
-        raise UserError(f"output {output}: exists and is not a run's folder; choose another one")
-    kept = free_name(output)
-    output.rename(kept)
-    print(f"The earlier run in {output} is kept as {kept}")
 
 
 def check_checkpoint(name: str | None, output: Path) -> None:
@@ -330,29 +322,14 @@ def check_checkpoint(name: str | None, output: Path) -> None:
         raise UserError(f"model.checkpoint {name}: lies in output {output}; choose another output")
 
 
-def check_resume(file: str, output: Path) -> None:
-    """Looks whether a checkpoint can be read and is this run's, before anything is written.
-
-    Raises:
-        UserError: If it cannot, or belongs to another run: going on would mix the two in one folder.
-    """
-    try:
-        torch.load(file, map_location="cpu", mmap=True, weights_only=True)["optimizer_states"]
-    except Exception as error:  # torch.load raises whatever its unpickler meets
-        raise UserError(
-            f"resume {file}: not a run's checkpoint ({type(error).__name__}); give its checkpoints/last.ckpt"
-        ) from error
-    if Path(file).resolve().parent != (output / "checkpoints").resolve():
-        raise UserError(f"resume {file}: not in {output / 'checkpoints'}; set output to the folder of its run")
-
-
-def free_name(path: Path) -> Path:
-    """The path, or the first of `<path>.1`, `<path>.2`, ... that is not there yet."""
-    number, free = 0, path
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.name}.{number}")
-    return free
+@rank_zero_only
+def begin_once(cli: FinetuneCLI, output: Path) -> Start:
+    """Decides on the first process how the run begins, which its saved settings will not tell."""
+    resume, cli.config.resume = cli.config.resume, "auto"
+    start = begin(output, resume, yaml.safe_load(cli.parser.dump(cli.config, skip_none=False)))
+    if start.checkpoint is not None:
+        refuse_other_content(output / "export")  # now, not when the training has ended
+    return start
 
 
 @rank_zero_only
@@ -364,7 +341,9 @@ def save_settings(cli: FinetuneCLI, output: Path) -> None:
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        cli.parser.save(cli.config, output / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+        beside = output / "config.yaml.tmp"
+        cli.parser.save(cli.config, beside, skip_none=False, overwrite=True, multifile=False)
+        os.replace(beside, output / "config.yaml")
     except OSError as error:
         raise UserError(f"output {output}: cannot be written ({error.strerror}); choose another folder") from error
 

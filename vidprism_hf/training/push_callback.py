@@ -82,15 +82,19 @@ class PushToHub(L.Callback):
         self.push = PushProcess(self.options, limit)
         self.best: float | None = None
         self._ready: Path | None = None  # exported, and not yet due
+        self._resumed: str | None = None  # the name of what was that when the run was stopped
         self._uploader: Uploader | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best, "ready": self._ready.name if self._ready else None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
+        self._resumed = state_dict.get("ready")
 
     def on_fit_start(self, trainer, pl_module):
+        if self._resumed and (folder := Path(trainer.default_root_dir) / FOLDER / self._resumed).is_dir():
+            self._ready = folder
         if self.export is None:
             raise MisconfigurationException("PushToHub: export is not set")
         if trainer.is_global_zero:
