@@ -22,12 +22,13 @@ from .outputs_vidprism import VidPrismForVideoClassificationOutput, VidPrismMode
 from .temporal_vidprism import (
     VidPrismAttention,
     VidPrismExpert,
-    VidPrismFrameMerger,
+    VidPrismFrameMergers,
     VidPrismGateOutput,
     VidPrismInteraction,
     VidPrismReadout,
     expert_diversity_loss,
     gate_balance_loss,
+    interaction_edges,
     pool_windows,
 )
 
@@ -106,10 +107,8 @@ class VidPrismTemporalModel(VidPrismPreTrainedModel):
         self.position_embedding = None
         if config.time_position == "learned":
             self.position_embedding = nn.Parameter(torch.empty(1, config.num_frames, width))
-        merges = config.aggregation == "rgsta"
-        self.mergers = nn.ModuleList(VidPrismFrameMerger(config, rate) for rate in rates) if merges else None
-        interacts = config.interaction != "none" and len(set(rates)) > 1
-        self.interaction = VidPrismInteraction(config) if interacts else None
+        self.mergers = VidPrismFrameMergers(config) if config.aggregation == "rgsta" else None
+        self.interaction = VidPrismInteraction(config) if interaction_edges(config) else None
         self.experts = nn.ModuleList(VidPrismExpert(config) for _ in rates)
         self.readout = VidPrismReadout(config)
         self.post_init()
@@ -143,41 +142,34 @@ class VidPrismTemporalModel(VidPrismPreTrainedModel):
         frames = frame_features if self.input_projection is None else self.input_projection(frame_features)
         if self.position_embedding is not None:
             frames = frames + self._positions(frames.shape[1]).to(frames.dtype)
-        streams, scores, kept, rank_losses = self._aggregate(frames)
+        scores, kept, rank_loss = None, None, None
+        if self.mergers is not None:
+            streams, scores, kept, rank_loss = self.mergers(frames, output_rank_loss=output_losses)
+        else:
+            streams = [pool_windows(frames, rate, self.config.aggregation) for rate in self.config.rates]
         if self.interaction is not None:
             interacted, gates = self.interaction(streams)
         else:
             interacted, gates = streams, frames.new_zeros(frames.shape[0], len(streams), len(streams))
         outputs = [expert(stream, **kwargs) for expert, stream in zip(self.experts, interacted, strict=True)]
-        pooled, expert_weights = self.readout(outputs)
+        tokens = torch.cat(outputs, dim=1)
+        pooled, expert_weights = self.readout(tokens, [expert_output.shape[1] for expert_output in outputs])
 
         output = VidPrismModelOutput(
-            last_hidden_state=torch.cat(outputs, dim=1),
+            last_hidden_state=tokens,
             pooler_output=pooled,
             expert_weights=expert_weights,
             gates=gates,
         )
         if output_streams:
             output.streams, output.interacted_streams = tuple(streams), tuple(interacted)
-            if scores:
-                output.frame_scores, output.kept_indices = torch.stack(scores, dim=1), tuple(kept)
+            if scores is not None:
+                output.frame_scores, output.kept_indices = scores, tuple(kept)
         if output_losses:
-            zero = pooled.new_zeros((), dtype=torch.float32)
-            output.rank_loss = torch.stack(rank_losses).mean() if rank_losses else zero
+            output.rank_loss = pooled.new_zeros((), dtype=torch.float32) if rank_loss is None else rank_loss
             output.gate_loss = gate_balance_loss(expert_weights.float().mean(dim=0))
             output.diversity_loss = expert_diversity_loss(outputs)
         return output
-
-    def _aggregate(self, frames: torch.Tensor) -> tuple[list, list, list, list]:
-        """The streams of all rates; scores, kept indices and rank losses are empty for the ablation's poolings."""
-        if self.mergers is None:
-            return (
-                [pool_windows(frames, rate, self.config.aggregation) for rate in self.config.rates],
-                [],
-                [],
-                [],
-            )
-        return tuple(map(list, zip(*(merger(frames) for merger in self.mergers), strict=True)))
 
     def _positions(self, num_frames: int) -> torch.Tensor:
         """Position embeddings (1, T, D), interpolated in time where T is not the number of frames trained with."""
