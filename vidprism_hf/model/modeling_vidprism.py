@@ -3,8 +3,9 @@
     pixels -> tower -> frame features -> RgSTA streams -> DBI -> experts -> global query -> clip vector -> logits
 
 Shapes: B clips, T frames, D width, N streams (= experts), L_i frames in stream i, K classes. The blocks stand in
-`temporal_vidprism.py`; this file puts them together in transformers' idiom: `VidPrismTemporalModel` (frame features
-to clip vector), `VidPrismModel` (pixels to clip vector), `VidPrismForVideoClassification` (pixels to logits).
+`temporal_vidprism.py` and the tower in `tower_vidprism.py`; this file puts them together in transformers' idiom:
+`VidPrismTemporalModel` (frame features to clip vector), `VidPrismModel` (pixels to clip vector),
+`VidPrismForVideoClassification` (pixels to logits).
 """
 
 import math
@@ -12,7 +13,7 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPVisionModel, CLIPVisionModelWithProjection, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -31,26 +32,7 @@ from .temporal_vidprism import (
     interaction_edges,
     pool_windows,
 )
-
-
-class VidPrismVisionTower(nn.Module):
-    """The frame encoder: pixels (B, T, 3, H, W) to frame features (B, T', D). All that knows the tower is here."""
-
-    def __init__(self, config: VidPrismConfig):
-        super().__init__()
-        self.vision_model = CLIPVisionModel._from_config(config.vision_config)
-        self.visual_projection = None
-        if config.vision_projection:
-            self.visual_projection = nn.Linear(
-                config.vision_config.hidden_size, config.vision_config.projection_dim, bias=False
-            )
-
-    def forward(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
-        clips, frames = pixel_values_videos.shape[:2]
-        features = self.vision_model(pixel_values=pixel_values_videos.flatten(0, 1)).pooler_output
-        if self.visual_projection is not None:
-            features = self.visual_projection(features)
-        return features.view(clips, frames, -1)
+from .tower_vidprism import VidPrismVisionTower, load_vision_tower
 
 
 class VidPrismPreTrainedModel(PreTrainedModel):
@@ -64,7 +46,7 @@ class VidPrismPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
-    _no_split_modules = ["CLIPEncoderLayer", "VidPrismExpert"]  # noqa: RUF012 (transformers' convention)
+    _no_split_modules = ["CLIPEncoderLayer", "VidPrismClassTokenLayer", "VidPrismExpert"]  # noqa: RUF012 (transformers' convention)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -337,31 +319,6 @@ class VidPrismForVideoClassification(VidPrismPreTrainedModel):
         # Through load_state_dict, not from_pretrained: transformers would reverse its key mapping on saving.
         model.vidprism.vision_tower.load_state_dict(tower.state_dict())
         return model
-
-
-def load_vision_tower(name_or_path: str, **kwargs) -> CLIPVisionModelWithProjection:
-    """Loads the vision tower of any CLIP checkpoint.
-
-    Returns:
-        The tower; its `visual_projection` is None where the checkpoint has no projection.
-
-    Raises:
-        ValueError: If the checkpoint lacks weights of a CLIP vision tower.
-    """
-    tower, info = CLIPVisionModelWithProjection.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
-    missing = set(info["missing_keys"]) - {"visual_projection.weight"}
-    if len(missing) == len(tower.vision_model.state_dict()):
-        # Before transformers 5.21 the class with projection does not find the tower of the class without.
-        tower.vision_model, info = CLIPVisionModel.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
-        missing, tower.visual_projection = set(info["missing_keys"]), None
-    if missing or info["mismatched_keys"]:
-        raise ValueError(
-            f"{name_or_path} is not a CLIP vision tower: {len(missing)} weights are missing (first: "
-            f"{min(missing, default='none')}), {len(info['mismatched_keys'])} have another shape."
-        )
-    if "visual_projection.weight" in info["missing_keys"]:
-        tower.visual_projection = None
-    return tower
 
 
 __all__ = [

@@ -35,6 +35,7 @@ class VidPrismLightningModule(L.LightningModule):
         num_frames: Frames per clip.
         config: Any other field of VidPrismConfig, such as `readout: mean`. A checkpoint brings its own.
         freeze_backbone: Whether the tower stays as it is.
+        freeze_layers: Layers of the tower that stay as they are, from the embeddings up; 0 trains the embeddings too.
         learning_rate: Peak learning rate of everything but the tower.
         backbone_lr_scale: The tower's learning rate as a share of it.
         weight_decay: Weight decay of weights; biases, norms and the global query have none.
@@ -50,6 +51,7 @@ class VidPrismLightningModule(L.LightningModule):
         num_frames: int = 32,
         config: dict[str, Any] | None = None,
         freeze_backbone: bool = False,
+        freeze_layers: int = 0,
         learning_rate: float = 5e-5,
         backbone_lr_scale: float = 0.06,
         weight_decay: float = 0.2,
@@ -112,7 +114,12 @@ class VidPrismLightningModule(L.LightningModule):
             enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
             enable()
         if hparams.freeze_backbone:
-            self.model.vidprism.vision_tower.requires_grad_(False).eval()
+            self.model.vidprism.vision_tower.freeze()
+        elif hparams.freeze_layers:
+            try:
+                self.model.vidprism.vision_tower.freeze(hparams.freeze_layers)
+            except ValueError as error:
+                raise UserError(f"model.freeze_layers: {error}") from error
         if self.model.vidprism.projection_head is not None:
             # Classification does not use it; without a gradient DDP need not look for unused parameters.
             self.model.vidprism.projection_head.requires_grad_(False)
