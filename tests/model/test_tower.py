@@ -60,6 +60,12 @@ def stored(run) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
+def test_keeps_less_than_clip():
+    ours = tower()
+    clip = CLIPVisionModelWithProjection._from_config(ours.vision_model.config)
+    assert stored(lambda: ours(clips())) < 0.85 * stored(lambda: clip(clips().flatten(0, 1)))
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_frozen_tower_stores_nothing(checkpointing):
     model, pixels, labels = small().train(), clips(), torch.tensor([0, 2])

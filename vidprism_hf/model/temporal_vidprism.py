@@ -14,12 +14,12 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import eager_attention_forward
 
 from .configuration_vidprism import VidPrismConfig
+from .tower_vidprism import QuickGELU
 
 MERGE_EPS = 1e-6  # the released code's guard of the "kept" normalisation
 
@@ -335,7 +335,7 @@ class VidPrismExpert(GradientCheckpointingLayer):
         width = config.hidden_size
         self.attention = VidPrismAttention(config)
         self.attention_norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), ACT2FN["quick_gelu"], nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), QuickGELU(), nn.Linear(2 * width, width))
         self.mlp_norm = nn.LayerNorm(width)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:

@@ -4,18 +4,31 @@ Shapes: B clips, T frames, P patches, W width of the tower, D width of the frame
 
 Of the last layer only the class token is read, so only that is computed: its query, its way through the output
 projection and the MLP. Keys and values need all tokens. The result is the same, and the tower's cost falls by most
-of a layer: 7 % of ViT-B/16's multiply-adds, 4 % of ViT-L/14's, forward and backward.
+of a layer: 7 % of ViT-B/16's multiply-adds, 4 % of ViT-L/14's, forward and backward. The activation between the
+MLP's layers, the widest tensor of all, goes through memory 13 times instead of 21 and is kept twice instead of three
+times.
 """
 
 from contextlib import nullcontext
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer, eager_attention_forward
 
 from .configuration_vidprism import VidPrismConfig
+
+QUICK_GELU_SCALE = 1.702
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), as SiLU, which is one operation in both directions and keeps its input alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Elementwise; any shape."""
+        return F.silu(x * QUICK_GELU_SCALE).mul_(1 / QUICK_GELU_SCALE)
 
 
 class VidPrismClassTokenAttention(CLIPAttention):
@@ -46,6 +59,9 @@ class VidPrismVisionTower(nn.Module):
     def __init__(self, config: VidPrismConfig):
         super().__init__()
         self.vision_model = CLIPVisionModel._from_config(config.vision_config)
+        if config.vision_config.hidden_act == "quick_gelu":
+            for layer in self.vision_model.encoder.layers:
+                layer.mlp.activation_fn = QuickGELU()
         # Other classes for the same modules: CLIP has initialised their weights, in its own way.
         last = self.vision_model.encoder.layers[-1]
         last.__class__, last.self_attn.__class__ = VidPrismClassTokenLayer, VidPrismClassTokenAttention
@@ -114,4 +130,4 @@ def load_vision_tower(name_or_path: str, **kwargs) -> CLIPVisionModelWithProject
     return tower
 
 
-__all__ = ["VidPrismVisionTower", "load_vision_tower"]
+__all__ = ["QuickGELU", "VidPrismVisionTower", "load_vision_tower"]
