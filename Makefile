@@ -14,6 +14,7 @@ OUT      ?=          ## folder of the run (the recipe's output)
 MODEL    ?=          ## exported folder or Hub id, for evaluate and predict
 FILES    ?=          ## video files, for predict
 REPO     ?=          ## repository on the Hub, for push
+BENCH    ?= step head  ## for bench: scripts of benchmarks/, by name
 ARGS     ?=          ## anything else for the command line, such as --model.freeze_backbone true
 
 PYTHON   ?= python3
@@ -23,8 +24,8 @@ READY    := $(VENV)/.ready
 SUITE    := $(VENV)/transformers-tests/VERSION
 
 # A misspelt variable would run something else without a word.
-KNOWN := DATASET DATA_ROOT BACKBONE FRAMES K SPLITS DEVICES STRATEGY PRECISION EPOCHS OUT MODEL FILES REPO ARGS \
-	PYTHON VENV
+KNOWN := DATASET DATA_ROOT BACKBONE FRAMES K SPLITS DEVICES STRATEGY PRECISION EPOCHS OUT MODEL FILES REPO BENCH \
+	ARGS PYTHON VENV
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
 $(if $(filter-out $(KNOWN),$(GIVEN)),$(error no variable $(filter-out $(KNOWN),$(GIVEN)); there are $(KNOWN)))
 
@@ -44,7 +45,8 @@ OPTIONS = $(SOURCE) $(call option,--data.root,$(DATA_ROOT)) $(call option,--mode
 NEEDS_MODEL = $(if $(strip $(MODEL)),,$(error MODEL is empty: name an export, such as MODEL=runs/demo/export))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup finetune fewshot prepare evaluate predict push cards test test-fast lint format clean
+.PHONY: help setup finetune fewshot prepare evaluate predict push cards bench profile test test-fast lint format \
+	clean
 
 help:  ## print this
 	@echo "targets:"
@@ -81,6 +83,12 @@ push: $(READY)  ## publish an export: make push REPO=org/name MODEL=runs/demo/ex
 
 cards: $(READY)  ## write the presets' model cards anew, from model_cards/presets.yaml and the recipes
 	$(BIN)/python model_cards/generate.py
+
+bench: $(READY)  ## measure what benchmarks/README.md claims: make bench BENCH=step ARGS="--device cuda"
+	for name in $(BENCH); do $(BIN)/python benchmarks/$$name.py $(ARGS) || exit 1; done
+
+profile: $(READY)  ## where the time of a run's steps goes: make profile DATASET=/path/to/folder BACKBONE=b16
+	$(BIN)/python benchmarks/profile_run.py --config $(RECIPE) $(OPTIONS)
 
 # transformers' own model tests, at the installed version; not in its wheel.
 $(SUITE): $(READY) tests/transformers_suite.py
