@@ -6,12 +6,13 @@ BACKBONE ?=          ## CLIP checkpoint: Hub id, folder or preset (b32, b16, l14
 FRAMES   ?=          ## frames per clip (the recipe's model.num_frames)
 K        ?= 16       ## for fewshot: training clips of each class
 SPLITS   ?= 1        ## for fewshot: official splits to run and average, such as "1 2 3"
-DEVICES  ?=          ## number of devices (the recipe's trainer.devices)
-STRATEGY ?=          ## Lightning strategy (auto, ddp, ...)
+DEVICES  ?=          ## devices of this machine (the recipe's trainer.devices)
+NUM_NODES ?=         ## machines (the recipe's trainer.num_nodes); see recipes/launch/
+STRATEGY ?=          ## auto, ddp, fsdp (weights shared out among the devices) or deepspeed
 PRECISION ?=         ## 32, bf16-mixed (the benchmarks' recipes), 16-mixed
 EPOCHS   ?=          ## epochs (the recipe's trainer.max_epochs)
 OUT      ?=          ## folder of the run (the recipe's output)
-MODEL    ?=          ## exported folder or Hub id, for evaluate and predict
+MODEL    ?=          ## exported folder or Hub id, for evaluate, predict and push (push: that of the run in OUT)
 FILES    ?=          ## video files, for predict
 REPO     ?=          ## repository on the Hub, for push
 BENCH    ?= step head  ## for bench: scripts of benchmarks/, by name
@@ -24,8 +25,8 @@ READY    := $(VENV)/.ready
 SUITE    := $(VENV)/transformers-tests/VERSION
 
 # A misspelt variable would run something else without a word.
-KNOWN := DATASET DATA_ROOT BACKBONE FRAMES K SPLITS DEVICES STRATEGY PRECISION EPOCHS OUT MODEL FILES REPO BENCH \
-	ARGS PYTHON VENV
+KNOWN := DATASET DATA_ROOT BACKBONE FRAMES K SPLITS DEVICES NUM_NODES STRATEGY PRECISION EPOCHS OUT MODEL FILES \
+	REPO BENCH ARGS PYTHON VENV
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
 $(if $(filter-out $(KNOWN),$(GIVEN)),$(error no variable $(filter-out $(KNOWN),$(GIVEN)); there are $(KNOWN)))
 
@@ -38,11 +39,17 @@ FEW_SHOT := recipes/few_shot/$(DATASET).yaml
 option = $(if $(strip $(2)),$(1) "$(strip $(2))")
 OPTIONS = $(SOURCE) $(call option,--data.root,$(DATA_ROOT)) $(call option,--model.backbone,$(BACKBONE)) \
 	$(call option,--model.num_frames,$(FRAMES)) \
-	$(call option,--trainer.devices,$(DEVICES)) $(call option,--trainer.strategy,$(STRATEGY)) \
-	$(call option,--trainer.precision,$(PRECISION)) $(call option,--trainer.max_epochs,$(EPOCHS)) \
-	$(call option,--output,$(OUT)) $(ARGS)
+	$(call option,--trainer.devices,$(DEVICES)) $(call option,--trainer.num_nodes,$(NUM_NODES)) \
+	$(call option,--trainer.strategy,$(STRATEGY)) $(call option,--trainer.precision,$(PRECISION)) \
+	$(call option,--trainer.max_epochs,$(EPOCHS)) $(call option,--output,$(OUT)) $(ARGS)
 
 NEEDS_MODEL = $(if $(strip $(MODEL)),,$(error MODEL is empty: name an export, such as MODEL=runs/demo/export))
+
+NEEDS_REPO = $(if $(strip $(REPO)),,$(error REPO is empty: name the repository, such as REPO=org/name))
+# What is pushed unless MODEL says so: the export of the run that the same variables trained.
+RUN = $(or $(strip $(OUT)),$(shell sed -nE 's/^output: *([^ ]+).*/\1/p' $(RECIPE)))
+EXPORT = $(or $(strip $(MODEL)),$(shell test -d "$(RUN)/export" && echo "$(RUN)/export"),$(error \
+	$(RUN)/export is not there: train first, or name an export, such as MODEL=runs/demo/export))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup finetune fewshot prepare evaluate predict push cards bench profile test test-fast lint format \
@@ -78,8 +85,8 @@ evaluate: $(READY)  ## held-out accuracy: make evaluate MODEL=runs/demo/export
 predict: $(READY)  ## top labels of files: make predict MODEL=runs/demo/export FILES="a.mp4 b.mp4"
 	$(NEEDS_MODEL)$(BIN)/vidprism predict "$(MODEL)" $(FILES) $(ARGS)
 
-push: $(READY)  ## publish an export: make push REPO=org/name MODEL=runs/demo/export
-	$(NEEDS_MODEL)$(BIN)/vidprism push "$(MODEL)" --repo "$(REPO)" $(ARGS)
+push: $(READY)  ## publish the export of a run: make push REPO=org/name [OUT=runs/demo] [MODEL=FOLDER]
+	$(NEEDS_REPO)$(BIN)/vidprism push "$(EXPORT)" --repo "$(REPO)" $(ARGS)
 
 cards: $(READY)  ## write the presets' model cards anew, from model_cards/presets.yaml and the recipes
 	$(BIN)/python model_cards/generate.py

@@ -9,6 +9,7 @@ from benchmark_layouts import REPOSITORIES, local_copy, published
 from hub_server import Hub
 
 from vidprism_hf import VidPrismForVideoClassification
+from vidprism_hf.data.benchmarks import BENCHMARKS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 # What a true run does not set: toy counts, two CPU cores, and an end after a few steps.
@@ -33,7 +34,7 @@ def test_a_local_copy(clone, tmp_path, name, frames):
     model = VidPrismForVideoClassification.from_pretrained(tmp_path / "run" / "export")
     assert (model.config.num_labels, model.config.num_frames) == (2, frames)
     card = (tmp_path / "run" / "export" / "README.md").read_text()
-    assert f"| dataset | {name} |" in card
+    assert f"| dataset | {BENCHMARKS[name].title} |" in card
     assert f"{frames} frames x {'3 crops x 4 clips' if name == 'k400' else '1 crop x 1 clip'}" in card
 
 

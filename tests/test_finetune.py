@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hub_server import Hub
 from hub_server.cards import judge
 from huggingface_hub import ModelCard
+from push_helpers import as_published
 from safetensors.torch import load_file
 from small import LABELS, files_of, run_arguments
 
@@ -130,7 +132,7 @@ def test_kept_checkpoints_are_exported_and_change_nothing(run, motion_clips, tmp
         expected = {key: value.bfloat16() for key, value in kept.items() if key.startswith("model.")}
         assert differing(exported, expected) == []
         assert (output / "checkpoints" / name / "model.safetensors.index.json").is_file()
-        assert "The last validation, in epoch " in (output / "checkpoints" / name / "README.md").read_text()
+        assert "\nValidation after epoch " in (output / "checkpoints" / name / "README.md").read_text()
 
 
 def test_an_export_that_fails_does_not_end_the_training(motion_clips, tmp_path, monkeypatch):
@@ -147,15 +149,21 @@ def test_an_export_that_fails_does_not_end_the_training(motion_clips, tmp_path, 
     assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
 
 
-def test_two_processes_export_the_same_files(run, motion_clips, tmp_path):
+def test_two_processes_export_and_push_the_same_files(run, motion_clips, tmp_path):
     """From the same weights, which a learning rate of zero keeps: all that the strategy is not named in is equal."""
     start = ("--trainer.max_epochs=1", "--model.learning_rate=0", f"--model.checkpoint={run / 'export'}")
     assert main(run_arguments(motion_clips, tmp_path / "one", *start)) == 0
-    two = [*run_arguments(motion_clips, tmp_path / "two", *start), "--trainer.devices=2", "--trainer.strategy=ddp"]
-    command = [sys.executable, "-m", "vidprism_hf.cli", *two]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    push = ("--trainer.callbacks+=vidprism_hf.training.push_callback.PushToHub", "--trainer.callbacks.repo=alice/two")
+    two = run_arguments(motion_clips, tmp_path / "two", *start, *push)
+    command = [sys.executable, "-m", "vidprism_hf.cli", *two, "--trainer.devices=2", "--trainer.strategy=ddp"]
+    with Hub() as hub:
+        env = hub.environment(tmp_path / "home", hub.user("alice")) | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=Path(__file__).parents[1], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        head = hub.repositories["model", "alice/two"].commit("main")
+        assert done.stdout.splitlines()[-1] == f"Pushed: {hub.url}/alice/two {head.oid}"
+        pushed = {name: content.read() for name, content in head.files.items() if name != ".gitattributes"}
+    assert pushed == as_published(tmp_path / "two" / "export", "alice/two")
     one, two = (files_of(tmp_path / name / "export") for name in ("one", "two"))
     assert one.keys() == two.keys()
     named = {"README.md", "recipe.yaml"}  # the number of processes, time and memory

@@ -3,6 +3,7 @@
 import http.client
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import httpx2
@@ -103,9 +104,22 @@ def test_faults_skip_repeat_and_queue(hub, api):
 
 def test_a_slow_answer_comes(hub, api):
     hub.fault("whoami", delay=0.3)
-    started = time.monotonic()
-    assert api.whoami()["name"] == "alice"
-    assert time.monotonic() - started > 0.3
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(api.whoami)
+        while hub.faults.waiting[0].times:  # until it has struck
+            time.sleep(0.001)
+        ask(f"{hub.url}/api/models/org/m")
+    assert slow.result()["name"] == "alice"
+    assert [entry.step for entry in hub.requests] == ["info", "whoami"]  # in the order of the answers
+
+
+@pytest.mark.parametrize("when", ["before", "during", "after"])
+def test_what_drips_comes_whole(hub, api, when):
+    hub.fault("create", drip=0.001, when=when)
+    assert api.create_repo("alice/m").repo_id == "alice/m"
+    assert ("model", "alice/m") in hub.repositories
+    assert api.whoami()["name"] == "alice"  # on the same connection
+    assert [entry.status for entry in hub.requests] == [200, 200]
 
 
 def test_a_push_that_was_killed_can_be_repeated(hub, api, export, tmp_path):
@@ -150,6 +164,7 @@ def test_faults_that_make_no_sense(hub):
         {"step": "commit", "status": 500, "reset": True},
         {"step": "commit", "status": 500, "when": "during"},
         {"step": "commit", "reset": True, "when": "later"},
+        {"step": "commit", "reset": True, "drip": 0.1},
     ):
         with pytest.raises(ValueError, match=r"step|fault|when"):
             hub.fault(**wrong)

@@ -107,9 +107,6 @@ def test_snippet_of_the_card_runs_in_the_folder(tmp_path, exported, clip, preamb
     folder = Path(shutil.copytree(exported, tmp_path / "model"))
     shutil.copy(clip, folder / "clip.mp4")
     snippet = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
-    if preamble is BLOCKED:  # what the snippet's comment says to change
-        snippet = re.sub(r"^import vidprism_hf.*$", "", snippet, flags=re.MULTILINE)
-        snippet = snippet.replace('model=".")', 'model=".", trust_remote_code=True)')
     snippet = f"import json\n{snippet.rstrip()}".replace('print(classify("clip.mp4"))', 'found = classify("clip.mp4")')
     found, _ = execute(tmp_path, preamble, snippet + "\nprint(json.dumps(found))", folder)
     assert {each["label"] for each in found} == {"growing", "shrinking"}

@@ -1,5 +1,7 @@
 """The errors that a person can mend: the command line shows them as one line, without a traceback."""
 
+import traceback
+
 
 class UserError(ValueError):
     """Bad input. The message is one line: which file or field, what is wrong, what to do."""
@@ -8,6 +10,13 @@ class UserError(ValueError):
 def first_line(error: BaseException) -> str:
     """The first line of a library's message, which tells the cause; what follows are its hints."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def one_line_or_traceback(error: BaseException) -> str:
+    """What to say of a failure that does not end the run: the cause, or the traceback where it is our own mistake."""
+    if isinstance(error, UserError | OSError):
+        return first_line(error)
+    return "".join(traceback.format_exception(error)).strip()
 
 
 def last_line(error: BaseException) -> str:

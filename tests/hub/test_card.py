@@ -9,14 +9,17 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import yaml
+from hub_server.cards import LICENSES as LICENSES_OF_THE_HUB
 from hub_server.cards import front_matter, judge, judge_results
 from huggingface_hub import ModelCard, parse_eval_result_entries
-from small import LABELS, card_facts
+from small import LABELS, card_facts, complaint, run_arguments
 
 from vidprism_hf.cli import main
 from vidprism_hf.data.bad_clips import BadClip
+from vidprism_hf.errors import UserError
 from vidprism_hf.hub import render_card
-from vidprism_hf.hub.card import eval_results_file
+from vidprism_hf.hub.card import addressed, eval_results_file
+from vidprism_hf.hub.licenses import LICENSES, check_license
 
 pytest_plugins = ["hub_server.fixtures"]
 
@@ -25,7 +28,7 @@ FULL = {
     "model_name": "hmdb_small",
     "origin": "It was fine-tuned with `vidprism finetune`.",
     "base_model": "openai/clip-vit-base-patch16",
-    "backbone": "clip-vit-base-patch16",
+    "backbone": "the preset b16, openai/clip-vit-base-patch16",
     "dataset": "HMDB51",
     "dataset_id": "CVML-TueAI/HMDB51",
     "data_license": "CC BY 4.0, by its authors",
@@ -83,6 +86,40 @@ def test_the_hub_takes_the_metadata(hub, monkeypatch, facts):
     card.validate()
 
 
+def test_stated_licence():
+    text = str(render_card(card_facts(license="cc-by-nc-4.0")))
+    assert front_matter(text)["license"] == "cc-by-nc-4.0"
+    assert "| these weights | cc-by-nc-4.0 |" in text.splitlines()
+
+
+@pytest.mark.parametrize("license", [None, "apache-2.0", "unknown"])
+def test_takes_licences_of_the_hub(license):
+    check_license("export.license", license)
+    assert LICENSES_OF_THE_HUB - {"other"} <= LICENSES
+
+
+@pytest.mark.parametrize(
+    ("license", "told"),
+    [
+        ("Apache 2.0", "'Apache 2.0': no licence id of the Hub; did you mean apache-2.0"),
+        ("MIT", "'MIT': no licence id of the Hub; did you mean mit"),
+        ("mine, all mine", "'mine, all mine': no licence id of the Hub; "),
+        ("other", ": other needs a license_name too; write both into the export's README"),
+    ],
+)
+def test_refuses_what_is_no_licence_of_the_hub(license, told):
+    with pytest.raises(UserError) as caught:
+        check_license("export.license", license)
+    assert told in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_wrong_licence_ends_a_run_before_it_begins(motion_clips, tmp_path, capsys):
+    assert main(run_arguments(motion_clips, tmp_path / "run", "--export.license=MITT")) == 1
+    assert "export.license 'MITT': no licence id of the Hub" in complaint(capsys)
+    assert not (tmp_path / "run").exists()
+
+
 def test_results_in_the_newer_form():
     ((name, content),) = eval_results_file(card_facts(**FULL)).items()
     assert name == ".eval_results/CVML-TueAI--HMDB51.yaml"
@@ -107,7 +144,11 @@ def test_whole_card():
     for name in ("vidprism_hf", "torch", "transformers", "lightning", "huggingface_hub", "av"):
         assert f"{name} {version(name)}" in versions[1]
     assert re.fullmatch(r"Git revision of vidprism_hf: (unknown|[0-9a-f]{40}(, with changes)?)", versions[2])
-    text = text.replace(versions[1], "(versions)").replace(versions[2], "(revision)") + "\n"
+    needed = re.search(r"It needs `pip install (.*)`", text)
+    assert re.findall(r"'([a-z]+)", needed[1]) == ["av", "torch", "torchvision", "transformers"]
+    for group, word in ((versions[1], "(versions)"), (versions[2], "(revision)"), (needed[1], "(packages)")):
+        text = text.replace(group, word)
+    text += "\n"
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN.write_text(text)
     assert text == GOLDEN.read_text()
@@ -120,21 +161,69 @@ def test_citation_is_that_of_the_repository():
         assert f"{{{value}}}" in text
 
 
-def test_snippets_run(exported, motion_clips, tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "model"
-    shutil.copytree(exported, folder)
-    shutil.copy(motion_clips / "val" / "growing" / "0.mp4", folder / "clip.mp4")
-    monkeypatch.chdir(folder)
-    text = (folder / "README.md").read_text()
-    snippets = re.findall(r"^```(\w+)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
-    assert [language for language, _ in snippets] == ["python", "python", "bash", "bibtex"]
-    for language, code in snippets:
+def snippets(text: str) -> list[tuple[str, str]]:
+    """Language and code of each."""
+    return re.findall(r"^```(\w+)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def run_snippets(text: str, capsys) -> None:
+    """Runs those of a card, which must tell a label of the model's."""
+    assert [language for language, _ in snippets(text)] == ["python", "python", "bash", "bibtex"]
+    for language, code in snippets(text):
         if language == "python":
             exec(compile(code, "README.md", "exec"), {})
             assert any(label in capsys.readouterr().out for label in LABELS)
         elif language == "bash":
             _, *words = code.split()
             assert main(words) == 0
+            assert any(label in capsys.readouterr().out for label in LABELS)
+
+
+def test_snippets_run_in_the_folder(exported, motion_clips, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(exported, folder)
+    shutil.copy(motion_clips / "val" / "growing" / "0.mp4", folder / "clip.mp4")
+    monkeypatch.chdir(folder)
+    run_snippets((folder / "README.md").read_text(), capsys)
+
+
+def test_snippets_run_from_the_hub(exported, motion_clips, tmp_path, monkeypatch, capsys, hub):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+    hub.add_model("alice/moves", exported)
+    shutil.copy(motion_clips / "val" / "growing" / "0.mp4", tmp_path / "clip.mp4")
+    monkeypatch.chdir(tmp_path)
+    run_snippets(addressed((exported / "README.md").read_text(), "alice/moves"), capsys)
+    assert any((tmp_path / "cache").rglob("model.safetensors"))
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_addresses_the_snippets_and_nothing_else(newline):
+    mine = 'Mine:\n\n```python\nmodel_id = "."\n```\n'
+    label = "vidprism predict . clip.mp4"  # of strangers, and as a paragraph of its own on the card
+    text = (str(render_card(card_facts(labels=(label,)))) + "\n\n" + mine).replace("\n", newline)
+    there = addressed(text, "alice/moves")
+    changed = [new for old, new in zip(text.split("\n"), there.split("\n"), strict=True) if old != new]
+    end = newline.removesuffix("\n")
+    assert changed == [
+        f'model_id = "alice/moves"{end}',
+        f'model_id = "alice/moves"{end}',
+        f"vidprism predict alice/moves clip.mp4{end}",
+    ]
+    assert addressed(there, "alice/moves") == there
+    assert addressed(there, "org/other") == addressed(text, "org/other")
+    assert judge(there, "model") == ([], [])
+
+
+@pytest.mark.parametrize("marks", [0, 2])
+def test_addresses_no_card_without_one_generated_part(marks):
+    section = str(render_card(card_facts())).partition("---\n\n")[2]
+    text = section * marks or section.replace("<!--", "<!").replace("-->", ">")
+    assert addressed(text, "alice/moves") == text
 
 
 @pytest.mark.parametrize("facts", [FULL, {}], ids=["full", "converted"])
@@ -149,12 +238,28 @@ def test_tables_and_headings_are_well_formed(tmp_path, facts):
             assert lines[number + 1].startswith("| ")
 
 
+def test_weights_that_were_not_evaluated():
+    text = str(render_card(card_facts(protocol="Not evaluated as they are.")))
+    assert "## Evaluation\n\nNot evaluated as they are.\n\n## " in text
+    assert "| metric |" not in text
+
+
+def test_figures_without_the_digits_of_float32():
+    facts = FULL | {"metrics": {"top1": 0.6812499761581421}}
+    assert front_matter(str(render_card(card_facts(**facts))))["model-index"][0]["results"][0]["metrics"][0][
+        "value"
+    ] == (0.68125)
+    ((_, content),) = eval_results_file(card_facts(**facts)).items()
+    assert parse_eval_result_entries(yaml.safe_load(content))[0].value == 0.68125
+
+
 def test_leaves_out_what_is_not_known(tmp_path):
     text = load(tmp_path).text
     unknown = ("Data", "Evaluation", "Training", "Figures", "Experts", "Compute")
     assert not [heading for heading in unknown if f"## {heading}" in text]
     assert "None" not in text
-    assert text.count("not stated") == 3
+    assert text.count("not stated") == 2
+    assert "| these weights | see `license` in this card's metadata |" in text
 
 
 def test_text_of_the_data_stays_in_its_place():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from small import card_facts
 
 from vidprism_hf.hub import render_card
-from vidprism_hf.hub.card import merge_card
+from vidprism_hf.hub.card_merge import OWNED, left_out, merge_card, merge_metadata
 
 OLD = str(render_card(card_facts(metrics={"top1": 0.5}, base_model="org/old", license="mit"))) + "\n"
 NEW = str(render_card(card_facts(metrics={"top1": 0.9}, base_model="org/new", dataset_id="org/clips"))) + "\n"
@@ -59,10 +59,76 @@ def test_a_persons_metadata_stays():
     assert merge_card(merged, NEW) == merged
 
 
-def test_results_of_earlier_weights_go_and_the_rest_stays():
-    data = front_matter(merge_card(OLD, BARE))
-    assert not {"model-index", "metrics"} & data.keys()
-    assert data["base_model"] == "org/old"
+def test_what_follows_the_weights_goes_with_them_and_the_rest_stays():
+    mine = NEW.replace("license: unknown", "license: mit").replace("tags:\n", "tags:\n- mine\n")
+    data = front_matter(merge_card(mine, BARE))
+    assert front_matter(mine).keys() - data.keys() == {"model-index", "metrics"}
+    # Which a person may have written, where the run knew none.
+    by_hand = {"base_model": "org/new", "datasets": ["org/clips"]}
+    assert data == front_matter(BARE) | by_hand | {"license": "mit", "tags": ["mine", *front_matter(BARE)["tags"]]}
+    assert left_out(BARE, merge_card(NEW, BARE)) == ["base_model", "datasets"]
+
+
+items = st.sampled_from(["- org/a\n", "- org/b\n", "# held out too\n", "\n", "  # so\n"])
+keys = st.sampled_from(["datasets", "base_model", "tags", "language", "metrics", "model-index", "thumbnail", "license"])
+blocks = st.lists(st.tuples(keys, st.lists(items, max_size=4)), max_size=5, unique_by=lambda entry: entry[0]).map(
+    lambda entries: "".join(f"{key}:\n{''.join(lines)}" for key, lines in entries)
+)
+
+
+@given(old=blocks, new=blocks)
+def test_metadata_stays_metadata_whatever_comments_stand_in_it(old, new):
+    merged = merge_metadata(old, new)
+    there, stated, made = (yaml.safe_load(block) or {} for block in (old, new, merged))
+    assert made.keys() - {"metrics", "model-index"} == (there.keys() | stated.keys()) - {"metrics", "model-index"}
+    for key, value in made.items():
+        assert value == (stated if key not in there or (key in OWNED and key in stated) else there)[key]
+    assert merge_metadata(merged, new) == merged
+
+
+@pytest.mark.parametrize(
+    ("there", "new", "license"),
+    [("unknown", "mit", "mit"), ("mit", "unknown", "mit"), ("mit", "isc", "mit"), ("unknown", "unknown", "unknown")],
+)
+def test_a_license_that_nobody_has_stated_gives_way(there, new, license):
+    there, new = (BARE.replace("license: unknown", f"license: {name}  # so") for name in (there, new))
+    assert front_matter(merge_card(there, new))["license"] == license
+
+
+@given(before=words, after=words, license=st.sampled_from(["unknown", "isc"]))
+def test_a_persons_words_in_the_new_card_come_in_where_there_are_none(before, after, license):
+    edited = (
+        NEW.replace(BEGIN, before + BEGIN).replace(END, END + after).replace("license: unknown", "license: " + license)
+    )
+    merged = merge_card(OLD, edited)
+    if (before + after).strip():
+        assert parts(merged) == parts(edited)
+    else:
+        assert parts(merged) == (parts(OLD)[0], parts(NEW)[1], parts(OLD)[2])
+    assert front_matter(merged) == front_matter(NEW) | {"license": "mit"}
+    mine = OLD.replace(BEGIN, "Mine.\n" + BEGIN)
+    assert parts(merge_card(mine, edited))[::2] == parts(mine)[::2]
+
+
+PERSONS = "---\nlicense: isc\n---\n# All my own\n"
+
+
+def test_a_new_card_without_a_generated_part_replaces_what_nobody_edited():
+    merged = merge_card(OLD, PERSONS)
+    assert merged.endswith("\n---\n# All my own\n")
+    assert front_matter(merged) == {"base_model": "org/old", "license": "mit", "tags": front_matter(OLD)["tags"]}
+    mine = OLD + "Mine.\n"
+    assert merge_card(mine, PERSONS) == mine
+
+
+@pytest.mark.parametrize("mark", ["\ufeff", "\n\n", "\ufeff\r\n"])
+def test_what_stands_before_the_metadata_hides_it_not(mark):
+    expected = merge_card(OLD, NEW)
+    assert merge_card(OLD, mark + NEW) == expected
+    merged = merge_card(mark + OLD, NEW)
+    assert front_matter(merged) == front_matter(expected)
+    assert merged.count("license:") == 1
+    assert "\ufeff" not in merged
 
 
 @pytest.mark.parametrize(

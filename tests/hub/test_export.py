@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from small import LABELS, NUM_FRAMES, card_facts, files_of, tiny_export, tiny_model, tiny_processor
@@ -279,6 +280,20 @@ def test_keeps_what_a_person_wrote_in_the_readme(tmp_path):
     assert readme.read_text() == "My own words."
 
 
+def test_a_stated_licence_is_written_anew(tmp_path):
+    def license_of(folder, license):
+        card = render_card(card_facts(license=license))
+        return ModelCard.load(export_model(tiny_model(), tiny_processor(), folder, card) / "README.md").data.license
+
+    folder = tmp_path / "model"
+    stated = [license_of(folder, license) for license in (None, "mit", None, "apache-2.0")]
+    assert stated == ["unknown", "mit", "mit", "apache-2.0"]
+    mine = "---\nlicense: gpl-3.0\n---\nMy own words.\n"
+    (folder / "README.md").write_text(mine)
+    license_of(folder, "mit")
+    assert (folder / "README.md").read_text() == mine
+
+
 ON_FULL_DISK = """
 import sys
 from pathlib import Path
@@ -350,7 +365,9 @@ def test_replaces_only_what_is_an_export_and_nothing_else(tmp_path, spoil):
     before = files_of(tmp_path)
     with pytest.raises(ExportError) as caught:
         tiny_export(folder)
-    assert str(caught.value) == (f"{folder}: exists and is not an exported model ({reason}); choose another folder")
+    assert str(caught.value) == (
+        f"{folder}: exists and is not an exported model ({reason}); choose another folder, or move that away"
+    )
     assert files_of(tmp_path) == before
 
 
@@ -382,6 +399,110 @@ def test_old_export_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, 
         tiny_export(folder, labels=("a", "b", "c"))
     assert files_of(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def killed(folder: Path, new: Path, call: str, number: int) -> bool:
+    """Whether a process that replaces an export by another one was killed right before its n-th such call.
+
+    As SIGKILL does it: nothing of the process runs any more. It only copies files, which a forked process may.
+    """
+    if (child := os.fork()) == 0:
+        original, calls = getattr(os, call), []
+
+        def kill(*args, **kwargs):
+            calls.append(args)
+            if len(calls) == number:
+                os._exit(9)
+            return original(*args, **kwargs)
+
+        setattr(os, call, kill)
+        try:
+            with export.written_beside(folder) as partial:
+                shutil.copytree(new, partial, dirs_exist_ok=True)
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+@pytest.mark.parametrize("call", ["rename", "rmdir"])
+def test_a_killed_process_leaves_the_old_export_or_the_new_one(exported, tmp_path, call):
+    new = tiny_export(tmp_path / "new", labels=("a", "b", "c"))
+    old_files, new_files = files_of(exported), files_of(new)
+    stood = []
+    for number in range(1, 100):
+        place = tmp_path / str(number) / "model"
+        shutil.copytree(exported, place)
+        if not killed(place, new, call, number):
+            break
+        stood.append(place.exists())
+        export.recover_export(place)
+        assert files_of(place) in (old_files, new_files), number
+        # Another export has nothing left to find, and leaves nothing that could come back.
+        with export.written_beside(place) as partial:
+            shutil.copytree(new, partial, dirs_exist_ok=True)
+        assert files_of(place) == new_files
+        assert not list(place.parent.glob(".*-replaced"))
+        shutil.rmtree(place)
+        export.recover_export(place)
+        assert not place.exists()
+    assert len(stood) > 0
+    assert stood.count(False) == (call == "rename")  # between the two
+
+
+def test_content_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    events, fsync, rename = [], os.fsync, os.rename
+
+    def note(handle):
+        events.append(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def note_renaming(source, target):
+        events.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "rename", note_renaming)
+    folder = tiny_export(tmp_path / "model")
+    synced = events[: events.index("rename")]
+    assert {path.stat().st_ino for path in (folder, *folder.rglob("*"))} <= set(synced)
+    assert tmp_path.stat().st_ino in events[events.index("rename") :]
+
+
+def aside(folder: Path, letter: str = "a") -> Path:
+    """Moves an export where a process that was killed leaves it."""
+    return folder.rename(folder.with_name(f".{folder.name}-{letter * 8}-replaced"))
+
+
+def test_an_export_that_was_left_aside_comes_back(tmp_path):
+    for name, labels in (("model", ("a", "b", "c")), ("model-2", LABELS)):
+        aside(tiny_export(tmp_path / name, labels))
+    (tmp_path / "model").mkdir()  # as whoever looks for it may do
+    export.recover_export(tmp_path / "model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".model-2-aaaaaaaa-replaced", "model"]
+    assert VidPrismForVideoClassification.from_pretrained(tmp_path / "model").config.num_labels == 3
+    export.recover_export(tmp_path / "nowhere" / "model")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_an_export_takes_up_the_readme_of_the_one_left_aside(tmp_path):
+    folder = tiny_export(tmp_path / "model")
+    readme = folder / "README.md"
+    readme.write_text(readme.read_text() + "\nAsk me anything.\n")
+    aside(folder)
+    tiny_export(folder, labels=("a", "b", "c"))
+    assert readme.read_text().endswith("\nAsk me anything.\n")
+    assert "knows 3 classes" in readme.read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_export_left_aside_stays_where_something_else_took_its_place(tmp_path):
+    before = files_of(aside(tiny_export(tmp_path / "model")))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "notes.txt").write_text("mine")
+    with pytest.raises(ExportError, match=r"it holds 'notes\.txt'"):
+        tiny_export(tmp_path / "model")
+    assert files_of(tmp_path / ".model-aaaaaaaa-replaced") == before
 
 
 def test_remains_of_the_old_export_are_no_failure(tmp_path, monkeypatch):

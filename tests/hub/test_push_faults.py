@@ -1,42 +1,36 @@
 """The fault matrix of a push: it ends published, once and whole, or with one clear error and the export whole."""
 
-import subprocess
-import sys
+import socket
 import threading
-import time
 from dataclasses import replace
 
+import httpx2
 import pytest
-from push_helpers import QUICK, brisk, first_commit, push, pushed_once, repo_of, with_bytes
-from small import files_of, tiny_export
-
-from vidprism_hf.hub.refusals import PushError
+from huggingface_hub import set_client_factory
+from huggingface_hub.utils._http import default_client_factory
+from push_helpers import (
+    QUICK,
+    brisk,
+    failed,
+    first_commit,
+    not_published,
+    pauses,
+    push,
+    pushed_once,
+    repo_of,
+    with_bytes,
+)
+from small import files_of
 
 pytest_plugins = ["hub_server.fixtures"]
 pytestmark = pytest.mark.usefixtures("brisk")
 
-__all__ = ["brisk"]
+__all__ = ["brisk", "pauses"]
 
 READING = [pytest.param(step, marks=pytest.mark.slow) for step in ("info", "tree")]
 WRITING = ["create", "validate", "preupload", "batch", "upload", "verify", "commit"]
 STEPS = READING + WRITING
 IMPATIENT = replace(QUICK, timeout=0.4)
-
-
-def failed(hub, token, folder, patience=QUICK, **settings) -> str:
-    """The one line in which a push says why it failed; nothing is published by it and the export is whole."""
-    before = files_of(folder)
-    with pytest.raises(PushError) as caught:
-        push(hub, token, folder, patience=patience, **settings)
-    assert len(str(caught.value).splitlines()) == 1
-    assert token not in str(caught.value)
-    assert files_of(folder) == before
-    return str(caught.value)
-
-
-def not_published(hub, name="alice/m"):
-    if ("model", name) in hub.repositories:
-        assert list(first_commit(hub, name).files) == [".gitattributes"]
 
 
 # 500, 429
@@ -65,35 +59,35 @@ def test_an_error_for_ever(hub, api, exported, step):
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_too_many_requests(hub, api, exported, step):
-    hub.fault(step, status=429, retry_after=0)
+def test_the_pause_that_is_asked_for_is_made(hub, api, exported, pauses, step):
+    hub.fault(step, status=429, retry_after=2)
     push(hub, api.token, exported)
+    assert [pause for pause in pauses if pause >= 2] in ([2.0], [3.0])  # the client adds a second
     pushed_once(hub, exported)
-
-
-@pytest.mark.parametrize("step", ["create", "commit"])
-def test_the_pause_that_is_asked_for_is_made(hub, api, exported, step):
-    hub.fault(step, status=429, retry_after=1)
-    started = time.monotonic()
-    push(hub, api.token, exported)
-    assert time.monotonic() - started > 1
-    pushed_once(hub, exported)
-
-
-def test_the_client_makes_the_pause_that_is_asked_for(hub, api, exported, brisk):
-    hub.fault("preupload", status=429, retry_after=3)
-    push(hub, api.token, exported)
-    assert brisk == [4.0]  # the client adds a second
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_a_pause_that_is_too_long_is_not_made(hub, api, exported, brisk, step):
+def test_a_pause_that_is_too_long_is_not_made(hub, api, exported, pauses, step):
     hub.fault(step, status=429, retry_after=3600, times=None)
     told = failed(hub, api.token, exported)
     assert "pause of 3600 s" in told
     assert hub.count(step) == 1
-    assert brisk == []
+    assert pauses == []
     not_published(hub)
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("fault", [{"status": 500}, {"reset": True}])
+def test_no_try_begins_when_a_step_has_failed_for_too_long(hub, api, exported, pauses, step, fault):
+    """Neither one of ours nor one of the client's."""
+    hub.fault(step, times=None, **fault)
+    told = failed(hub, api.token, exported, patience=replace(QUICK, tries=50, step_limit=0))
+    assert "to go on from there" in told
+    assert hub.count(step) == 1
+    assert len(pauses) <= 1
+    hub.heal()
+    push(hub, api.token, exported)
+    pushed_once(hub, exported)
 
 
 def test_an_answer_that_makes_the_client_repeat_for_ever(hub, api, exported):
@@ -127,21 +121,61 @@ def test_a_server_that_never_answers_once(hub, api, exported, step):
     pushed_once(hub, exported)
 
 
-@pytest.mark.parametrize("step", ["info", "create", "commit"])
+@pytest.mark.parametrize("step", STEPS)
 def test_a_server_that_never_answers(hub, api, exported, step):
     hub.fault(step, hang=True, times=None)
-    started = time.monotonic()
-    assert "cannot be reached" in failed(hub, api.token, exported, patience=IMPATIENT)
-    assert time.monotonic() - started < 10
+    told = failed(hub, api.token, exported, patience=replace(IMPATIENT, step_limit=0.5))
+    assert "to go on from there" in told
+    assert 1 < hub.count(step) <= 3
     not_published(hub)
+    hub.heal()
+    push(hub, api.token, exported)
+    pushed_once(hub, exported)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("step", ["preupload", "batch", "upload", "verify"])
-def test_a_server_that_never_answers_what_the_client_repeats(hub, api, exported, step):
-    hub.fault(step, hang=True, times=None)
-    assert "cannot be reached" in failed(hub, api.token, exported, patience=replace(IMPATIENT, tries=2))
-    not_published(hub)
+DRIPPED = replace(QUICK, answer_limit=0.3, step_limit=0)
+
+
+@pytest.mark.parametrize("step", ["create", "validate", "preupload", "batch", "commit"])
+def test_an_answer_that_drips_once(hub, api, exported, step):
+    """A byte now and then keeps every single read in time; here the answer's head came at once."""
+    hub.fault(step, drip=0.1, when="during")
+    push(hub, api.token, exported, patience=replace(DRIPPED, step_limit=5))
+    assert hub.count(step) == (1 if step == "commit" else 2)
+    # What may have been done is looked for: the repository that was asked for, the commit.
+    assert hub.count("info") == (2 if step in ("preupload", "batch") else 3)
+    pushed_once(hub, exported)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_answers_that_drip(hub, api, exported, step):
+    """Head and body of each; what was asked for is done, and stored."""
+    hub.fault(step, drip=0.1, when="after", times=None)
+    assert "to go on from there" in failed(hub, api.token, exported, patience=DRIPPED)
+    assert hub.count(step) == 1
+    hub.heal()
+    push(hub, api.token, exported)
+    pushed_once(hub, exported)
+
+
+@pytest.fixture
+def small_buffers():
+    """A client that cannot hand a whole file over to the system at once."""
+
+    def factory():
+        transport = httpx2.HTTPTransport(socket_options=[(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)])
+        return httpx2.Client(transport=transport, follow_redirects=True, timeout=None)
+
+    set_client_factory(factory)
+    yield
+    set_client_factory(default_client_factory)
+
+
+def test_an_upload_takes_as_long_as_bytes_flow(hub, api, exported, small_buffers):
+    hub.fault("upload", drip=0.03, when="before")  # two seconds for the file
+    push(hub, api.token, exported, patience=replace(QUICK, timeout=1, answer_limit=1, step_limit=0))
+    assert hub.count("upload") == 1
+    pushed_once(hub, exported)
 
 
 def test_a_dead_network(hub, api, exported):
@@ -268,64 +302,7 @@ def test_commits_in_between_for_ever(hub, api, exported):
     not_published(hub)
 
 
-PUSH = """
-import sys
-from vidprism_hf.errors import UserError
-from vidprism_hf.hub.push import main
-try:
-    main(sys.argv[1:])
-except UserError as error:
-    sys.exit(str(error))
-"""
-
-
-def start(hub, token, folder, home, xet=False, **more):
-    environment = hub.environment(home, token, xet) | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"} | more
-    command = [sys.executable, "-c", PUSH, str(folder), "--repo", "alice/m"]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def last_line(process) -> str:
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err[-3000:]
-    return out.splitlines()[-1]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("same", [True, False])
-def test_two_pushes_at_the_same_time(hub, api, exported, tmp_path, same):
-    other = exported if same else tiny_export(tmp_path / "other", seed=1)
-    hub.fault("create", delay=3.0)  # long enough for both to have looked
-    hub.fault("commit", delay=2.0)
-    processes = [start(hub, api.token, folder, tmp_path / "home") for folder in (exported, other)]
-    commits = [last_line(process).split()[1] for process in processes]
-    repo = repo_of(hub)
-    assert len(repo.commits) == (2 if same else 3)
-    assert len(repo.history(repo.commit("main"))) == len(repo.commits)
-    for commit, folder in zip(commits, (exported, other), strict=True):
-        files = {path: content.read() for path, content in repo.commit(commit).files.items()}
-        assert files.items() >= files_of(folder).items()
-
-
-# Kill and go on
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("step", ["upload", "verify", "commit"])
-def test_a_push_that_was_killed_goes_on(hub, api, exported, tmp_path, step):
-    hub.fault(step, hang=True, when="during" if step == "upload" else "after")
-    before = files_of(exported)
-    process = start(hub, api.token, exported, tmp_path / "home")
-    hub.wait_for(step)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -9
-    assert files_of(exported) == before
-    hub.heal()
-    uploads = hub.count("upload")
-    last_line(start(hub, api.token, exported, tmp_path / "home"))
-    pushed_once(hub, exported)
-    assert hub.count("upload") - uploads == (1 if step == "upload" else 0)  # what has arrived is not sent again
+# Go on
 
 
 def test_of_several_large_files_those_that_arrived_are_not_sent_again(hub, api, exported, tmp_path):
@@ -352,61 +329,3 @@ def test_large_files_in_parts(hub, api, exported):
     hub.fault("complete", status=500)
     push(hub, api.token, exported)
     pushed_once(hub, exported)
-
-
-# Xet
-
-
-@pytest.fixture
-def xet():
-    """hf-xet, which needs a process for each push: it holds the lock of its folder for as long as it lives."""
-    pytest.importorskip("hf_xet")
-
-
-@pytest.mark.slow
-def test_the_xet_path(hub, api, exported, tmp_path, xet):
-    last_line(start(hub, api.token, exported, tmp_path / "home", xet=True))
-    assert hub.count("xet-token") > 0
-    assert hub.count("upload") == 0
-    pushed_once(hub, exported)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("step", "fault"),
-    [
-        ("xet-token", {"status": 500}),
-        ("xet-token", {"reset": True}),
-        ("xet-token", {"status": 429, "retry_after": 0}),
-        ("commit", {"reset": True, "when": "after"}),
-        ("commit", {"status": 500}),
-    ],
-)
-def test_a_fault_on_the_xet_path(hub, api, exported, tmp_path, xet, step, fault):
-    hub.fault(step, **fault)
-    last_line(start(hub, api.token, exported, tmp_path / "home", xet=True))
-    pushed_once(hub, exported)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("status", "words"), [(401, "does not know this token"), (403, "may not")])
-def test_a_refusal_on_the_xet_path(hub, api, exported, tmp_path, xet, status, words):
-    hub.fault("xet-token", status=status, times=None)
-    process = start(hub, api.token, exported, tmp_path / "home", xet=True)
-    _, err = process.communicate(timeout=200)
-    assert process.returncode == 1
-    assert words in err.splitlines()[-1]
-    not_published(hub)
-
-
-@pytest.mark.slow
-def test_a_server_that_never_answers_on_the_xet_path(hub, api, exported, tmp_path, xet):
-    hub.fault("xet-token", hang=True, times=None)
-    # hf-xet has time-outs of its own, of minutes.
-    brief = {"READ_TIMEOUT": "500ms", "RETRY_MAX_ATTEMPTS": "1", "RETRY_BASE_DELAY": "10ms"}
-    more = {f"HF_XET_CLIENT_{name}": value for name, value in brief.items()}
-    process = start(hub, api.token, exported, tmp_path / "home", xet=True, **more)
-    _, err = process.communicate(timeout=200)
-    assert process.returncode == 1
-    assert "cannot be reached at the upload" in err.splitlines()[-1]
-    not_published(hub)

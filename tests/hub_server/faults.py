@@ -22,6 +22,7 @@ class Fault:
     code: str | None
     cut: bool
     hang: bool
+    drip: float
     when: str
     times: int | None
     skip: int
@@ -69,6 +70,7 @@ def new_fault(
     reset: bool = False,
     cut: bool = False,
     hang: bool = False,
+    drip: float = 0.0,
     delay: float = 0.0,
     when: str = "before",
     retry_after: int | None = None,
@@ -79,10 +81,10 @@ def new_fault(
 ) -> Fault:
     if step not in STEPS and step != ANY:
         raise ValueError(f"no step is called {step!r}; there are {', '.join(STEPS)}")
-    if (status is not None) + reset + cut + hang + (delay > 0) != 1:
-        raise ValueError("a fault has one of status, reset, cut, hang and delay")
-    if when not in ("before", "during", "after") or (when == "during" and not (reset or cut or hang)):
-        raise ValueError("when is before, during (reset, cut and hang only) or after")
+    if (status is not None) + reset + cut + hang + (drip > 0) + (delay > 0) != 1:
+        raise ValueError("a fault has one of status, reset, cut, hang, drip and delay")
+    if when not in ("before", "during", "after") or (when == "during" and (status or delay)):
+        raise ValueError("when is before, during (reset, cut, hang and drip only) or after")
     headers = {"Retry-After": str(retry_after)} if retry_after is not None else {}
     message = message or f"made for a test: {status}"
-    return Fault(step, status, headers, message, code, cut, hang, when, times, skip, delay)
+    return Fault(step, status, headers, message, code, cut, hang, drip, when, times, skip, delay)

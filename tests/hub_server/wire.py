@@ -1,6 +1,7 @@
 """The HTTP side of the test Hub: connections, bodies, ranges, and faults on the wire."""
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -127,10 +128,11 @@ class Handler(BaseHTTPRequestHandler):
     def respond(self, call: Call, route: Route | None, match, fault: Fault | None):
         when = fault.when if fault else None
         length = int(self.headers.get("Content-Length") or 0)
-        if when == "before" and fault.status is None:
+        drips = fault is not None and fault.drip > 0
+        if when == "before" and fault.status is None and not drips:
             self.strike(fault)
-        halfway = when == "during" and length > 0
-        self.receive(call, length // 2 if halfway else length)
+        halfway = when == "during" and length > 0 and not drips
+        self.receive(call, length // 2 if halfway else length, fault.drip if when == "before" else 0)
         if halfway:
             self.strike(fault)
         status = fault.status if fault else None
@@ -138,9 +140,9 @@ class Handler(BaseHTTPRequestHandler):
         if status:
             answer = Refused(status, fault.message, fault.code).answer
             answer.headers |= fault.headers
-        elif when == "after":
+        elif when == "after" and not drips:
             self.strike(fault)
-        self.send(answer, fault if when == "during" else None)
+        self.send(answer, fault if when == "during" or (drips and when == "after") else None)
 
     def ask(self, call: Call, route: Route | None, match) -> Answer:
         try:
@@ -162,11 +164,15 @@ class Handler(BaseHTTPRequestHandler):
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             return Refused(400, f"Malformed request: {error!r}").answer
 
-    def receive(self, call: Call, length: int):
+    def receive(self, call: Call, length: int, pause: float):
+        if pause:  # nothing is to lie in the system's buffers and look as if it were read
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BLOCK)
+        size = BLOCK // 4 if pause else BLOCK
         with open(call.body, "wb") as file:
-            while self.received < length and (block := self.rfile.read(min(BLOCK, length - self.received))):
+            while self.received < length and (block := self.rfile.read(min(size, length - self.received))):
                 file.write(block)
                 self.received += len(block)
+                self.hub.closed.wait(pause)
         if self.received < length:
             raise ConnectionError("the client went away")
 
@@ -201,6 +207,9 @@ class Handler(BaseHTTPRequestHandler):
             headers |= more
         end = body.size if end is None else end
         self.note(status)
+        drip = fault.drip if fault else 0
+        if drip and fault.when == "after":
+            self.wfile = Dripping(self.wfile, drip, self.hub.closed)
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value.encode("ascii", "replace").decode())
@@ -208,16 +217,34 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        cut = start + (end - start) // 2 if fault else end
+        if drip and fault.when == "during":
+            self.wfile = Dripping(self.wfile, drip, self.hub.closed)
+        cut = start + (end - start) // 2 if fault and not drip else end
         while start < cut:
             block = body.read(start, min(start + BLOCK, cut))
             self.wfile.write(block)
             start += len(block)
-        if fault:
+        if drip:
+            self.wfile = self.wfile.file
+        elif fault:
             self.strike(fault)
 
     def log_message(self, *_):
         """Quiet."""
+
+
+class Dripping(io.BufferedIOBase):
+    """Writes a byte now and then until the Hub closes."""
+
+    def __init__(self, file, pause: float, closed: threading.Event):
+        self.file, self.pause, self.hub_closed = file, pause, closed
+
+    def write(self, data) -> int:
+        for byte in bytes(data):
+            self.file.write(bytes([byte]))
+            if self.hub_closed.wait(self.pause):
+                raise ConnectionError("the Hub closes")
+        return len(data)
 
 
 def ranged(header: str | None, size: int) -> tuple[int, int, int, dict[str, str]]:

@@ -34,10 +34,9 @@ def take(hub, repo: Repository, oid: str):
     for folder in repo.xet_folders:
         for shard in (folder / "xet" / "xorbs" / "shards").glob("*.mdb"):
             name = names_by_sha256(shard.read_bytes()).get(oid)
-            if name:
-                file = rebuild(hub, folder, name)
-                if sha256(file) == oid:
-                    repo.large[oid] = Content(file, large=True)
+            file = rebuild(hub, folder, name) if name else None
+            if file and sha256(file) == oid:
+                repo.large[oid] = Content(file, large=True)
                 return
 
 

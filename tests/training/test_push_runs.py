@@ -1,16 +1,20 @@
-"""From a training to the Hub and back: the callback of a recipe, `vidprism push`, and a stranger who loads by id."""
+"""From a training to the Hub and back: the callback of a recipe, and a stranger who loads by id; a Hub that is down."""
 
+import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from hub_server import Hub
+from push_helpers import as_published
+from safetensors.torch import load
 from small import run_arguments
 
+from vidprism_hf import VidPrismForVideoClassification
+from vidprism_hf.cli import main
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-ROOT = Path(__file__).parents[2]
 STRANGER = """
 from transformers import pipeline
 classify = pipeline("video-classification", model="alice/moves", trust_remote_code=True)
@@ -18,34 +22,61 @@ print(classify({clip!r}, top_k=1)[0]["label"])
 """
 
 
-def run(words, env):
-    done = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True, timeout=500, cwd=ROOT)
-    assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
-
-
-def test_a_run_is_published_as_it_goes_and_at_its_end(motion_clips, tmp_path):
-    callback = (
-        "--trainer.callbacks+=vidprism_hf.training.push_callback.PushToHub",
-        "--trainer.callbacks.repo=alice/moves",
-    )
-    arguments = run_arguments(motion_clips, tmp_path / "run", *callback)
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub that the processes which this one starts talk to, as alice."""
     with Hub() as hub:
-        env = hub.environment(tmp_path / "home", hub.user("alice")) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        run(["-m", "vidprism_hf.cli", *arguments], env)
-        repo = hub.repositories["model", "alice/moves"]
-        during = {path: content.read() for path, content in repo.commit("main").files.items()}
-        assert {"model.safetensors", "config.json", "README.md", "recipe.yaml"} <= during.keys()
-        # The final export differs in what it has learned of itself, not in its weights.
-        export = tmp_path / "run" / "export"
-        said = run(["-m", "vidprism_hf.cli", "push", str(export), "--repo", "alice/moves", "--tag", "v1"], env)
-        last = said.splitlines()[-1]
-        assert hub.url in last
-        assert repo.commit("main").oid in last
-        published = {path: content.read() for path, content in repo.commit("main").files.items()}
-        ours = {str(path.relative_to(export)): path.read_bytes() for path in export.rglob("*") if path.is_file()}
-        assert {name: published.get(name) for name in ours} == ours
-        stranger = hub.environment(tmp_path / "elsewhere") | {"OMP_NUM_THREADS": "1"}
-        code = STRANGER.format(clip=str(next((motion_clips / "val" / "growing").iterdir())))
-        label = run(["-c", code], stranger).strip().splitlines()[-1]
-        assert label in os.listdir(motion_clips / "val")
+        for name, value in hub.environment(tmp_path / "home", hub.user("alice")).items():
+            monkeypatch.setenv(name, value)
+        yield hub
+
+
+def pushing(source, output, repo, *more):
+    """A run that pushes to a repository."""
+    callback = "--trainer.callbacks+=vidprism_hf.training.push_callback.PushToHub"
+    return run_arguments(source, output, callback, f"--trainer.callbacks.repo={repo}", *more)
+
+
+def read(commit):
+    return {path: content.read() for path, content in commit.files.items()}
+
+
+def test_a_run_is_published_as_it_goes_and_at_its_end(hub, motion_clips, tmp_path, capsys):
+    hub.fault("commit", status=500)
+    assert main(pushing(motion_clips, tmp_path / "run", "alice/moves", "--trainer.callbacks.private=true")) == 0
+    repo = hub.repositories["model", "alice/moves"]
+    assert repo.private
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"Pushed: {hub.url}/alice/moves {repo.commit('main').oid}"
+    # What is on the Hub in the end is the run's export, with the card of the whole run.
+    export = as_published(tmp_path / "run" / "export", "alice/moves")
+    published = read(repo.commit("main"))
+    assert {name: published.get(name) for name in export} == export
+    assert b"## Experts" in export["README.md"]
+    # What was there before knew what its own epoch had given.
+    *_, first, _ = repo.history(repo.commit("main"))
+    during = read(first)
+    assert b"Kept as the best so far" in during["README.md"]
+    assert "figures/curves.png" in during
+    assert load(during["model.safetensors"]).keys() == load(export["model.safetensors"]).keys()
+    assert list((tmp_path / "run" / "push").iterdir()) == []
+    repo.private = False
+    clip = str(next((motion_clips / "val" / "growing").iterdir()))
+    stranger = hub.environment(tmp_path / "elsewhere") | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", STRANGER.format(clip=clip)]
+    said = subprocess.run(command, env=stranger, capture_output=True, text=True, timeout=300, check=True).stdout
+    assert said.strip().splitlines()[-1] in os.listdir(motion_clips / "val")
+
+
+def test_a_hub_that_is_down_for_good(hub, motion_clips, tmp_path, capsys):
+    hub.fault("any", status=503, retry_after=3600, times=None)
+    # One callback may stand without a list.
+    callback = {"class_path": "vidprism_hf.training.push_callback.PushToHub", "init_args": {"repo": "alice/moves"}}
+    assert main(run_arguments(motion_clips, tmp_path / "run", f"--trainer.callbacks={json.dumps(callback)}")) == 0
+    export = tmp_path / "run" / "export"
+    assert "alice/moves" not in (export / "recipe.yaml").read_text()
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if "ushed" in line] == said[-1:]
+    assert said[-1].startswith("Not pushed: alice/moves: the Hub asks for a pause of 3600 s")
+    assert said[-1].endswith(f"; push it by hand: vidprism push {export} --repo alice/moves")
+    VidPrismForVideoClassification.from_pretrained(export)

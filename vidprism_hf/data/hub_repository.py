@@ -7,10 +7,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import httpx2
-from huggingface_hub import DatasetCard, get_cached_repo_tree, is_offline_mode, resolve_revision, snapshot_download
+import yaml
+from huggingface_hub import (
+    DatasetCard,
+    get_cached_repo_tree,
+    is_offline_mode,
+    resolve_revision,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -57,8 +66,7 @@ class Repository:
             names = ["README.md", ".gitattributes"]  # the second one is there always: the client warns of no match
             folder = snapshot_download(source, repo_type="dataset", revision=found, allow_patterns=names)
             tree = get_cached_repo_tree(source, repo_type="dataset", revision=found)
-        card = Path(folder, "README.md")
-        configs = DatasetCard.load(card, ignore_metadata_errors=True).data.get("configs") if card.is_file() else None
+        configs = _card_metadata(Path(folder, "README.md")).get("configs")
         return cls(source, found.resolved, {file.path: file.size for file in tree}, bool(configs))
 
     def named(self, *extensions: str) -> list[str]:
@@ -104,6 +112,28 @@ class Repository:
             wanted = {name: self.files[name] for name in names}
             fetch_hub(self.source, self.commit, wanted, tuple(sorted(map(_escape, patterns))), folder)
         return folder
+
+
+def stated_license(source: str, revision: str | None = None) -> str | None:
+    """The licence that a repository's card states, by the copy that `Repository.find` has fetched: nobody is asked.
+
+    Returns:
+        Its id on the Hub, or its own name where that is `other`; None where none is stated.
+    """
+    card = try_to_load_from_cache(source, "README.md", repo_type="dataset", revision=revision)
+    metadata = _card_metadata(Path(card)) if isinstance(card, str) else {}
+    stated = metadata.get("license")
+    names = [name for name in (stated if isinstance(stated, list) else [stated]) if isinstance(name, str)]
+    names = [str(metadata.get("license_name") or name) if name == "other" else name for name in names]
+    return ", ".join(name for name in names if name != "unknown") or None
+
+
+def _card_metadata(card: Path) -> dict[str, Any]:
+    """The metadata of a card; nothing where there is no card, or its authors have broken it."""
+    try:
+        return DatasetCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
 
 
 @contextmanager

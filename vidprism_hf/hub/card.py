@@ -1,10 +1,11 @@
 """The model card: facts of a run or a conversion, rendered by one template, and merged with what a person wrote."""
 
 import platform
+import re
 import subprocess
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import requires, version
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,20 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 
 from ..errors import printable
 from ..evaluation.intervals import wilson_interval
-from .card_merge import merge_card
+from .card_merge import BEGIN, SECTION, merge_card
 
-__all__ = ["CardFacts", "eval_results_file", "merge_card", "render_card"]
+__all__ = ["CardFacts", "addressed", "eval_results_file", "merge_card", "render_card"]
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 CITATION = Path(__file__).with_name("citation.cff")
 PACKAGES = ("vidprism_hf", "torch", "transformers", "lightning", "huggingface_hub", "av")
+NEEDED = ("av", "torch", "torchvision", "transformers")  # by the code files of a model and the pipeline
 METRICS = {"top1": "Top-1 accuracy", "top5": "Top-5 accuracy"}
 NOT_STATED = "not stated"
+UNKNOWN = "unknown"  # the Hub's id where nobody has stated a licence
+# Where the snippets of the template name the model: see `addressed`.
+SNIPPET = re.compile(r"^```(?:python|bash)\r?\n.*?^```", re.DOTALL | re.MULTILINE)
+ADDRESS = re.compile(r'^(?P<python>model_id = )"[^\r\n]*|^(?P<bash>vidprism predict )\S+', re.MULTILINE)
 # Licence of a backbone's weights, by Hub id. Source: github.com/openai/CLIP (LICENSE); the Hub's pages state none.
 BASE_LICENSES = {f"openai/clip-vit-{size}": "MIT" for size in ("base-patch32", "base-patch16", "large-patch14")}
 TAGS = ("vidprism", "video-classification", "action-recognition", "mixture-of-experts")
@@ -38,9 +44,12 @@ class CardFacts:
         rates: Of the streams.
         origin: One sentence on where the weights come from.
         base_model: Hub id of the tower's checkpoint; None where it is no Hub id.
-        backbone: The tower in words, as the recipe names it.
+        backbone: What the training started from, in words.
         dataset: Title or folder name of the data.
         dataset_id: Its id on the Hub, if it has one.
+        dataset_split: Name there of the part that was held out; None where it has no name.
+        dataset_config: Its configuration there, where one was named.
+        dataset_revision: Its revision there, where one was named.
         data_license: Its licence and terms, in a line.
         split: How it was split.
         train_clips: Training clips used, `N` or `N of M`.
@@ -67,6 +76,9 @@ class CardFacts:
     backbone: str | None = None
     dataset: str | None = None
     dataset_id: str | None = None
+    dataset_split: str | None = None
+    dataset_config: str | None = None
+    dataset_revision: str | None = None
     data_license: str = NOT_STATED
     split: str | None = None
     train_clips: str | None = None
@@ -89,6 +101,11 @@ class CardFacts:
         return BASE_LICENSES.get(self.base_model or "", NOT_STATED)
 
     @property
+    def chance(self) -> dict[str, float]:
+        """What each metric would be for guesses, where all classes have as many clips."""
+        return {name: min(1.0, int(name.removeprefix("top")) / len(self.labels)) for name in self.metrics}
+
+    @property
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Wilson's 95 % interval of each metric."""
         clips = self.num_evaluated
@@ -103,16 +120,37 @@ def render_card(facts: CardFacts) -> ModelCard:
         base_model=facts.base_model,
         datasets=[facts.dataset_id] if facts.dataset_id else None,
         metrics=["accuracy"] if facts.metrics else None,
-        license=facts.license or "unknown",
+        license=facts.license or UNKNOWN,
         tags=list(TAGS),
         model_name=facts.model_name,
         eval_results=evaluation_results(facts) or None,
     )
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
     texts = {"plain": plain, "code": code, "cell": cell}
-    return ModelCard.from_template(
-        data, template_path=TEMPLATE, facts=facts, versions=versions, revision=git_revision(), bibtex=bibtex(), **texts
-    )
+    known = {"versions": versions, "needed": requirements(), "revision": git_revision(), "bibtex": bibtex()}
+    return ModelCard.from_template(data, template_path=TEMPLATE, facts=facts, **known, **texts)
+
+
+def addressed(card_text: str, repo_id: str) -> str:
+    """The card with snippets that name the model by its id on the Hub: what a push publishes.
+
+    A generated card names it as `.`, the folder that it lies in, in lines `model_id = "."` and `vidprism predict .`
+    of its snippets. These lines are replaced, whichever model they name, and nothing else; of a card without exactly
+    one generated part nothing is.
+
+    Args:
+        card_text: The README.
+        repo_id: `org/name`.
+    """
+
+    def name(line: re.Match) -> str:
+        return f'{line["python"]}"{repo_id}"' if line["python"] else f"{line['bash']}{repo_id}"
+
+    def readdress(section: re.Match) -> str:
+        return SNIPPET.sub(lambda snippet: ADDRESS.sub(name, snippet[0]), section[0])
+
+    is_ours = len(SECTION.findall(card_text)) == 1 == card_text.count(BEGIN)
+    return SECTION.sub(readdress, card_text) if is_ours else card_text
 
 
 def plain(text: object) -> str:
@@ -137,14 +175,21 @@ def evaluation_results(facts: CardFacts) -> list[EvalResult]:
             task_type="video-classification",
             dataset_type=facts.dataset_id or facts.dataset or "unknown",
             dataset_name=facts.dataset or "unknown",
-            dataset_split="val",
+            dataset_split=facts.dataset_split,
+            dataset_config=facts.dataset_config,
+            dataset_revision=facts.dataset_revision,
             metric_type="accuracy",
             metric_name=METRICS[name],
-            metric_value=value,
+            metric_value=rounded(value),
         )
         for name, value in facts.metrics.items()
         if name in METRICS
     ]
+
+
+def rounded(value: float) -> float:
+    """A share without the digits that are but float32's."""
+    return round(value, 6)
 
 
 def eval_results_file(facts: CardFacts) -> dict[str, bytes]:
@@ -156,12 +201,19 @@ def eval_results_file(facts: CardFacts) -> dict[str, bytes]:
     if not facts.dataset_id or not facts.metrics:
         return {}
     entries = [
-        EvalResultEntry(dataset_id=facts.dataset_id, task_id=name, value=value, notes=facts.protocol)
+        EvalResultEntry(dataset_id=facts.dataset_id, task_id=name, value=rounded(value), notes=facts.protocol)
         for name, value in facts.metrics.items()
         if name in METRICS
     ]
     text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
     return {f".eval_results/{facts.dataset_id.replace('/', '--').replace('.', '-')}.yaml": text.encode()}
+
+
+@cache
+def requirements() -> str:
+    """What a stranger needs to run the model's own code, as pip takes it in a shell."""
+    found = {re.match(r"[\w-]+", line)[0]: line.partition(";")[0].strip() for line in requires("vidprism_hf")}
+    return " ".join(f"'{found[name]}'" for name in NEEDED)
 
 
 @cache

@@ -18,7 +18,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -29,11 +29,12 @@ from safetensors import SafetensorError, safe_open
 from .. import model as model_package
 from ..errors import UserError, first_line
 from ..model import VidPrismConfig, VidPrismForVideoClassification, VidPrismModel, VidPrismVideoProcessor
-from .card import merge_card
+from .card import UNKNOWN, merge_card
 
 WEIGHTS = "model.safetensors"
 README = "README.md"
 MAX_SHARD_SIZE = "5GB"
+REPLACED = "replaced"  # ends the name of an export that was moved aside for a new one
 Precision = Literal["float32", "bfloat16", "float16"]
 # Every file that an export has ever had, by its path within: a folder with any other entry is not ours to replace.
 EXPORT_FILES = re.compile(
@@ -143,7 +144,7 @@ def auto_map() -> dict[str, str]:
 
 
 def readme(folder: Path, card: ModelCard) -> str:
-    """The card; where there is one already, that one with its generated part refreshed."""
+    """The card; where there is one already, that one with its generated part refreshed, and the licence if stated."""
     text = str(card).rstrip("\n") + "\n"
     try:
         existing = (folder / README).read_bytes().decode()
@@ -151,7 +152,8 @@ def readme(folder: Path, card: ModelCard) -> str:
         return text
     except UnicodeDecodeError as error:
         raise ExportError(f"{folder / README}: is no UTF-8 text; save it as such, or remove it") from error
-    return merge_card(existing, text)
+    stated = card.data.license not in (None, UNKNOWN)
+    return merge_card(existing, text, anew={"license"} if stated else ())
 
 
 def check_weights(state: Mapping[str, torch.Tensor], folder: Path) -> None:
@@ -184,11 +186,15 @@ def check_weights(state: Mapping[str, torch.Tensor], folder: Path) -> None:
 def written_beside(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder` that takes its name when the block ends well, and goes when it does not.
 
+    Of a process that is killed, or a machine that stops, the unfinished folder `.<name>-<8 characters>` stays, and
+    `folder` is as it was, or at worst stands aside: see `recover_export`.
+
     Raises:
         ExportError: If it cannot be written, or `folder` holds anything that is no part of an export. `folder` is
             as it was then.
     """
     try:
+        recover_export(folder)
         refuse_other_content(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -213,7 +219,7 @@ def refuse_other_content(folder: Path) -> None:
     Raises:
         ExportError: If anything else stands there.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if is_vacant(folder):
         return
     if not folder.is_dir():
         reason = "it is a file"
@@ -223,7 +229,14 @@ def refuse_other_content(folder: Path) -> None:
         reason = "it has no config.json of a VidPrism"
     else:
         return
-    raise ExportError(f"{folder}: exists and is not an exported model ({reason}); choose another folder")
+    raise ExportError(
+        f"{folder}: exists and is not an exported model ({reason}); choose another folder, or move that away"
+    )
+
+
+def is_vacant(folder: Path) -> bool:
+    """Whether nothing stands there, or an empty folder."""
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
 def foreign_content(folder: Path) -> list[str]:
@@ -246,16 +259,57 @@ def is_vidprism_config(file: Path) -> bool:
 
 
 def put_in_place(partial: Path, folder: Path) -> None:
-    """Renames `partial` to `folder`; what stood there is removed last, and put back if the renaming fails."""
+    """Renames `partial` to `folder`; what stood there is moved aside before, and put back if the renaming fails.
+
+    At every moment `folder` holds the old export or the new one, but for the one between the two renamings: a process
+    that is killed right then leaves the old one aside, whole, for `recover_export`.
+    """
+    for path in (*partial.rglob("*"), partial):
+        write_through(path)
     replaced = None
     if folder.exists():
-        replaced = folder.rename(partial.with_name(f"{partial.name}-replaced"))
+        replaced = folder.rename(partial.with_name(f"{partial.name}-{REPLACED}"))
     try:
         partial.rename(folder)
     except BaseException:
-        if replaced is not None:
-            replaced.rename(folder)
+        recover_export(folder)
         raise
+    write_through(folder.parent)
     if replaced is not None:
-        # The new export stands whole: remains of the old one must not make it look failed.
+        remove_replaced(replaced)
+
+
+def recover_export(folder: Path) -> None:
+    """Puts back an export that a killed process had moved aside to make room for a new one.
+
+    If an export stands in its place, that is the new one, and the old one goes.
+    """
+    aside = re.compile(rf"\.{re.escape(folder.name)}-[a-z0-9_]{{8}}-{REPLACED}")  # as mkdtemp draws names
+    if not folder.parent.is_dir():
+        return
+    found = [path for path in folder.parent.iterdir() if aside.fullmatch(path.name)]
+    for replaced in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        if is_vacant(folder):
+            replaced.rename(folder)
+        elif is_vidprism_config(folder / "config.json"):
+            remove_replaced(replaced)
+
+
+def remove_replaced(replaced: Path) -> None:
+    """Removes an export that another has replaced; remains of it are no failure of the new one."""
+    with suppress(OSError):
+        # Under another name: what is half gone must not be put back by `recover_export`.
+        replaced = replaced.rename(replaced.with_name(replaced.name.removesuffix(REPLACED) + "removed"))
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_through(path: Path) -> None:
+    """Has a file's content, or a folder's list of files, written to the disk itself before the call returns."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():  # not every file system can do it for folders
+            raise
+    finally:
+        os.close(handle)

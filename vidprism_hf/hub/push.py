@@ -2,11 +2,10 @@
 
 What differs from the repository's tree is uploaded and committed on top of the commit that it was compared with
 (`parent_commit`). After a failure with an unknown outcome the branch is looked at first: what has arrived is not
-sent again. The exported folder is only read.
+sent again. The exported folder is only read; the published card differs from its own in the name of the model.
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,15 +18,15 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import UserError, first_line
-from .pushed_files import INDEX, LocalFile, read_export
-from .refusals import LOG_IN, PushError, explain, safe
+from .card import addressed
+from .card_merge import is_kept, left_out, merge_card, states_license
+from .pushed_files import RESULTS, WRITTEN, LocalFile, read_export
+from .refusals import LOG_IN, PushError, explain
 from .remote import MAIN, README, Remote
-from .retries import MOVED_STATUS, HubError, Patience, bounded_client, pause_after, read_failure
+from .retries import MOVED_STATUS, HubError, Patience, bounded_client, read_failure, safe
 
 MESSAGE = "Upload a VidPrism model"
-WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|" + re.escape(INDEX))
-# Text in a card that this package wrote: such a README may be written anew.
-GENERATED = "<!-- vidprism:generated"
+COMMIT = "the commit"
 SENT = ("new", "changed")
 # Pushes of others that we let go first; each of them has a pause of its own.
 MOVES = 20
@@ -35,7 +34,7 @@ MOVES = 20
 
 @dataclass(frozen=True)
 class PushedFile:
-    """One file of a push: `state` is new, changed, unchanged, removed, or kept (a README that a person wrote)."""
+    """One file of a push: `state` is new, changed, unchanged, removed, or kept (a person's README of the Hub)."""
 
     path: str
     size: int
@@ -98,10 +97,10 @@ class Plan:
     def missing(self, tree: dict[str, RepoFile]) -> list[str]:
         """What a commit's files lack, or have too much."""
         lacking = [path for path, file in self.wanted.items() if path not in tree or not file.is_same(tree[path])]
-        return lacking + stale_weights(tree, self.wanted)
+        return lacking + stale(tree, self.wanted)
 
 
-def make_plan(files: dict[str, LocalFile], tree: dict[str, RepoFile], readme: Callable[[], str]) -> Plan:
+def make_plan(files: dict[str, LocalFile], tree: dict[str, RepoFile], readme: Callable[[], bytes]) -> Plan:
     """Compares the folder with the files of a commit.
 
     Args:
@@ -109,40 +108,49 @@ def make_plan(files: dict[str, LocalFile], tree: dict[str, RepoFile], readme: Ca
         tree: Of the repository.
         readme: Gives the repository's README.
     """
-    wanted, kept, notes = dict(files), set(), []
-    card = files[README].source.decode() if README in files else ""
-    if README in files and README in tree and not files[README].is_same(tree[README]):
-        card, note = merged_card(readme(), card)
+    wanted, kept, notes = dict(files), False, []
+    card = files[README].source.decode()
+    if README in tree and not files[README].is_same(tree[README]):
+        card, kept, notes = merge_readme(readme(), card)
         wanted[README] = LocalFile(README, card.encode())
-        if note:
-            kept.add(README)
-            notes.append(note)
     listed = []
     for path, file in wanted.items():
         same = path in tree and file.is_same(tree[path])
-        state = "kept" if path in kept else "new" if path not in tree else "unchanged" if same else "changed"
-        listed.append(PushedFile(path, file.info.size, state))
-    removed = stale_weights(tree, files)
+        state = "new" if path not in tree else "unchanged" if same else "changed"
+        listed.append(PushedFile(path, file.info.size, "kept" if kept and path == README else state))
+    removed = stale(tree, files)
     listed += [PushedFile(path, tree[path].size, "removed") for path in removed]
-    for path in kept:
-        del wanted[path]
+    others = sorted(path for path in tree.keys() - files.keys() if RESULTS.fullmatch(path))
+    notes += [f"{path}: not of this export, and stays; it may be of other weights" for path in others]
+    if kept:
+        del wanted[README]
     return Plan(sorted(listed, key=lambda file: file.path), wanted, removed, card, notes)
 
 
-def stale_weights(tree: dict[str, RepoFile], files: dict[str, LocalFile]) -> list[str]:
-    """Weights of an earlier push: left there, they would be loaded in place of the new ones."""
-    return sorted(path for path in tree.keys() - files.keys() if WEIGHT_FILES.fullmatch(path))
+def stale(tree: dict[str, RepoFile], files: dict[str, LocalFile]) -> list[str]:
+    """Files of an earlier export that this one has not got."""
+    return sorted(path for path in tree.keys() - files.keys() if WRITTEN.fullmatch(path))
 
 
-def merged_card(remote: str, local: str) -> tuple[str, str | None]:
-    """The README to publish where the repository has another one, and a note if that is the repository's own."""
+def merge_readme(present: bytes, local: str) -> tuple[str, bool, list[str]]:
+    """The README to publish where the Hub has another one.
+
+    Returns:
+        Its text, whether it is the Hub's as it stands, and a note where something of the local one is not published.
+    """
     try:
-        from .card import merge_card
-    except ImportError:
-        if GENERATED in remote:
-            return local, None
-        return remote, f"{README}: the repository's was not written by vidprism and stays as it is"
-    return merge_card(remote, local), None
+        text = present.decode()
+    except UnicodeDecodeError:
+        text, kept = present.decode(errors="replace"), True
+    else:
+        kept = is_kept(text, local)
+    if kept:
+        return text, True, [f"{README}: a person's on the Hub, and stays as it is; the local one is not published"]
+    # A licence that the run was told stands in the generated part too: the metadata must not say another.
+    merged = merge_card(text, local, anew={"license"} if states_license(local) else ())
+    parts = ", ".join(left_out(local, merged))
+    told = [f"{README}: differs from the local one, and stays on the Hub as it is: {parts}"] if parts else []
+    return merged, False, told
 
 
 def push_export(
@@ -193,6 +201,7 @@ def push_export(
         files, others = read_export(folder)
     except OSError as error:
         raise PushError(f"{folder}: cannot be read ({error.strerror})") from error
+    files[README] = LocalFile(README, addressed(files[README].source.decode(), repo_id).encode())
     remote = Remote(HfApi(endpoint=endpoint, token=token), repo_id, revision, patience)
     ask = Ask(private, tag, create_pr, message or MESSAGE)
     with bounded_client(patience):
@@ -205,8 +214,10 @@ def push_export(
             if told is None:
                 raise
             raise PushError(safe(f"{repo_id}: {told}", token)) from error
-    result.notes.extend(f"{path}: no file of an export; left out" for path in others)
-    return result
+    notes = [*result.notes, *(f"{path}: no file of an export; left out" for path in others)]
+    if remote.revision != MAIN and not create_pr:
+        notes.append(f"{README}: its snippets load main; pass revision={remote.revision!r} to load this branch")
+    return replace(result, notes=[safe(note, token) for note in notes])
 
 
 @dataclass(frozen=True)
@@ -254,7 +265,7 @@ def publish(remote: Remote, files: dict[str, LocalFile], ask: Ask) -> PushResult
     is_private = remote.visibility()
     check_visibility(is_private, ask)
     if is_private is None:
-        remote.create(ask.private)
+        check_visibility(remote.create(ask.private), ask)
     if remote.revision != MAIN and not ask.create_pr:
         remote.make_branch()
     tags = remote.refs("tags") if ask.tag else {}
@@ -287,7 +298,7 @@ def send(remote: Remote, files: dict[str, LocalFile], ask: Ask) -> tuple[str, st
         URL, commit, and what was sent.
     """
     sent: Plan | None = None  # by a commit whose answer was lost
-    on_top_of, failures, moves = "", 0, 0
+    on_top_of, lost, moved = "", remote.tries(COMMIT), remote.tries(COMMIT, tries=MOVES)
     while True:
         head = remote.head()
         tree = remote.tree(head)
@@ -305,13 +316,10 @@ def send(remote: Remote, files: dict[str, LocalFile], ask: Ask) -> tuple[str, st
         try:
             url, commit = commit_plan(remote, operations, head, ask)
         except Exception as error:
-            what = f"{remote.repo_id}: {remote.step}"
             if read_failure(error).status in MOVED_STATUS:  # a "no" that is sure: others were faster
-                moves += 1
-                pause_after(error, moves, what, replace(remote.patience, tries=MOVES), passing=True)
+                moved.pause(error, passing=True)
             else:
-                failures += 1
-                pause_after(error, failures, what, remote.patience)
+                lost.pause(error)
                 sent, on_top_of = plan, on_top_of or head
             continue
         check_arrived(remote, plan, commit)
@@ -324,7 +332,7 @@ def commit_plan(remote: Remote, operations: list, head: str, ask: Ask) -> tuple[
     Returns:
         URL of the branch or pull request, and the commit.
     """
-    remote.step = "the commit"
+    remote.step = COMMIT
     made = remote.api.create_commit(
         remote.repo_id,
         operations,
@@ -345,7 +353,8 @@ def check_arrived(remote: Remote, plan: Plan, commit: str) -> None:
     try:
         missing = plan.missing(remote.tree(commit))
     except (httpx2.HTTPError, HubError, ConnectionError) as error:
-        plan.notes.append(f"published, but the Hub could not be asked for what has arrived ({first_line(error)})")
+        cause = read_failure(error).cause
+        plan.notes.append(f"published, but the Hub could not be asked for what has arrived ({cause})")
         return
     if missing:
         raise PushError(f"commit {commit} lacks {', '.join(missing)}; is it in the repository's .gitignore?")

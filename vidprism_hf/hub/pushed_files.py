@@ -1,6 +1,8 @@
 """The files of an export as a push reads them, once it is sure that they are a whole export."""
 
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -9,13 +11,21 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.lfs import UploadInfo
 from huggingface_hub.utils.sha import git_hash
 from safetensors import SafetensorError, safe_open
+from transformers.dynamic_module_utils import get_relative_imports
 
 from ..errors import UserError, first_line
 from ..model import VidPrismConfig, VidPrismForVideoClassification
-from .export import EXPORT_FILES, WEIGHTS, is_vidprism_config
+from .export import EXPORT_FILES, README, WEIGHTS, is_vidprism_config
 from .refusals import PushError
 
 INDEX = f"{WEIGHTS}.index.json"
+NEEDED = ("config.json", "video_preprocessor_config.json", README)
+# What one export has and the next may not: left on the Hub, it would be loaded, or read, as if it were the new one's.
+WRITTEN = re.compile(
+    rf"model(-\d{{5}}-of-\d{{5}})?\.safetensors|{re.escape(INDEX)}"
+    r"|recipe\.yaml|split\.json|train_clips\.txt|figures/(curves|experts)\.png"
+)
+RESULTS = re.compile(r"\.eval_results/[^/]+\.yaml")  # of which others may have written some
 
 
 class LocalFile:
@@ -36,8 +46,9 @@ class LocalFile:
         return entry.blob_id == git_hash(content)
 
     def operation(self) -> CommitOperationAdd:
-        """A new operation, as the client wears them out; the hash is computed once."""
-        made = CommitOperationAdd(self.path, self.source)
+        """A new operation, as the client wears them out; built on no bytes, so that gigabytes are hashed once."""
+        made = CommitOperationAdd(self.path, b"")
+        made.path_or_fileobj = self.source if isinstance(self.source, bytes) else str(self.source)
         made.upload_info = self.info
         return made
 
@@ -57,8 +68,38 @@ def read_export(folder: Path) -> tuple[dict[str, LocalFile], list[str]]:
             found[path] = LocalFile(path, file if file.suffix == ".safetensors" else file.read_bytes())
         else:
             others.append(path)
+    if lacking := missing_files(folder, found):
+        raise PushError(f"{folder}: the export is not whole: it lacks {', '.join(lacking)}; export it again")
+    try:
+        found[README].source.decode()
+    except UnicodeDecodeError as error:
+        raise PushError(f"{folder / README}: is no UTF-8 text; save it as such") from error
     check_loadable(folder, [folder / path for path in found if path.endswith(".safetensors")])
     return found, others
+
+
+def missing_files(folder: Path, found: Iterable[str]) -> list[str]:
+    """What a stranger needs to load the model, and the folder has not got.
+
+    Args:
+        folder: Of an export; of an older version too, whose code may lie in other files than today's.
+        found: Names of its files.
+    """
+    lacking = set(NEEDED).difference(found)
+    if not any(name.endswith(".safetensors") for name in found):
+        lacking.add(WEIGHTS)
+    auto_map = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map")
+    if not isinstance(auto_map, dict) or not auto_map:
+        auto_map, lacking = {}, lacking | {"auto_map in config.json"}
+    # `org/name--module.Class` is code of another repository.
+    named = [name.partition(".")[0] for name in map(str, auto_map.values()) if "--" not in name]
+    modules: set[str] = set()
+    while named:
+        name = named.pop()
+        if name not in modules and f"{name}.py" in found:
+            named += get_relative_imports(folder / f"{name}.py")
+        modules.add(name)
+    return sorted(lacking | {f"{name}.py" for name in modules}.difference(found))
 
 
 def check_loadable(folder: Path, weights: list[Path]) -> None:

@@ -11,8 +11,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ..errors import UserError, printable
-from .retries import MOVED_STATUS, LongWait, read_failure, root
+from ..errors import UserError
+from .retries import MOVED_STATUS, GaveUp, LongWait, read_failure, root
 
 NO_ROOM_STATUS = frozenset({402, 413, 507})
 LOG_IN = "run `hf auth login` or set HF_TOKEN"
@@ -40,6 +40,8 @@ def explain(error: Exception, step: str, endpoint: str, account: Callable[[], tu
         return "HF_HUB_OFFLINE is set; unset it to push"
     if isinstance(error, LongWait):
         return f"{cause} at {step}; push again after it"
+    if isinstance(error, GaveUp):
+        return f"{endpoint} has failed at {step} for too long ({cause}); push again later to go on from there"
     if isinstance(error, GatedRepoError):
         return f"{step}: the repository is gated and this token has no access; ask for it on its page ({cause})"
     if isinstance(error, DisabledRepoError):
@@ -81,8 +83,3 @@ def is_about_room(cause: str) -> bool:
     """Whether a refusal speaks of a quota, which the Hub answers with the status of lacking rights."""
     words = cause.lower()
     return "quota" in words or ("storage" in words and "limit" in words)
-
-
-def safe(text: str, token: str | None) -> str:
-    """One printable line without the token."""
-    return printable(" ".join((text.replace(token, "<token>") if token else text).split()))

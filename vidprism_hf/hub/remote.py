@@ -1,16 +1,17 @@
 """One branch of a repository on the Hub: what `vidprism push` asks of it, each request within bounds."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 from urllib.parse import quote
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_session, hf_hub_url
+from huggingface_hub import CommitOperationAdd, HfApi, get_session
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from .refusals import PushError
-from .retries import Patience, repeat
+from .retries import Patience, Tries, repeat
 
 T = TypeVar("T")
 README = "README.md"
@@ -31,10 +32,14 @@ class Remote:
         self.api, self.repo_id, self.revision, self.patience = api, repo_id, revision or MAIN, patience
         self.step = ""  # under way, for the message if it fails
 
+    def tries(self, step: str, **bounds: int) -> Tries:
+        """A count of the failures of a step, with other bounds than the usual ones if some are given."""
+        return Tries(f"{self.repo_id}: {step}", replace(self.patience, **bounds), self.api.token)
+
     def ask(self, step: str, call: Callable[[], T]) -> T:
         """Calls what does no harm when it is done twice."""
         self.step = step
-        return repeat(call, f"{self.repo_id}: {step}", self.patience)
+        return repeat(call, self.tries(step))
 
     @property
     def url(self) -> str:
@@ -48,8 +53,11 @@ class Remote:
         except RepositoryNotFoundError:
             return None
 
-    def create(self, private: bool | None) -> None:
-        """Makes the repository, or finds that an earlier try has made it.
+    def create(self, private: bool | None) -> bool | None:
+        """Makes the repository, or finds that an earlier try, or somebody else, has made it.
+
+        Returns:
+            Whether what was found is private; what was asked for where there was nothing.
 
         Raises:
             PushError: If the name is taken.
@@ -59,10 +67,13 @@ class Remote:
         except HfHubHTTPError as error:
             if error.response.status_code != 409:
                 raise
-            if self.visibility() is None:
+            found = self.visibility()
+            if found is None:
                 raise PushError(
                     "the name is taken by a repository that this token cannot see; choose another one"
                 ) from error
+            return found
+        return private
 
     def refs(self, kind: str) -> dict[str, str]:
         """Commits by the names of the "branches" or "tags"."""
@@ -99,14 +110,14 @@ class Remote:
 
         return self.ask("a look at the files", look)
 
-    def readme(self, commit: str) -> str:
-        """The text of the repository's README."""
-        url = hf_hub_url(self.repo_id, README, revision=commit, endpoint=self.api.endpoint)
+    def readme(self, commit: str) -> bytes:
+        """The repository's README."""
+        url = f"{self.api.endpoint}/{self.repo_id}/resolve/{commit}/{README}"
 
-        def fetch() -> str:
+        def fetch() -> bytes:
             answer = get_session().get(url, headers=build_hf_headers(token=self.api.token))
             hf_raise_for_status(answer)
-            return answer.text
+            return answer.content
 
         return self.ask("a look at the README", fetch)
 

@@ -5,21 +5,23 @@ listings), knows no time-outs, and waits as long as a server asks for. Here is w
 """
 
 import logging
+import math
 import random
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import RLock
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import httpx2
 from huggingface_hub import set_client_factory
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import _http as client
 
-from ..errors import first_line
+from ..errors import first_line, printable
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -31,7 +33,8 @@ NOT_YET_STORED = "LFS pointer pointed to a file that does not exist"
 BUSY = "another conflicting operation is in progress"
 # Pauses differ between processes whatever a run has seeded, and leave the seeded state alone.
 jitter = random.SystemRandom()
-lock = RLock()
+lock = threading.RLock()
+answer = threading.local()  # `until`: when the answer that a thread waits for must be there
 
 
 class HubError(Exception):
@@ -46,6 +49,10 @@ class Busy(HubError):
     """The server is at work on the same repository."""
 
 
+class GaveUp(HubError):
+    """The client's own tries have failed for long enough."""
+
+
 @dataclass(frozen=True)
 class Patience:
     """How often and how long.
@@ -58,6 +65,9 @@ class Patience:
             The Hub counts its rate limits over 300 s.
         connect_timeout: Seconds until a connection stands.
         timeout: Seconds without a byte.
+        answer_limit: Seconds from the end of a request to the end of its answer. Sending takes as long as bytes flow.
+        step_limit: Seconds after the first failure of a step in which another try begins. The client's own tries,
+            of which each of ours may hold six, make it more than `tries` alone tells.
     """
 
     tries: int = 5
@@ -66,6 +76,8 @@ class Patience:
     longest_wait: float = 300.0
     connect_timeout: float = 15.0
     timeout: float = 90.0
+    answer_limit: float = 180.0
+    step_limit: float = 600.0
 
     def pause(self, failures: int) -> float:
         """Seconds to wait after so many failures in a row."""
@@ -120,14 +132,13 @@ def read_answer(error: HfHubHTTPError) -> Failure:
     """What an answer with an error status says."""
     status = error.response.status_code
     told = " ".join((error.server_message or "").split()) or f"HTTP status {status}"
-    return Failure(
-        hidden(told), status, status in PASSING_STATUS or NOT_YET_STORED in told, asked_pause(error.response)
-    )
+    return Failure(told, status, status in PASSING_STATUS or NOT_YET_STORED in told, asked_pause(error.response))
 
 
-def hidden(text: str) -> str:
-    """The text without what looks like a token, which a server may send back."""
-    return re.sub(r"\bhf_\w{8,}", "<token>", text)
+def safe(text: str, token: str | None) -> str:
+    """One printable line without the token, nor what looks like one: a server may send it back."""
+    text = text.replace(token, "<token>") if token else text
+    return printable(" ".join(re.sub(r"\bhf_\w{8,}", "<token>", text).split()))
 
 
 def asked_pause(response: httpx2.Response) -> float:
@@ -141,82 +152,152 @@ def asked_pause(response: httpx2.Response) -> float:
     return float(window[1]) if window and response.status_code == 429 else 0.0
 
 
-def repeat(call: Callable[[], T], what: str, patience: Patience) -> T:
+class Tries:
+    """The failures of one step, in a row.
+
+    Args:
+        what: The step, for the log.
+        patience: How often, and how long.
+        token: Which the log does not show.
+    """
+
+    def __init__(self, what: str, patience: Patience, token: str | None = None):
+        self.what, self.patience, self.token = what, patience, token
+        self.failures, self.since = 0, math.inf
+
+    def pause(self, error: Exception, passing: bool = False) -> None:
+        """Waits before the next try.
+
+        Args:
+            error: Why there is to be one.
+            passing: That the error is one that passes, whatever it says.
+
+        Raises:
+            Exception: The error, if there is to be none.
+        """
+        self.failures += 1
+        self.since = min(self.since, time.monotonic())
+        failure, patience = read_failure(error), self.patience
+        pause = max(patience.pause(self.failures), failure.wait)
+        is_late = time.monotonic() + pause - self.since > patience.step_limit
+        if not (failure.passing or passing) or self.failures >= patience.tries or is_late:
+            raise error
+        told = f"{failure.cause}; next try in {pause:.1f} s ({self.failures + 1} of {patience.tries})"
+        logger.warning("%s", safe(f"{self.what}: {told}", self.token))
+        time.sleep(pause)
+
+
+def repeat(call: Callable[[], T], tries: Tries) -> T:
     """Calls until it works.
 
     Args:
         call: Does no harm when it is done twice.
-        what: The step, for the log.
-        patience: How often.
+        tries: How often; none of them is used up.
 
     Raises:
         Exception: Of the call, when it will not be right the next time or was not often enough.
     """
-    failures = 0
     while True:
         try:
             return call()
         except Exception as error:
-            failures += 1
-            pause_after(error, failures, what, patience)
-
-
-def pause_after(error: Exception, failures: int, what: str, patience: Patience, passing: bool = False) -> None:
-    """Waits before the next try.
-
-    Args:
-        error: Why there is to be one.
-        failures: In a row.
-        what: The step, for the log.
-        patience: How often, and how long.
-        passing: That the error is one that passes, whatever it says.
-
-    Raises:
-        Exception: The error, if there is to be none.
-    """
-    failure = read_failure(error)
-    if not (failure.passing or passing) or failures >= patience.tries:
-        raise error
-    pause = max(patience.pause(failures), failure.wait)
-    logger.warning("%s: %s; next try in %.1f s (%d of %d)", what, failure.cause, pause, failures + 1, patience.tries)
-    time.sleep(pause)
+            tries.pause(error)
 
 
 @contextmanager
 def bounded_client(patience: Patience) -> Iterator[None]:
-    """Gives the client time-outs, and bounds on what a server may ask for, while the block runs.
+    """Gives the client time-outs, ends of answers, and bounds on what a server may ask for, while the block runs.
 
     The client knows one factory for the whole process, so that one push at a time is under way in it; the factory
     that was there before comes back.
     """
     with lock:
         before = getattr(client, "_GLOBAL_CLIENT_FACTORY", client.default_client_factory)
-
-        limits = httpx2.Timeout(patience.timeout, connect=patience.connect_timeout).as_dict()
+        bounds = Bounds(patience)
 
         def factory() -> httpx2.Client:
             made = before()
             hooks = made.event_hooks
             asking, answered = hooks.get("request", []), hooks.get("response", [])
-            made.event_hooks = {"request": [*asking, limit_time], "response": [*answered, refuse_endless]}
+            made.event_hooks = {"request": [*asking, bounds.ask], "response": [*answered, bounds.answered]}
             return made
-
-        def limit_time(request: httpx2.Request) -> None:
-            # For each request: some of the client's calls set aside its time-outs with `timeout=None`.
-            asked = {name: value for name, value in request.extensions.get("timeout", {}).items() if value is not None}
-            request.extensions["timeout"] = limits | asked
-
-        def refuse_endless(response: httpx2.Response) -> None:
-            asked = asked_pause(response)
-            if asked > patience.longest_wait:
-                raise LongWait(f"the Hub asks for a pause of {asked:.0f} s")
-            if response.status_code == 409:
-                response.read()
-                if BUSY in response.text:
-                    raise Busy(BUSY)
 
         set_client_factory(factory)
         try:
             yield
         finally:
             set_client_factory(before)
+
+
+class Bounds:
+    """What becomes of the client's requests while its own tries go on; several threads may send at once."""
+
+    def __init__(self, patience: Patience):
+        self.patience = patience
+        self.timeouts = httpx2.Timeout(patience.timeout, connect=patience.connect_timeout).as_dict()
+        # By host: since when every request to it fails, and why the last one did.
+        self.failing: dict[str, tuple[float, str]] = {}
+
+    def ask(self, request: httpx2.Request) -> None:
+        """Called before each request, those of the client's own tries too.
+
+        Raises:
+            GaveUp: If requests to this host have failed for too long.
+        """
+        since, cause = self.failing.get(request.url.host, (math.inf, ""))
+        if time.monotonic() - since > self.patience.step_limit:
+            raise GaveUp(cause)
+        # For each request: some of the client's calls set aside its time-outs with `timeout=None`.
+        asked = {name: value for name, value in request.extensions.get("timeout", {}).items() if value is not None}
+        request.extensions["timeout"] = self.timeouts | asked
+        request.extensions["trace"] = partial(self.trace, request.url.host)
+
+    def answered(self, response: httpx2.Response) -> None:
+        """Called when an answer begins.
+
+        Raises:
+            LongWait: If the server asks for too long a pause.
+            Busy: If the client would go on asking for ever.
+        """
+        asked = asked_pause(response)
+        if asked > self.patience.longest_wait:
+            raise LongWait(f"the Hub asks for a pause of {asked:.0f} s")
+        if response.status_code == 409:
+            response.read()
+            if BUSY in response.text:
+                raise Busy(BUSY)
+        if response.status_code in PASSING_STATUS:
+            self.failed(response.url.host, f"status {response.status_code}")
+        else:
+            self.failing.pop(response.url.host, None)
+
+    def failed(self, host: str, cause: str) -> None:
+        """Takes note of a request that may work the next time."""
+        since, _ = self.failing.get(host, (time.monotonic(), ""))
+        self.failing[host] = since, cause
+
+    def trace(self, host: str, event: str, info: dict[str, Any]) -> None:
+        """Gives each answer an end: time-outs are those of single reads, and a server may drip.
+
+        Args:
+            host: That the request is for.
+            event: What is done for a request, as httpx2's extension "trace" tells.
+            info: More of it.
+        """
+        if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
+            stream = info["return_value"]
+            stream.read = partial(read_in_time, stream.read)
+        elif event.endswith(".send_request_headers.started"):
+            answer.until = math.inf
+        elif event.endswith(".receive_response_headers.started"):
+            answer.until = time.monotonic() + self.patience.answer_limit
+        elif event.endswith(".failed"):
+            self.failed(host, first_line(info["exception"]))
+
+
+def read_in_time(read: Callable[..., bytes], size: int, timeout: float | None = None) -> bytes:
+    """Reads from a connection while there is time for the answer."""
+    left = getattr(answer, "until", math.inf) - time.monotonic()
+    if left <= 0:
+        raise httpx2.ReadTimeout("the answer does not end")
+    return read(size, min(left, math.inf if timeout is None else timeout))

@@ -1,11 +1,12 @@
 """What a run knows of itself for its model card: a callback that keeps it, and the facts put together."""
 
+import math
 import platform
 import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
@@ -16,20 +17,42 @@ from lightning.pytorch.cli import LightningCLI
 from ..data.bad_clips import BadClip, ClipCounts
 from ..data.benchmarks import BENCHMARKS
 from ..data.few_shot import clip_list_hash
+from ..data.hub_repository import stated_license
 from ..data.sources import DEMO, source_kind
 from ..evaluation.compute import giga_macs_per_view, million_parameters
 from ..evaluation.figures import curves, expert_weights
 from ..hub import CardFacts
-from ..model import VISION_PRESETS
 from .callbacks import BadClipReport
 from .module import VidPrismLightningModule
+from .origin import base_model, starting_point
+
+METRICS = ("top1", "top5")
+
+
+class Measured(NamedTuple):
+    """What is known of the accuracy of the weights that a card is for.
+
+    Attributes:
+        metrics: `top1` and `top5` as shares; empty if these weights were not evaluated.
+        clips: How many clips the metrics count, over all processes.
+        protocol: How they were measured, in sentences; None if there is nothing to say.
+    """
+
+    metrics: dict[str, float]
+    clips: int | None
+    protocol: str | None
 
 
 class CardRecorder(L.Callback):
     """Keeps the curves, time and peak memory of a run, and what the experts did on the held-out clips.
 
     Attributes:
-        epochs: Epoch, from 0, to `train_loss`, `val_loss` and `val_top1` at its end.
+        epochs: Epoch, from 0, to `train_loss`, `val_loss` and `val_top1` at its end; of the epoch that goes on, so far.
+        validations: Global step to what the validation there found, those before a resumption among them: `top1`,
+            `top5`, and `clips`, the number that these count over all processes.
+        tested_step: Global step of the checkpoint that the last test has loaded; None if it loaded none.
+        tested_clips: Number of clips that the metrics of the last test count, over all processes.
+        base_model: Hub id of the checkpoint that the tower comes from; None if it has none.
         seconds: Of training with its validations, those before a resumption among them.
         peak_bytes: Of the process or GPU that took most.
         class_weights: (K, N), mean weight of each expert over the clips of each class in the last test; a class
@@ -39,20 +62,34 @@ class CardRecorder(L.Callback):
 
     def __init__(self):
         self.epochs: dict[int, dict[str, float]] = {}
+        self.validations: dict[int, dict[str, float]] = {}
+        self.tested_step: int | None = None
+        self.tested_clips: int | None = None
+        self.base_model: str | None = None
         self.seconds = 0.0
         self.peak_bytes = 0
         self.class_weights: np.ndarray | None = None
         self.mean_weights: np.ndarray | None = None
         self._since: float | None = None
         self._loss, self._batches = torch.zeros(()), 0  # of the epoch so far; one that is resumed has no start
+        self._clips = 0  # of the evaluation that goes on, in this process
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epochs": self.epochs, "seconds": self._seconds()}
+        return {"epochs": self.epochs, "validations": self.validations, "seconds": self._seconds()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # A test loads the best checkpoint, which knows less than this run does by then.
         self.epochs = state_dict["epochs"] | self.epochs
+        self.validations = state_dict["validations"] | self.validations
         self.seconds = max(self.seconds, state_dict["seconds"])
+
+    def on_load_checkpoint(self, trainer, pl_module, checkpoint):
+        if trainer.state.fn == "test":
+            self.tested_step = checkpoint["global_step"]
+
+    def setup(self, trainer, pl_module, stage):
+        if stage == "fit":  # now: whether a name is that of a folder may be another matter when the run ends
+            self.base_model = base_model(pl_module.hparams.checkpoint or pl_module.hparams.backbone)
 
     def on_fit_start(self, trainer, pl_module):
         self._since = time.monotonic()
@@ -70,33 +107,58 @@ class CardRecorder(L.Callback):
         self._batches += 1
 
     def on_train_epoch_end(self, trainer, pl_module):
-        mean = trainer.strategy.reduce(self._loss.to(pl_module.device) / max(1, self._batches), reduce_op="mean")
+        self._keep_train_loss(trainer)
         self._loss, self._batches = torch.zeros(()), 0
-        self.epochs.setdefault(trainer.current_epoch, {})["train_loss"] = mean.item()
+
+    def on_validation_epoch_start(self, trainer, pl_module):
+        self._clips = 0
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        self._clips += len(batch["labels"])
 
     def on_validation_end(self, trainer, pl_module):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        measured = {name: trainer.callback_metrics.get(f"val/{name}") for name in ("loss", "top1")}
-        values = {f"val_{name}": value.item() for name, value in measured.items() if value is not None}
-        self.epochs.setdefault(trainer.current_epoch, {}).update(values)
+        self._keep_train_loss(trainer)  # what is exported or pushed right now has it in its curves
+        measured = {name: trainer.callback_metrics.get(f"val/{name}") for name in ("loss", *METRICS)}
+        found = {name: value.item() for name, value in measured.items() if value is not None}
+        curve = {f"val_{name}": found[name] for name in ("loss", "top1") if name in found}
+        self.epochs.setdefault(trainer.current_epoch, {}).update(curve)
+        metrics = {name: found[name] for name in METRICS if name in found}
+        self.validations[trainer.global_step] = {"clips": self._all_clips(trainer), **metrics}
 
     def on_test_epoch_start(self, trainer, pl_module):
+        self._clips = 0
         shape = (pl_module.model.config.num_labels, len(pl_module.model.config.rates))
         self._sums = torch.zeros(shape, device=pl_module.device)
         self._counts = torch.zeros(shape[0], device=pl_module.device)
 
     def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        self._clips += len(batch["labels"])
         known = batch.get("readable", torch.ones_like(batch["labels"], dtype=torch.bool)).float()
         self._sums.index_add_(0, batch["labels"], outputs["expert_weights"].float() * known[:, None])
         self._counts.index_add_(0, batch["labels"], known)
 
     def on_test_epoch_end(self, trainer, pl_module):
+        self.tested_clips = self._all_clips(trainer)
         sums = trainer.strategy.reduce(self._sums, reduce_op="sum").cpu().numpy()
         counts = trainer.strategy.reduce(self._counts, reduce_op="sum").cpu().numpy()
         with np.errstate(invalid="ignore"):
             self.class_weights = sums / counts[:, None]
             self.mean_weights = sums.sum(0) / counts.sum()
+
+    def _keep_train_loss(self, trainer: Trainer) -> None:
+        """The mean over the batches of the epoch so far, of all processes."""
+        device = trainer.strategy.root_device
+        sums = torch.stack([self._loss.to(device), torch.tensor(float(self._batches), device=device)])
+        loss, batches = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        if batches:
+            self.epochs.setdefault(trainer.current_epoch, {})["train_loss"] = loss / batches
+
+    def _all_clips(self, trainer: Trainer) -> int:
+        """The clips of this evaluation, of all processes."""
+        count = torch.tensor(self._clips, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(count, reduce_op="sum"))
 
     def _seconds(self) -> float:
         return self.seconds + (time.monotonic() - self._since if self._since is not None else 0.0)
@@ -127,9 +189,9 @@ def clip_counts(trainer: Trainer, split: str) -> ClipCounts:
     return ClipCounts(data.num_clips[split] + missing, missing, len(bad_clips(trainer, split)))
 
 
-def run_facts(trainer: Trainer, cli: LightningCLI, metrics: dict[str, float], protocol: str) -> CardFacts:
-    """The facts of a run, for the card of the weights that gave the metrics."""
-    model, data, hparams = cli.model.model, cli.datamodule, cli.model.hparams
+def run_facts(trainer: Trainer, cli: LightningCLI, measured: Measured) -> CardFacts:
+    """The facts of a run, for the card of the weights that were measured."""
+    model, data = cli.model.model, cli.datamodule
     recorder = kept_by(trainer, CardRecorder)
     weights = {} if recorder.mean_weights is None else dict(zip(model.config.rates, recorder.mean_weights, strict=True))
     return CardFacts(
@@ -138,21 +200,22 @@ def run_facts(trainer: Trainer, cli: LightningCLI, metrics: dict[str, float], pr
         num_frames=model.config.num_frames,
         rates=model.config.rates,
         origin="It was fine-tuned with `vidprism finetune`.",
-        base_model=hub_id(hparams.checkpoint or hparams.backbone),
-        backbone=Path(hparams.checkpoint or hparams.backbone).name,
+        base_model=recorder.base_model,
+        backbone=starting_point(cli.model.hparams.checkpoint, cli.model.hparams.backbone, recorder.base_model),
         **dataset_facts(data),
         split=data.split_description,
         train_clips=str(clip_counts(trainer, "train")),
         eval_clips=str(clip_counts(trainer, "val")),
         train_list_hash=None if data.hparams.streaming else clip_list_hash(data.train_table),
         bad_clips=bad_clips(trainer),
-        metrics=metrics,
-        num_evaluated=data.num_clips["val"],
-        protocol=protocol,
+        metrics=measured.metrics,
+        num_evaluated=measured.clips,
+        protocol=measured.protocol,
         hyper_parameters=hyper_parameters(trainer, cli),
         augmentation=data.augmentation,
         compute=compute_facts(trainer, cli.model, recorder),
         expert_weights={f"rate {rate}": f"{weight:.4f}" for rate, weight in weights.items()},
+        license=cli.config_init.export.license,
     )
 
 
@@ -170,21 +233,39 @@ def dataset_facts(data: L.LightningDataModule) -> dict[str, str]:
         return {"dataset": benchmark.title, "dataset_id": repo, "data_license": f"{benchmark.terms} {benchmark.home}"}
     if source == DEMO:
         return {"dataset": DEMO, "data_license": "rendered by vidprism_hf (Apache-2.0)"}
-    on_hub = source_kind(source, data.hparams.train_list) == "hub"
-    return {"dataset": data.name} | ({"dataset_id": source} if on_hub else {})
+    if source_kind(source, data.hparams.train_list) != "hub":
+        return {"dataset": data.name}
+    stated = stated_license(source, data.hparams.hub_revision)
+    terms = {"data_license": f"{stated}, as its card says"} if stated else {}
+    where = {"split": data.hparams.val_split, "config": data.hparams.hub_config, "revision": data.hparams.hub_revision}
+    named = {f"dataset_{part}": name for part, name in where.items() if name}
+    return {"dataset": data.name, "dataset_id": source} | named | terms
+
+
+def epochs_at(trainer: Trainer, step: int) -> str:
+    """How many epochs a global step of the run is, which may be a fraction."""
+    steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)  # of one epoch
+    return f"{round(step / steps, 2):g}"
+
+
+def moment(trainer: Trainer, step: int) -> str:
+    """A global step of the run in words."""
+    return f"after epoch {epochs_at(trainer, step)} (step {step})"
 
 
 def hyper_parameters(trainer: Trainer, cli: LightningCLI) -> dict[str, Any]:
     """What the training was set to."""
     data, hparams = cli.datamodule.hparams, cli.model.hparams
+    epochs, planned = epochs_at(trainer, trainer.global_step), trainer.max_epochs
     return {
-        "epochs": trainer.current_epoch,
+        "epochs": epochs if planned in (None, -1, float(epochs)) else f"{epochs} of {planned}",
         "steps": trainer.global_step,
+        "batches an epoch, by a limit": trainer.num_training_batches if trainer.limit_train_batches != 1.0 else None,
         "batch size (clips)": data.batch_size * trainer.world_size * trainer.accumulate_grad_batches,
         "optimiser": "AdamW, betas 0.9 and 0.999, eps 1e-08",
         "learning rate": hparams.learning_rate,
         "schedule": "linear warm-up, then cosine to zero, stepped every step",
-        "warm-up epochs": hparams.warmup_epochs,
+        "warm-up steps": cli.model.warmup_steps,
         "backbone": "frozen" if hparams.freeze_backbone else f"learning rate x {hparams.backbone_lr_scale}",
         "weight decay": hparams.weight_decay,
         "gradient clipping": trainer.gradient_clip_val,
@@ -219,7 +300,8 @@ def device_name(device: torch.device) -> str:
     """What a person calls the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type.upper()} ({platform.machine()}, {torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"{device.type.upper()} ({platform.machine()}, {threads} thread{'s' * (threads > 1)})"
 
 
 def duration(seconds: float) -> str:
@@ -238,10 +320,3 @@ def run_figures(recorder: CardRecorder, labels: list[str], rates: list[int]) -> 
         picture = expert_weights(recorder.class_weights, labels, rates)
         drawn["figures/experts.png"] = ("Mean expert weights of the held-out clips, by class", picture)
     return drawn
-
-
-def hub_id(name: str) -> str | None:
-    """The Hub id that a backbone or checkpoint was loaded by; None for folders and random weights."""
-    if name in VISION_PRESETS:
-        return VISION_PRESETS[name]["name_or_path"]
-    return None if Path(name).exists() else name

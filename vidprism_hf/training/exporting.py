@@ -1,9 +1,11 @@
 """Exports of a run: the best weights at its end, and, if asked for, each checkpoint that is kept."""
 
 import json
+import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
 import torch
@@ -11,15 +13,20 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.utilities import rank_zero_warn
 
 from ..data.few_shot import clip_list_hash
+from ..errors import one_line_or_traceback
 from ..hub import export_model, render_card
 from ..hub.card import eval_results_file
-from ..hub.export import MAX_SHARD_SIZE, ExportError, Precision
-from .card_facts import CardRecorder, bad_clips, kept_by, run_facts, run_figures, views
+from ..hub.export import MAX_SHARD_SIZE, Precision
+from .card_facts import METRICS, CardRecorder, Measured, bad_clips, kept_by, moment, run_facts, run_figures, views
 
 TRAIN_LIST = "train_clips.txt"  # in the run's folder, where the clips were drawn or listed
+# Parts of a setting's name that make its text a secret; num_tokens and tokenizer are none.
+SECRET_NAME = re.compile(
+    r"(^|_)(token|auth|password|passwd|passphrase|secrets?|credentials?|api_?keys?|\w+_keys?)(_|$)", re.IGNORECASE
+)
+SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}|://[^/@\s]+@")  # a token of the Hub, or an address with a user
 
 
 @dataclass
@@ -30,11 +37,14 @@ class ExportSettings:
         dtype: Precision of the written weights.
         max_shard_size: Size of a file of weights past which they are written in several.
         checkpoints: Whether each kept checkpoint is exported too, to a folder of its name beside it.
+        license: Of the weights: an id of the Hub, such as apache-2.0, which each export states anew; null leaves it
+            unknown, or as the export's README says.
     """
 
     dtype: Precision = "float32"
     max_shard_size: str = MAX_SHARD_SIZE
     checkpoints: bool = False
+    license: str | None = None
 
 
 class ExportedCheckpoint(ModelCheckpoint):
@@ -43,47 +53,88 @@ class ExportedCheckpoint(ModelCheckpoint):
     An export that fails does not end the run.
 
     Args:
-        export: Called with trainer and folder on all processes after each saving.
+        export: Called on all processes after each saving, with trainer, folder, and whether a metric chose what is
+            kept.
         settings: Those of ModelCheckpoint.
     """
 
-    def __init__(self, export: Callable[[Trainer, Path], None], **settings: Any):
+    def __init__(self, export: Callable[[Trainer, Path, bool], None], **settings: Any):
         super().__init__(**settings)
         self.export = export
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
         try:
-            self.export(trainer, Path(filepath).with_suffix(""))
-        except ExportError as error:
-            rank_zero_warn(f"{filepath} is kept, but not exported: {error}")
+            self.export(trainer, Path(filepath).with_suffix(""), self.monitor is not None)
+        except Exception as error:
+            warnings.warn(f"{filepath} is kept, but not exported: {one_line_or_traceback(error)}", stacklevel=2)
 
 
-def export_kept(cli: LightningCLI, trainer: Trainer, folder: Path) -> None:
-    """Exports the weights as they are in training, with what the last validation found."""
-    found = {name: trainer.callback_metrics.get(f"val/{name}") for name in ("top1", "top5")}
-    metrics = {name: value.item() for name, value in found.items() if value is not None}
+def export_kept(cli: LightningCLI, trainer: Trainer, folder: Path, chosen: bool = True) -> None:
+    """Exports the weights as they are in training, with what the last validation found if it was of these.
+
+    Args:
+        cli: Of the run.
+        trainer: Of the run.
+        folder: Where to.
+        chosen: Whether they are kept as the best on the held-out clips.
+    """
+    export_run(trainer, cli, measured_in_training(trainer, cli, chosen), folder)
+
+
+def measured_in_training(trainer: Trainer, cli: LightningCLI, chosen: bool) -> Measured:
+    """What the validations tell of the weights as they are now."""
+    validations = kept_by(trainer, CardRecorder).validations
+    if not validations:
+        return Measured({}, None, None)
+    step = max(validations)
+    clips = validations[step]["clips"]
+    metrics = {name: value for name, value in validations[step].items() if name in METRICS}
+    if step != trainer.global_step:
+        found = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        text = f"Not evaluated as they are, {moment(trainer, trainer.global_step)}."
+        return Measured({}, None, f"{text} The last validation, {moment(trainer, step)}, found {found}.")
     used = views(cli.model.model.config.num_frames, 1, 1)
-    protocol = f"The last validation, in epoch {trainer.current_epoch + 1}, with {used}."
-    export_run(trainer, cli, metrics, protocol, folder)
+    sentences = [f"Validation {moment(trainer, step)}; {used}.", *caveats(trainer, cli, clips)]
+    if chosen:
+        sentences.append("Kept as the best so far: the same clips choose the checkpoint, so the figure is optimistic.")
+    return Measured(metrics, clips, " ".join(sentences))
 
 
 def export_best(trainer: Trainer, cli: LightningCLI, metrics: dict[str, float], folder: Path) -> Path:
     """Exports the best weights, which the test has loaded, with what it found."""
-    data = cli.datamodule.hparams
+    data, recorder = cli.datamodule.hparams, kept_by(trainer, CardRecorder)
+    step, clips, count = recorder.tested_step, recorder.tested_clips, len(recorder.validations)
+    if count > 1:
+        which = f"Best of {count} validated checkpoints by held-out top-1"
+    else:  # there was nothing to choose from
+        which = "Last checkpoint" if step == trainer.global_step else "The only validated checkpoint"
     used = views(cli.model.model.config.num_frames, data.test_crops, data.test_clips)
-    text = f"{used}. A clip that cannot be decoded counts as wrong."
-    if trainer.current_epoch < 2 * (trainer.check_val_every_n_epoch or 1):
-        protocol = f"Last checkpoint; {text}"  # at most one validation: there was nothing to choose from
-    else:
-        protocol = (
-            f"Best checkpoint by held-out top-1; {text} The same clips chose the checkpoint: the figure is optimistic."
-        )
-    export_run(trainer, cli, metrics, protocol, folder)
+    sentences = [f"{which}, {moment(trainer, step)}; {used}.", *caveats(trainer, cli, clips)]
+    if count > 1:
+        sentences.append("The same clips chose the checkpoint: the figure is optimistic.")
+    export_run(trainer, cli, Measured(metrics, clips, " ".join(sentences)), folder)
     return folder
 
 
-def export_run(trainer: Trainer, cli: LightningCLI, metrics: dict[str, float], protocol: str, folder: Path) -> None:
+def caveats(trainer: Trainer, cli: LightningCLI, clips: int) -> list[str]:
+    """What to say of every evaluation of a run, in sentences.
+
+    Args:
+        trainer: Of the run.
+        cli: Of the run.
+        clips: How many clips the metrics count.
+    """
+    told = ["A clip that cannot be decoded counts as wrong."]
+    held_out, dtype = trainer.datamodule.num_clips["val"], cli.config_init.export.dtype
+    if clips != held_out:
+        told.append(f"Only {clips} of the {held_out} held-out clips were evaluated.")
+    if dtype != "float32":
+        told.append(f"Measured before the weights were rounded to {dtype}.")
+    return told
+
+
+def export_run(trainer: Trainer, cli: LightningCLI, measured: Measured, folder: Path) -> None:
     """Exports the module's weights with a card of the run's facts. All processes call it, the first one writes.
 
     Raises:
@@ -92,7 +143,7 @@ def export_run(trainer: Trainer, cli: LightningCLI, metrics: dict[str, float], p
     state = gathered_weights(trainer)
     try:
         if trainer.is_global_zero:
-            write_export(trainer, cli, metrics, protocol, folder, state)
+            write_export(trainer, cli, measured, folder, state)
     finally:
         trainer.strategy.barrier("export")
 
@@ -106,14 +157,13 @@ def gathered_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 def write_export(
     trainer: Trainer,
     cli: LightningCLI,
-    metrics: dict[str, float],
-    protocol: str,
+    measured: Measured,
     folder: Path,
     state: dict[str, torch.Tensor],
 ) -> None:
     """Puts card, figures, recipe and split manifest together and exports."""
     settings: ExportSettings = cli.config_init.export
-    facts = run_facts(trainer, cli, metrics, protocol)
+    facts = run_facts(trainer, cli, measured)
     figures = run_figures(kept_by(trainer, CardRecorder), facts.labels, facts.rates)
     facts.figures = {path: caption for path, (caption, _) in figures.items()}
     files = {path: picture for path, (_, picture) in figures.items()}
@@ -135,19 +185,41 @@ def write_export(
 
 def portable_recipe(cli: LightningCLI) -> str:
     """All settings of the run as YAML, without what is nobody else's: folders of this machine, and secrets."""
-
-    def cleaned(value: Any, key: str = "") -> Any:
-        if isinstance(value, dict):
-            return {name: cleaned(item, name) for name, item in value.items()}
-        if isinstance(value, list):
-            return [cleaned(item) for item in value]
-        if "token" in key or "password" in key:
-            return None
-        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-
     settings = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))
+    settings["resume"] = None  # a checkpoint of the run's own folder
+    # Whoever runs it again is not to push to the same repository.
+    asked = settings["trainer"]["callbacks"] or []
+    asked = asked if isinstance(asked, list) else [asked]
+    kept = [callback for callback in asked if not callback["class_path"].endswith(".PushToHub")]
+    settings["trainer"]["callbacks"] = kept or None
     head = "# All settings of the run (vidprism finetune --config recipe.yaml). Absolute paths keep their last part.\n"
-    return head + yaml.safe_dump(cleaned(settings), sort_keys=False, allow_unicode=True)
+    return head + yaml.safe_dump(portable(settings), sort_keys=False, allow_unicode=True)
+
+
+def portable(value: Any, name: str = "") -> Any:
+    """A setting, or the settings below it, without absolute paths and secrets.
+
+    Args:
+        value: Of the setting.
+        name: Of the setting; below one that names a secret every text is one.
+    """
+    if isinstance(value, dict):
+        secret = name if SECRET_NAME.search(name) else ""
+        return {key: portable(item, secret or str(key)) for key, item in value.items()}
+    if isinstance(value, list):
+        return [portable(item, name) for item in value]
+    if not isinstance(value, str):
+        return value
+    if SECRET_NAME.search(name) or SECRET.search(value):
+        return None
+    return value if name.endswith("pattern") else portable_path(value)
+
+
+def portable_path(text: str) -> str:
+    """The last part of a path that this machine alone has, on any system; any other text as it is."""
+    text = text.removeprefix("file://")
+    kind = PureWindowsPath if re.match(r"[A-Za-z]:[\\/]|\\\\", text) else PurePath
+    return kind(text).name if kind(text).is_absolute() or text.startswith(("~", "../", "..\\")) else text
 
 
 def split_manifest(trainer: Trainer) -> dict[str, Any]:

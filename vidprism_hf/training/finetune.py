@@ -1,6 +1,7 @@
 """`vidprism finetune` and `vidprism evaluate`: from a recipe to a trained, evaluated and exported model.
 
 A run's folder (`output`) holds config.yaml, logs/, checkpoints/{best,last}.ckpt, metrics.json and export/.
+In push/ lie exports that a PushToHub of the recipe has not published.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from jsonargparse import ArgumentError
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
     Callback,
+    GradientAccumulationScheduler,
     LearningRateMonitor,
     ModelCheckpoint,
     RichProgressBar,
@@ -31,11 +33,14 @@ from ..data.bad_clips import BadClip, ClipCounts, TooManyBadClips, bad_clip_tabl
 from ..data.few_shot import save_clip_list
 from ..data.sources import source_kind
 from ..errors import UserError, first_line
+from ..hub.export import refuse_other_content
+from ..hub.licenses import check_license
 from .callbacks import BadClipReport
 from .card_facts import CardRecorder, bad_clips, clip_counts
 from .exporting import TRAIN_LIST, ExportedCheckpoint, ExportSettings, export_best, export_kept
 from .module import VidPrismLightningModule, read_checkpoint_config
-from .push_callback import PushToHub
+from .push_callback import PushToHub, push_open
+from .strategies import named_strategy
 
 # What a recipe need not say.
 TRAINER_DEFAULTS = {
@@ -64,7 +69,8 @@ class FinetuneCLI(LightningCLI):
         parser.link_arguments("data.id2label", "model.id2label", apply_on="instantiate")
 
     def before_instantiate_classes(self) -> None:
-        """Looks for the backbone before data are fetched, which may be hundreds of gigabytes."""
+        """Looks for licence and backbone before data are fetched, which may be hundreds of gigabytes."""
+        check_license("export.license", self.config.export.license)
         data = self.config.data
         if source_kind(data.source) in ("benchmark", "hub"):
             load_processor(data.processor, data.num_frames)
@@ -75,11 +81,15 @@ class FinetuneCLI(LightningCLI):
         Raises:
             UserError: If this machine cannot give what the recipe asks for.
         """
-        asked = self.config_init.trainer.callbacks or []
-        # A list of its own for each trainer, which puts default callbacks into the list that it is given.
-        callbacks = [*(asked if isinstance(asked, list) else [asked]), *settings.pop("callbacks", [])]
+        trainer = self.config_init.trainer
+        asked = trainer.callbacks or []
+        # A list of its own for each trainer, which puts default callbacks into the list that it is given. The run's
+        # own come first: what a recipe's callback exports holds what they keep of the same epoch.
+        callbacks = [*settings.pop("callbacks", []), *(asked if isinstance(asked, list) else [asked])]
+        accumulates = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
+        strategy = named_strategy(trainer.strategy, accumulates or trainer.accumulate_grad_batches > 1)
         try:
-            return super().instantiate_trainer(callbacks=callbacks, **settings)
+            return super().instantiate_trainer(callbacks=callbacks, strategy=strategy, **settings)
         except (MisconfigurationException, ValueError) as error:
             raise UserError(f"trainer: {first_line(error)}") from error
 
@@ -103,28 +113,36 @@ def finetune(argv: list[str]) -> None:
         keep_previous_run(output)
     else:
         check_resume(resume, output)
+        refuse_other_content(output / "export")  # now, not when the training has ended
     save_settings(cli, output)
     save_train_list(cli.datamodule, output)
     trainer = build_trainer(cli, output)
     print_once(f"Run folder: {output}")
     warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")  # a frozen tower is meant to be
+    with push_open(trainer) as publish:
+        fit(trainer, cli, argv)
+        checkpoint = best_checkpoint(output)
+        metrics = held_out_accuracy(trainer, cli, str(checkpoint))
+        save_metrics(trainer, metrics, output)
+        export = export_best(trainer, cli, metrics, output / "export")
+        print_bad_clips(bad_clips(trainer))
+        print_usage(export, metrics, clip_counts(trainer, "val"))
+        publish(export)
+
+
+def fit(trainer: Trainer, cli: FinetuneCLI, argv: list[str]) -> None:
+    """Trains; where it ends early, says how to go on, or which clips were bad."""
     try:
-        trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume, weights_only=True)
+        trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.resume, weights_only=True)
     except SystemExit:
         # Lightning's way to end after Ctrl-C; the checkpoint callback has saved last.ckpt by now.
-        last = output / "checkpoints" / "last.ckpt"
+        last = Path(cli.config.output) / "checkpoints" / "last.ckpt"
         if last.is_file():
             print_once(f"Stopped. Go on with: vidprism finetune {shlex.join(argv)} --resume {last}")
         raise
     except TooManyBadClips as error:
         print_once(bad_clip_table(error.clips))
         raise
-    checkpoint = best_checkpoint(output)
-    metrics = held_out_accuracy(trainer, cli, str(checkpoint))
-    save_metrics(trainer, metrics, output)
-    export = export_best(trainer, cli, metrics, output / "export")
-    print_bad_clips(bad_clips(trainer))
-    print_usage(export, metrics, clip_counts(trainer, "val"))
 
 
 def evaluate(argv: list[str]) -> dict[str, float]:
@@ -240,6 +258,8 @@ def best_checkpoint(output: Path) -> Path:
 def held_out_accuracy(trainer: Trainer, cli: FinetuneCLI, checkpoint: str | None) -> dict[str, float]:
     """Held-out top-1 and top-5 of a checkpoint, which stays loaded in the module, or of the module as it is."""
     results = trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True, verbose=False)
+    if trainer.limit_test_batches != 1.0:
+        print_once(f"trainer.limit_test_batches={trainer.limit_test_batches}: not all held-out clips were evaluated")
     return {name: results[0][f"test/{name}"] for name in ("top1", "top5") if f"test/{name}" in results[0]}
 
 

@@ -19,6 +19,7 @@ from ..model import VidPrismConfig, VidPrismForVideoClassification, VidPrismForV
 from ..model.temporal_vidprism import gate_balance_loss
 from .callbacks import BadClipReport
 from .optimization import parameter_groups
+from .strategies import shard
 
 LOSS_PARTS = ("classification_loss", "rank_loss", "gate_loss", "diversity_loss")
 
@@ -92,6 +93,8 @@ class VidPrismLightningModule(L.LightningModule):
         # Lightning sets the accelerator as default device here, which transformers would take for a device map.
         with torch.device("cpu"):
             self._build_model()
+        if self.device_mesh is not None:  # under FSDP2
+            shard(self.model, self.device_mesh["data_parallel"], self.trainer.precision)
 
     def _build_model(self) -> None:
         hparams = self.hparams
@@ -173,6 +176,7 @@ class VidPrismLightningModule(L.LightningModule):
                 f"model.warmup_epochs={hparams.warmup_epochs} is the whole run; a tenth of it warms up instead"
             )
             warmup = total // 10
+        self.warmup_steps = warmup  # for the model card
         schedule = get_cosine_schedule_with_warmup(optimizer, warmup, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -232,7 +236,8 @@ class VidPrismLightningModule(L.LightningModule):
             value,
             on_step=training,
             on_epoch=not training,
-            batch_size=batch_size,
+            # Lightning averages these weights over the processes and rounds down: as multiples they stay exact.
+            batch_size=batch_size * self.trainer.world_size,
             prog_bar=prog_bar,
             sync_dist=not training,
         )
