@@ -17,6 +17,7 @@ OUT      ?=          ## folder of the run (the recipe's output)
 MODEL    ?=          ## exported folder or Hub id, for evaluate, predict and push (push: that of the run in OUT)
 FILES    ?=          ## video files, for predict
 REPO     ?=          ## repository on the Hub, for push
+BENCH    ?= step head  ## for bench: scripts of benchmarks/, by name
 ARGS     ?=          ## anything else for the command line, such as --model.freeze_backbone true
 
 PYTHON   ?= python3
@@ -27,7 +28,7 @@ SUITE    := $(VENV)/transformers-tests/VERSION
 
 # A misspelt variable would run something else without a word.
 KNOWN := DATASET DATA_ROOT BACKBONE FRAMES K SPLITS DEVICES NUM_NODES STRATEGY PRECISION EPOCHS FEATURES VIEWS OUT \
-	MODEL FILES REPO ARGS PYTHON VENV
+	MODEL FILES REPO BENCH ARGS PYTHON VENV
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
 $(if $(filter-out $(KNOWN),$(GIVEN)),$(error no variable $(filter-out $(KNOWN),$(GIVEN)); there are $(KNOWN)))
 
@@ -56,7 +57,8 @@ EXPORT = $(or $(strip $(MODEL)),$(shell test -d "$(RUN)/export" && echo "$(RUN)/
 	$(RUN)/export is not there: train first, or name an export, such as MODEL=runs/demo/export))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup finetune fewshot prepare evaluate predict push cards test test-fast lint format clean
+.PHONY: help setup finetune fewshot prepare evaluate predict push cards bench profile test test-fast lint format \
+	clean
 
 help:  ## print this
 	@echo "targets:"
@@ -93,6 +95,12 @@ push: $(READY)  ## publish the export of a run: make push REPO=org/name [OUT=run
 
 cards: $(READY)  ## write the presets' model cards anew, from model_cards/presets.yaml and the recipes
 	$(BIN)/python model_cards/generate.py
+
+bench: $(READY)  ## measure what benchmarks/README.md claims: make bench BENCH=step ARGS="--device cuda"
+	for name in $(BENCH); do $(BIN)/python benchmarks/$$name.py $(ARGS) || exit 1; done
+
+profile: $(READY)  ## where the time of a run's steps goes: make profile DATASET=/path/to/folder BACKBONE=b16
+	$(BIN)/python benchmarks/profile_run.py --config $(RECIPE) $(OPTIONS)
 
 # transformers' own model tests, at the installed version; not in its wheel.
 $(SUITE): $(READY) tests/transformers_suite.py

@@ -25,6 +25,7 @@ CODE = {
     "modeling_vidprism.py",
     "outputs_vidprism.py",
     "temporal_vidprism.py",
+    "tower_vidprism.py",
     "video_decoding_vidprism.py",
     "video_packets_vidprism.py",
     "video_processing_vidprism.py",

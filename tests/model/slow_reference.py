@@ -1,7 +1,7 @@
 """VidPrism's temporal blocks written once more as plain loops over clips, windows and frames, for the tests.
 
 It follows the method section literally, in float64, one scalar rule after the other, and shares nothing with the
-package but the names of the weights.
+package but the names of the weights. benchmarks/head.py times it, on any device.
 """
 
 import math
@@ -12,10 +12,10 @@ from torch.nn import functional as F
 EPS = 1e-6
 
 
-def temporal_model(state, config, features):
+def temporal_model(state, config, features, dtype=torch.float64):
     """All clips (B, T, D), each run alone. Returns per-clip dicts of stages and the rank loss over all windows."""
-    state = {name: value.double() for name, value in state.items()}
-    clips = [clip(state, config, frames) for frames in features.double()]
+    state = {name: value.to(dtype) for name, value in state.items()}
+    clips = [clip(state, config, frames) for frames in features.to(dtype)]
     rank = torch.stack(
         [torch.stack([torch.stack(x["rank"][i]) for x in clips]).mean() for i in range(len(config.rates))]
     )
@@ -94,7 +94,7 @@ def weight(config, similarity, window, kept, rest, other, place):
 def interact(state, config, streams):
     n = len(streams)
     means = [stream.mean(0) for stream in streams]
-    gates, updated = torch.zeros(n, n, dtype=torch.float64), []
+    gates, updated = means[0].new_zeros(n, n), []
     for j in range(n):
         sources = []
         for i in range(n):
@@ -126,7 +126,7 @@ def message(state, config, streams, i, j):
     stride = max(1, config.rates[j] // config.rates[i])
     out = []
     for centre in range(0, len(source), stride):
-        total = torch.zeros(kernel.shape[0], dtype=torch.float64)
+        total = kernel.new_zeros(kernel.shape[0])
         for tap in range(5):
             if 0 <= (t := centre + tap - 2) < len(source):
                 total += kernel[:, :, tap] @ source[t]

@@ -226,14 +226,16 @@ def test_half_precision_is_close_to_full(dtype):
     torch.testing.assert_close(half.float(), full, rtol=0.1, atol=0.1)
 
 
+@pytest.mark.parametrize("frames", [1, 16])  # at one frame the CPU's bfloat16 convolution has a wrong gradient
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_trains(dtype):
+def test_autocast_trains(dtype, frames):
     model = small().train()
     with torch.autocast("cpu", dtype=dtype):
-        loss = model(clips(), labels=torch.tensor([0, 2])).loss
+        loss = model(clips(frames=frames), labels=torch.tensor([0, 2])).loss
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert max(p.grad.abs().max() for p in model.parameters()) < 1e3
 
 
 @pytest.mark.slow

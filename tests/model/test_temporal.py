@@ -5,6 +5,7 @@ import slow_reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vidprism_hf import VidPrismConfig, VidPrismTemporalModel
 from vidprism_hf.model.temporal_vidprism import expert_diversity_loss, gate_balance_loss, pool_windows
@@ -179,6 +180,30 @@ def test_ties_keep_the_first_frame():
     x = features(0, 1, 1).expand(1, 16, WIDTH)
     kept = small_model(rates=[4])(x, output_streams=True).kept_indices[0]
     assert kept.tolist() == [[0, 4, 8, 12]]
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts what is computed, forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fields", [{}, {"merge_normalization": "rest", "interaction_update": "last"}])
+def test_no_loop_over_clips_frames_or_windows(fields):
+    counts = set()
+    for clips, num_frames in ((2, 32), (5, 32), (2, 64)):
+        model = small_model(**fields).train()
+        with CountOperations() as operations:
+            output = model(features(0, clips, num_frames), output_losses=True)
+            (output.pooler_output.square().mean() + output.rank_loss + output.diversity_loss).backward()
+        counts.add(operations.count)
+    assert len(counts) == 1
 
 
 def test_optional_outputs_come_only_when_asked_for():

@@ -87,6 +87,20 @@ def test_frozen_backbone(tmp_path, frozen):
     assert {"classifier.weight", "vidprism.temporal_model.readout.query"} <= changed
 
 
+def test_partly_frozen_backbone(tmp_path):
+    model = module(freeze_layers=1)
+    model.configure_model()
+    before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
+    trainer(tmp_path).fit(model, random_batches(2))
+    changed = {name for name, tensor in model.model.state_dict().items() if not torch.equal(tensor, before[name])}
+    trained = {name for name, parameter in model.model.named_parameters() if parameter.requires_grad}
+    assert changed <= trained
+    parts = {name.split(".")[3] for name in trained if ".vision_model." in name}
+    assert parts == {"post_layernorm"}  # `tiny` has one layer
+    with pytest.raises(UserError, match=r"model.freeze_layers: the tower has 1 layers: 2 of them"):
+        module(freeze_layers=2).configure_model()
+
+
 def test_trains_in_train_mode(tmp_path):
     """from_pretrained leaves eval mode, in which a dropout would do nothing."""
     folder = tiny_export(tmp_path / "model", head_dropout=0.5)

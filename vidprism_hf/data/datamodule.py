@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -426,11 +427,14 @@ def mirror_label(labels: Iterable[str]) -> str | None:
 
 def normalize_clips(pixels: torch.Tensor, processor: VidPrismVideoProcessor) -> torch.Tensor:
     """Turns uint8 pixels (..., 3, H, W) into the float32 ones that the processor's full output holds."""
-    mean, std = (
-        torch.tensor(values, dtype=torch.float32, device=pixels.device)[:, None, None]
-        for values in (processor.image_mean, processor.image_std)
-    )
+    mean, std = (_per_channel(tuple(values), pixels.device) for values in (processor.image_mean, processor.image_std))
     return (pixels.float() * processor.rescale_factor - mean) / std
+
+
+@lru_cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """A value for each channel, (C, 1, 1). Kept: a copy to the device waits for the work queued there."""
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
 # Least and greatest value of each number; None is no bound. A value that is null is not looked at.

@@ -3,8 +3,9 @@
     pixels -> tower -> frame features -> RgSTA streams -> DBI -> experts -> global query -> clip vector -> logits
 
 Shapes: B clips, T frames, D width, N streams (= experts), L_i frames in stream i, K classes. The blocks stand in
-`temporal_vidprism.py`; this file puts them together in transformers' idiom: `VidPrismTemporalModel` (frame features
-to clip vector), `VidPrismModel` (pixels to clip vector), `VidPrismForVideoClassification` (pixels to logits).
+`temporal_vidprism.py` and the tower in `tower_vidprism.py`; this file puts them together in transformers' idiom:
+`VidPrismTemporalModel` (frame features to clip vector), `VidPrismModel` (pixels to clip vector),
+`VidPrismForVideoClassification` (pixels to logits).
 """
 
 import math
@@ -12,7 +13,7 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPVisionModel, CLIPVisionModelWithProjection, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -22,34 +23,16 @@ from .outputs_vidprism import VidPrismForVideoClassificationOutput, VidPrismMode
 from .temporal_vidprism import (
     VidPrismAttention,
     VidPrismExpert,
-    VidPrismFrameMerger,
+    VidPrismFrameMergers,
     VidPrismGateOutput,
     VidPrismInteraction,
     VidPrismReadout,
     expert_diversity_loss,
     gate_balance_loss,
+    interaction_edges,
     pool_windows,
 )
-
-
-class VidPrismVisionTower(nn.Module):
-    """The frame encoder: pixels (B, T, 3, H, W) to frame features (B, T', D). All that knows the tower is here."""
-
-    def __init__(self, config: VidPrismConfig):
-        super().__init__()
-        self.vision_model = CLIPVisionModel._from_config(config.vision_config)
-        self.visual_projection = None
-        if config.vision_projection:
-            self.visual_projection = nn.Linear(
-                config.vision_config.hidden_size, config.vision_config.projection_dim, bias=False
-            )
-
-    def forward(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
-        clips, frames = pixel_values_videos.shape[:2]
-        features = self.vision_model(pixel_values=pixel_values_videos.flatten(0, 1)).pooler_output
-        if self.visual_projection is not None:
-            features = self.visual_projection(features)
-        return features.view(clips, frames, -1)
+from .tower_vidprism import VidPrismVisionTower, load_vision_tower
 
 
 class VidPrismPreTrainedModel(PreTrainedModel):
@@ -63,7 +46,7 @@ class VidPrismPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
-    _no_split_modules = ["CLIPEncoderLayer", "VidPrismExpert"]  # noqa: RUF012 (transformers' convention)
+    _no_split_modules = ["CLIPEncoderLayer", "VidPrismClassTokenLayer", "VidPrismExpert"]  # noqa: RUF012 (transformers' convention)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -106,10 +89,8 @@ class VidPrismTemporalModel(VidPrismPreTrainedModel):
         self.position_embedding = None
         if config.time_position == "learned":
             self.position_embedding = nn.Parameter(torch.empty(1, config.num_frames, width))
-        merges = config.aggregation == "rgsta"
-        self.mergers = nn.ModuleList(VidPrismFrameMerger(config, rate) for rate in rates) if merges else None
-        interacts = config.interaction != "none" and len(set(rates)) > 1
-        self.interaction = VidPrismInteraction(config) if interacts else None
+        self.mergers = VidPrismFrameMergers(config) if config.aggregation == "rgsta" else None
+        self.interaction = VidPrismInteraction(config) if interaction_edges(config) else None
         self.experts = nn.ModuleList(VidPrismExpert(config) for _ in rates)
         self.readout = VidPrismReadout(config)
         self.post_init()
@@ -143,41 +124,34 @@ class VidPrismTemporalModel(VidPrismPreTrainedModel):
         frames = frame_features if self.input_projection is None else self.input_projection(frame_features)
         if self.position_embedding is not None:
             frames = frames + self._positions(frames.shape[1]).to(frames.dtype)
-        streams, scores, kept, rank_losses = self._aggregate(frames)
+        scores, kept, rank_loss = None, None, None
+        if self.mergers is not None:
+            streams, scores, kept, rank_loss = self.mergers(frames, output_rank_loss=output_losses)
+        else:
+            streams = [pool_windows(frames, rate, self.config.aggregation) for rate in self.config.rates]
         if self.interaction is not None:
             interacted, gates = self.interaction(streams)
         else:
             interacted, gates = streams, frames.new_zeros(frames.shape[0], len(streams), len(streams))
         outputs = [expert(stream, **kwargs) for expert, stream in zip(self.experts, interacted, strict=True)]
-        pooled, expert_weights = self.readout(outputs)
+        tokens = torch.cat(outputs, dim=1)
+        pooled, expert_weights = self.readout(tokens, [expert_output.shape[1] for expert_output in outputs])
 
         output = VidPrismModelOutput(
-            last_hidden_state=torch.cat(outputs, dim=1),
+            last_hidden_state=tokens,
             pooler_output=pooled,
             expert_weights=expert_weights,
             gates=gates,
         )
         if output_streams:
             output.streams, output.interacted_streams = tuple(streams), tuple(interacted)
-            if scores:
-                output.frame_scores, output.kept_indices = torch.stack(scores, dim=1), tuple(kept)
+            if scores is not None:
+                output.frame_scores, output.kept_indices = scores, tuple(kept)
         if output_losses:
-            zero = pooled.new_zeros((), dtype=torch.float32)
-            output.rank_loss = torch.stack(rank_losses).mean() if rank_losses else zero
+            output.rank_loss = pooled.new_zeros((), dtype=torch.float32) if rank_loss is None else rank_loss
             output.gate_loss = gate_balance_loss(expert_weights.float().mean(dim=0))
             output.diversity_loss = expert_diversity_loss(outputs)
         return output
-
-    def _aggregate(self, frames: torch.Tensor) -> tuple[list, list, list, list]:
-        """The streams of all rates; scores, kept indices and rank losses are empty for the ablation's poolings."""
-        if self.mergers is None:
-            return (
-                [pool_windows(frames, rate, self.config.aggregation) for rate in self.config.rates],
-                [],
-                [],
-                [],
-            )
-        return tuple(map(list, zip(*(merger(frames) for merger in self.mergers), strict=True)))
 
     def _positions(self, num_frames: int) -> torch.Tensor:
         """Position embeddings (1, T, D), interpolated in time where T is not the number of frames trained with."""
@@ -345,31 +319,6 @@ class VidPrismForVideoClassification(VidPrismPreTrainedModel):
         # Through load_state_dict, not from_pretrained: transformers would reverse its key mapping on saving.
         model.vidprism.vision_tower.load_state_dict(tower.state_dict())
         return model
-
-
-def load_vision_tower(name_or_path: str, **kwargs) -> CLIPVisionModelWithProjection:
-    """Loads the vision tower of any CLIP checkpoint.
-
-    Returns:
-        The tower; its `visual_projection` is None where the checkpoint has no projection.
-
-    Raises:
-        ValueError: If the checkpoint lacks weights of a CLIP vision tower.
-    """
-    tower, info = CLIPVisionModelWithProjection.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
-    missing = set(info["missing_keys"]) - {"visual_projection.weight"}
-    if len(missing) == len(tower.vision_model.state_dict()):
-        # Before transformers 5.21 the class with projection does not find the tower of the class without.
-        tower.vision_model, info = CLIPVisionModel.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
-        missing, tower.visual_projection = set(info["missing_keys"]), None
-    if missing or info["mismatched_keys"]:
-        raise ValueError(
-            f"{name_or_path} is not a CLIP vision tower: {len(missing)} weights are missing (first: "
-            f"{min(missing, default='none')}), {len(info['mismatched_keys'])} have another shape."
-        )
-    if "visual_projection.weight" in info["missing_keys"]:
-        tower.visual_projection = None
-    return tower
 
 
 __all__ = [

@@ -4,7 +4,8 @@ Shapes: B clips, T frames, D width, N streams (= experts), r rate of a stream, k
 w = k * r frames in a window, W = ceil(T / w) windows, L_i frames in stream i, H heads.
 
 Loops run over streams and edges, which are few and fixed by the configuration; never over clips, frames or
-windows. Nothing branches on data or waits for the device.
+windows. Nothing branches on data or waits for the device. At these sizes a step costs what its operations cost to
+start, so what is small goes through all streams in one operation: RgSTA, the gates, the way up of DBI.
 """
 
 import math
@@ -13,12 +14,12 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import eager_attention_forward
 
 from .configuration_vidprism import VidPrismConfig
+from .tower_vidprism import QuickGELU
 
 MERGE_EPS = 1e-6  # the released code's guard of the "kept" normalisation
 
@@ -48,94 +49,115 @@ def pool_windows(frames: torch.Tensor, rate: int, how: str) -> torch.Tensor:
 
 
 class VidPrismFrameMerger(nn.Module):
-    """RgSTA, rate-guided spatio-temporal aggregation: the stream of one rate.
+    """The weights of RgSTA for one stream; `VidPrismFrameMergers` computes with those of all streams at once."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.metric_proj = nn.Linear(width, width)
+        self.score_norm = nn.LayerNorm(width)
+        self.score_head = nn.Linear(width, 1, bias=False)
+
+
+class VidPrismFrameMergers(nn.ModuleList):
+    """RgSTA, rate-guided spatio-temporal aggregation: the streams of all rates.
 
     In each window of k * r frames the k most important frames are kept, in temporal order, and the others are
     added to them by similarity. The last window may be shorter; of a window of k frames or fewer all are kept.
+
+    Windows of all rates are taken in one pass: as masks (N, T, T) that tell which frames share a window. T is
+    some dozens, so the entries outside the windows cost less than the operations that a pass for each rate adds.
     """
 
-    def __init__(self, config: VidPrismConfig, rate: int):
-        super().__init__()
+    def __init__(self, config: VidPrismConfig):
+        super().__init__(VidPrismFrameMerger(config.hidden_size) for _ in config.rates)
         self.kept = config.kept_per_window
-        self.window = config.kept_per_window * rate
+        self.windows = [config.kept_per_window * rate for rate in config.rates]
         self.merge_temperature = config.merge_temperature
         self.merge_weight = config.merge_weight
         self.score_mix = config.score_mix
         self.score_temperature = config.score_temperature
         self.merge_normalization = config.merge_normalization
-        self.metric_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.score_norm = nn.LayerNorm(config.hidden_size)
-        self.score_head = nn.Linear(config.hidden_size, 1, bias=False)
 
-    def forward(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(
+        self, frames: torch.Tensor, output_rank_loss: bool = False
+    ) -> tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor], torch.Tensor | None]:
         """Merges frames (B, T, D).
 
         Returns:
-            The stream (B, L, D), the importance scores s_mix (B, T), the indices of the kept frames (B, L) and the
-            rank loss (scalar), all in the order of the paper.
+            The N streams (B, L_i, D), the importance scores s_mix (B, N, T), the N indices of the kept frames
+            (B, L_i), and the rank loss (scalar) if it is asked for.
         """
-        num_frames, kept = frames.shape[1], self.kept
-        valid = window_validity(num_frames, self.window, frames.device)
-        metric = self.metric_proj(frames)
-        predicted = self.score_head(self.score_norm(metric)).squeeze(-1).float()
-        norm = frames.float().norm(dim=-1)
+        num_frames, width = frames.shape[1:]
+        frame = torch.arange(num_frames, device=frames.device)
+        window = torch.stack([frame // size for size in self.windows])  # (N, T)
+        together = window[:, :, None] == window[:, None, :]  # (N, T, T)
+
+        metric, predicted = self._project(frames)
+        norm = frames.float().norm(dim=-1)[:, None]  # (B, 1, T)
         scores = self.score_mix * predicted + (1 - self.score_mix) * norm
+        similarity = (metric @ metric.transpose(-1, -2)).float()  # (B, N, T, T); autocast makes halves of products
+        similarity = similarity * (frame[:, None] != frame)
 
-        metric = split_into_windows(F.normalize(metric.float(), dim=-1), self.window)
-        similarity = metric @ metric.transpose(-1, -2)
-        similarity = similarity * (1 - torch.eye(self.window, device=frames.device))
-        kept_places = self._most_important(scores)
-        rest = valid & ~(kept_places[..., None] == torch.arange(self.window, device=frames.device)).any(dim=2)
+        # Kept are the k frames of a window that fewest others beat; of equal ones the first beats the second.
+        mine, other = scores[..., :, None], scores[..., None, :]
+        beaten = together & ((other > mine) | ((other == mine) & (frame < frame[:, None])))
+        kept = beaten.sum(dim=-1) < self.kept  # (B, N, T)
+        lengths = [num_frames // size * self.kept + min(num_frames % size, self.kept) for size in self.windows]
+        first = torch.where(kept, frame, num_frames).sort(dim=-1).values.unbind(1)
+        indices = [places[:, :length] for places, length in zip(first, lengths, strict=True)]
 
-        weights = self._merge_weights(similarity, kept_places, valid, rest).to(frames.dtype)
-        windows = split_into_windows(frames, self.window)
-        chosen = windows.gather(2, kept_places[..., None].expand(-1, -1, -1, windows.shape[-1]))
-        merged = chosen + self.merge_weight * (weights.transpose(-1, -2) @ windows)
+        weights = self._merge_weights(similarity, kept, together)
+        rows = torch.cat([index + stream * num_frames for stream, index in enumerate(indices)], dim=1)
+        weights = weights.flatten(1, 2).gather(1, rows[..., None].expand(-1, -1, num_frames)).to(frames.dtype)
+        columns = torch.cat(indices, dim=1)
+        chosen = frames.gather(1, columns[..., None].expand(-1, -1, width))
+        merged = chosen + self.merge_weight * (weights @ frames)
+        rank_loss = self._rank_loss(predicted, norm, similarity, window, together) if output_rank_loss else None
+        return list(merged.split(lengths, dim=1)), scores, indices, rank_loss
 
-        # A short last window fills its k places from the front: padding has the highest places.
-        last = num_frames - (valid.shape[0] - 1) * self.window
-        length = (valid.shape[0] - 1) * kept + min(kept, last)
-        offsets = torch.arange(valid.shape[0], device=frames.device)[:, None] * self.window
-        indices = (kept_places + offsets).flatten(1)[:, :length]
-        rank_loss = self._rank_loss(predicted, norm, similarity, valid)
-        return merged.flatten(1, 2)[:, :length], scores, indices, rank_loss
+    def _project(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The unit metric vectors (B, N, T, D) and the predicted scores (B, N, T) of all streams, in float32."""
+        weight = torch.cat([merger.metric_proj.weight for merger in self])
+        bias = torch.cat([merger.metric_proj.bias for merger in self])
+        metric = F.linear(frames, weight, bias).unflatten(-1, (len(self), -1))  # (B, T, N, D)
+        # The norms' scale and shift go into the score heads, so that one normalisation serves all streams.
+        heads = torch.cat([merger.score_head.weight for merger in self])
+        scale = torch.stack([merger.score_norm.weight for merger in self]) * heads
+        shift = torch.stack([merger.score_norm.bias for merger in self]) * heads
+        normed = F.layer_norm(metric, metric.shape[-1:], eps=self[0].score_norm.eps)
+        predicted = (normed * scale).sum(dim=-1, dtype=torch.float32) + shift.sum(dim=-1, dtype=torch.float32)
+        return F.normalize(metric.float(), dim=-1).transpose(1, 2), predicted.transpose(1, 2)
 
-    def _most_important(self, scores: torch.Tensor) -> torch.Tensor:
-        """Places (B, W, k) of the highest scores (B, T) in each window, in temporal order; ties go to the first."""
-        scores = split_into_windows(scores, self.window, fill=-torch.inf)
-        return scores.argsort(dim=-1, descending=True, stable=True)[..., : self.kept].sort(dim=-1).values
+    def _merge_weights(self, similarity: torch.Tensor, kept: torch.Tensor, together: torch.Tensor) -> torch.Tensor:
+        """A^T, in row u and column t the weight of frame t in frame u, (B, N, T, T).
 
-    def _merge_weights(
-        self, similarity: torch.Tensor, kept_places: torch.Tensor, valid: torch.Tensor, rest: torch.Tensor
-    ) -> torch.Tensor:
-        """A, weight of each frame of a window in each kept frame, (B, W, w, k); zero where the frame is not rest."""
-        columns = kept_places[:, :, None, :].expand(-1, -1, self.window, -1)
+        It is zero where t is kept itself or of another window; rows of frames that are not kept have no meaning.
+        """
         logits = similarity / self.merge_temperature
         if self.merge_normalization == "kept":
             # The released form: a softmax over the whole window, then renormalised over the kept frames.
-            spread = logits.masked_fill(~valid[:, None, :], -torch.inf).softmax(dim=-1).gather(-1, columns)
-            kept_valid = valid.expand_as(rest).gather(-1, kept_places)
-            spread = spread * kept_valid[:, :, None, :]
-            weights = spread / (spread.sum(dim=-1, keepdim=True) + MERGE_EPS)
-        else:
-            # A window without rest frames has no finite entry: the lowest finite number keeps the softmax finite.
-            lowest = torch.finfo(logits.dtype).min
-            weights = logits.gather(-1, columns).masked_fill(~rest[..., None], lowest).softmax(dim=-2)
-        return weights * rest[..., None]
+            spread = logits.masked_fill(~together, -torch.inf).softmax(dim=-2) * kept[..., :, None]
+            weights = spread / (spread.sum(dim=-2, keepdim=True) + MERGE_EPS)
+            return weights * ~kept[..., None, :]
+        # A window without rest frames has no finite entry: the lowest finite number keeps the softmax finite.
+        rest = together & ~kept[..., None, :]
+        return logits.masked_fill(~rest, torch.finfo(logits.dtype).min).softmax(dim=-1) * rest
 
     def _rank_loss(
-        self, predicted: torch.Tensor, norm: torch.Tensor, similarity: torch.Tensor, valid: torch.Tensor
+        self,
+        predicted: torch.Tensor,
+        norm: torch.Tensor,
+        similarity: torch.Tensor,
+        window: torch.Tensor,
+        together: torch.Tensor,
     ) -> torch.Tensor:
-        """KL(target || predicted) of the scores' softmax in each window, mean over windows and clips."""
-        counts = valid.sum(dim=-1)[:, None]
-        between = (similarity * valid[:, None, :]).sum(dim=-1) / counts
-        target = (split_into_windows(norm, self.window) + between).detach() / self.score_temperature
-        predicted = split_into_windows(predicted, self.window) / self.score_temperature
-        lowest = torch.finfo(target.dtype).min
-        log_target = target.masked_fill(~valid, lowest).log_softmax(dim=-1)
-        log_predicted = predicted.masked_fill(~valid, lowest).log_softmax(dim=-1)
+        """KL(target || predicted) of the scores' softmax in each window, mean over windows, clips and streams."""
+        between = (similarity * together).sum(dim=-1) / together.sum(dim=-1)
+        both = torch.stack([(norm + between).detach(), predicted]) / self.score_temperature  # (2, B, N, T)
+        total = both[..., None, :].masked_fill(~together, -torch.inf).logsumexp(dim=-1)
+        log_target, log_predicted = (both - total).unbind()
         divergence = log_target.exp() * (log_target - log_predicted)
-        return divergence.masked_fill(~valid, 0.0).sum(dim=-1).mean()
+        return (divergence.sum(dim=-1) / (window[:, -1] + 1)).mean()
 
 
 class VidPrismInteraction(nn.Module):
@@ -147,24 +169,26 @@ class VidPrismInteraction(nn.Module):
 
     def __init__(self, config: VidPrismConfig):
         super().__init__()
-        self.rates = tuple(config.rates)
+        rates, width = config.rates, config.hidden_size
         self.threshold = config.gate_threshold
-        self.gate_per_edge = config.interaction_gates == "edge"
         self.last_wins = config.interaction_update == "last"
         self.edges = interaction_edges(config)
-        width = config.hidden_size
-        self.gates = nn.ModuleDict({self._gate_name(*edge): gate_mlp(width) for edge in self.edges})
-        # One 1x1 convolution serves all edges to a faster stream; applied before the interpolation, with which it
-        # commutes, it runs once for each slow stream.
-        upward = any(self.rates[src] > self.rates[dst] for src, dst in self.edges)
+        # A pair's gate reads [fast; slow] and serves both directions, an edge's reads [source; destination].
+        per_edge = config.interaction_gates == "edge"
+        self.gate_of_edge = {edge: edge if per_edge else tuple(sorted(edge)) for edge in self.edges}
+        self.gate_inputs = list(dict.fromkeys(self.gate_of_edge.values()))
+        self.gates = nn.ModuleDict({f"{first}_{second}": gate_mlp(width) for first, second in self.gate_inputs})
+        # Streams are sorted by rate. One 1x1 convolution serves all edges to a faster stream; applied before the
+        # interpolation, with which it commutes, it runs once for each stream.
+        upward = any(src > dst for src, dst in self.edges)
         self.slow_to_fast = nn.Linear(width, width) if upward else None
         self.fast_to_slow = nn.ModuleDict(
             {
                 f"{src}_{dst}": nn.Conv1d(
-                    width, width, 5, stride=max(1, self.rates[dst] // self.rates[src]), padding=2, bias=False
+                    width, width, 5, stride=max(1, rates[dst] // rates[src]), padding=2, bias=False
                 )
                 for src, dst in self.edges
-                if self.rates[src] < self.rates[dst]
+                if src < dst
             }
         )
 
@@ -178,54 +202,81 @@ class VidPrismInteraction(nn.Module):
             The streams after interaction, and the gates (B, N, N): entry [i, j] belongs to the edge i -> j and is 0
             where there is none.
         """
-        summaries = [stream.mean(dim=1) for stream in streams]
-        gates = {edge: self._gate(edge, summaries) for edge in self.edges}
-        upward = {
-            src: self.slow_to_fast(streams[src])
-            for src in {src for src, dst in self.edges if self.rates[src] > self.rates[dst]}
-        }
-        updated = []
-        for dst, stream in enumerate(streams):
-            edges = [edge for edge in self.edges if edge[1] == dst]
-            messages = [self._message(edge, streams, upward) for edge in edges]
-            updated.append(stream + self._combine(messages, [gates[e] for e in edges]) if edges else stream)
-        none = summaries[0].new_zeros(summaries[0].shape[0])
-        size = range(len(streams))
-        table = torch.stack([torch.stack([gates.get((i, j), none) for j in size], dim=-1) for i in size], dim=-2)
-        return updated, table
+        gates, strength = self._gates(streams)
+        updated = self._send_up(streams, strength)
+        strengths = strength.flatten(1).unbind(1)
+        padded = {src: F.pad(streams[src], (0, 0, 2, 2)) for src in {src for src, dst in self.edges if src < dst}}
+        for src, dst in self.edges:
+            if src < dst:
+                message = self._message_down(padded[src], streams[dst].shape[1], self.fast_to_slow[f"{src}_{dst}"])
+                updated[dst] = updated[dst] + strengths[src * len(streams) + dst][:, None, None] * message
+        return updated, gates
 
-    def _gate_name(self, src: int, dst: int) -> str:
-        return f"{src}_{dst}" if self.gate_per_edge else f"{min(src, dst)}_{max(src, dst)}"
-
-    def _gate(self, edge: tuple[int, int], summaries: list[torch.Tensor]) -> torch.Tensor:
-        """The gate (B,) of an edge. A pair's gate reads [fast; slow], an edge's [source; destination]."""
-        first, second = edge if self.gate_per_edge else sorted(edge)
-        pair = torch.cat([summaries[first], summaries[second]], dim=-1)
-        return self.gates[self._gate_name(*edge)](pair).squeeze(-1)
-
-    def _message(self, edge: tuple[int, int], streams: Sequence[torch.Tensor], upward: dict) -> torch.Tensor:
-        """What an edge carries, (B, L_dst, D)."""
-        src, dst = edge
-        if src in upward and self.rates[src] > self.rates[dst]:
-            message = upward[src].transpose(1, 2)
-        else:
-            message = self.fast_to_slow[f"{src}_{dst}"](streams[src].transpose(1, 2))
-        length = streams[dst].shape[1]
-        if message.shape[-1] != length:
-            message = F.interpolate(message, size=length, mode="linear", align_corners=False)
-        return message.transpose(1, 2)
-
-    def _combine(self, messages: list[torch.Tensor], gates: list[torch.Tensor]) -> torch.Tensor:
-        """The sum of the open sources' gated messages, or only the last open one's."""
-        opened = [(gate >= self.threshold).to(gate.dtype) for gate in gates]
+    def _gates(self, streams: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gates (B, N, N), and how strongly each message counts: its gate where that is open, else 0."""
+        means = [stream.mean(dim=1) for stream in streams]
+        inputs = torch.cat([means[index] for pair in self.gate_inputs for index in pair], dim=-1)
+        values = inputs.unflatten(-1, (len(self.gates), -1)).transpose(0, 1)  # (gates, B, 2 D)
+        first, relu, second, sigmoid = zip(*self.gates.values(), strict=True)
+        values = relu[0](_linear_of_each(values, first))
+        values = sigmoid[0](_linear_of_each(values, second)).squeeze(-1)
+        by_gate = dict(zip(self.gate_inputs, values.unbind(), strict=True))
+        none = -torch.ones_like(values[0])  # below every threshold
+        pairs = [(src, dst) for src in range(len(streams)) for dst in range(len(streams))]
+        table = torch.stack([by_gate.get(self.gate_of_edge.get(pair), none) for pair in pairs], dim=-1)
+        table = table.unflatten(-1, (len(streams), -1))
+        is_open = table >= self.threshold
         if self.last_wins:
-            later_closed = torch.ones_like(gates[0])
-            for i in reversed(range(len(opened))):
-                opened[i], later_closed = opened[i] * later_closed, later_closed * (1 - opened[i])
-        return sum(
-            (is_open * gate)[:, None, None] * message
-            for is_open, gate, message in zip(opened, gates, messages, strict=True)
-        )
+            from_here_on = is_open.flip(1).cumsum(dim=1).flip(1)
+            is_open = is_open & (from_here_on == 1)
+        return table.clamp_min(0), table * is_open
+
+    def _send_up(self, streams: Sequence[torch.Tensor], strength: torch.Tensor) -> list[torch.Tensor]:
+        """The streams with all messages of slower ones: each is interpolated in time to the faster stream's length.
+
+        Interpolation, gates and the sum over sources are one matrix for each clip, (frames of all streams)^2.
+        """
+        if self.slow_to_fast is None:
+            return list(streams)
+        lengths = [stream.shape[1] for stream in streams]
+        frames = torch.cat(list(streams), dim=1)
+        upward = strength.tril(-1).transpose(1, 2)  # (B, destination, source), next spread over the streams' frames
+        rows = [row.expand(-1, n, -1) for row, n in zip(upward.split(1, dim=1), lengths, strict=True)]
+        columns = torch.cat(rows, dim=1).split(1, dim=2)
+        upward = torch.cat([column.expand(-1, -1, n) for column, n in zip(columns, lengths, strict=True)], dim=2)
+        mixing = upward * interpolation(lengths, frames.device).to(upward.dtype)
+        return list((frames + mixing @ self.slow_to_fast(frames)).split(lengths, dim=1))
+
+    def _message_down(self, stream: torch.Tensor, length: int, conv: nn.Conv1d) -> torch.Tensor:
+        """The temporal convolution of a padded stream, resampled to a length where it comes out at another one.
+
+        As a matrix product over unfolded frames: the libraries' convolutions are slow at so few frames.
+        """
+        frames = stream.unfold(1, 5, conv.stride[0]).flatten(2)  # (B, L, 5 D)
+        message = F.linear(frames, conv.weight.flatten(1))
+        if message.shape[1] != length:
+            message = F.interpolate(message.transpose(1, 2), size=length, mode="linear").transpose(1, 2)
+        return message
+
+
+def _linear_of_each(values: torch.Tensor, layers: Sequence[nn.Linear]) -> torch.Tensor:
+    """Layer i on values[i], (G, B, in) -> (G, B, out)."""
+    weight = torch.stack([layer.weight for layer in layers])
+    bias = torch.stack([layer.bias for layer in layers])
+    return torch.baddbmm(bias[:, None], values, weight.transpose(1, 2))
+
+
+def interpolation(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Linear interpolation in time between streams that lie one after the other, (sum of L_i, sum of L_i).
+
+    Row t, column s is the weight of frame s in frame t, were the stream of s resampled to the length of the stream
+    of t. Frames stand for equal parts of the clip (`align_corners=False` of `F.interpolate`, whose values these are).
+    """
+    place = torch.cat([torch.arange(length, device=device) for length in lengths])
+    length = torch.cat([torch.full((length,), float(length), device=device) for length in lengths])
+    position = ((place + 0.5) / length)[:, None] * length - 0.5
+    position = torch.minimum(position.clamp_min(0), length - 1)
+    return (1 - (position - place).abs()).clamp_min(0)
 
 
 def interaction_edges(config: VidPrismConfig) -> list[tuple[int, int]]:
@@ -284,7 +335,7 @@ class VidPrismExpert(GradientCheckpointingLayer):
         width = config.hidden_size
         self.attention = VidPrismAttention(config)
         self.attention_norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), ACT2FN["quick_gelu"], nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), QuickGELU(), nn.Linear(2 * width, width))
         self.mlp_norm = nn.LayerNorm(width)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -308,15 +359,13 @@ class VidPrismReadout(nn.Module):
             self.key_value_proj = nn.Linear(width, 2 * width)
             self.out_proj = nn.Linear(width, width)
 
-    def forward(self, expert_outputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pools N expert outputs (B, L_i, D).
+    def forward(self, tokens: torch.Tensor, lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pools N expert outputs that lie one after the other in time, (B, sum of L_i, D).
 
         Returns:
             The clip vector (B, D) and the expert weights (B, N), which sum to 1: the attention mass on each expert
             (mean over heads); its share of the frames for "mean"; its share of the channels for "max".
         """
-        lengths = [output.shape[1] for output in expert_outputs]
-        tokens = torch.cat(list(expert_outputs), dim=1)
         if self.how == "query":
             pooled, mass = self._attend(tokens)
         elif self.how == "mean":
@@ -326,7 +375,7 @@ class VidPrismReadout(nn.Module):
             pooled, winners = tokens.max(dim=1)
             places = torch.arange(tokens.shape[1], device=tokens.device)
             mass = (winners[..., None] == places).to(tokens.dtype).mean(dim=1)
-        weights = torch.stack([part.sum(dim=1) for part in mass.split(lengths, dim=1)], dim=1)
+        weights = torch.stack([part.sum(dim=1) for part in mass.split(list(lengths), dim=1)], dim=1)
         return self.norm(pooled), weights
 
     def _attend(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -353,7 +402,8 @@ def expert_diversity_loss(expert_outputs: Sequence[torch.Tensor]) -> torch.Tenso
     1 when all experts give the same output, 0 when they are orthogonal (or there is only one expert).
     """
     means = torch.stack([output.float().mean(dim=1) for output in expert_outputs], dim=1)
-    cosine = F.normalize(means, dim=-1) @ F.normalize(means, dim=-1).transpose(-1, -2)
+    directions = F.normalize(means, dim=-1)
+    cosine = directions @ directions.transpose(-1, -2)
     num_experts = means.shape[1]
     pairs = max(1, num_experts * (num_experts - 1) // 2)
     return cosine.square().triu(diagonal=1).sum(dim=(-1, -2)).mean() / pairs
@@ -362,11 +412,12 @@ def expert_diversity_loss(expert_outputs: Sequence[torch.Tensor]) -> torch.Tenso
 __all__ = [
     "VidPrismAttention",
     "VidPrismExpert",
-    "VidPrismFrameMerger",
+    "VidPrismFrameMergers",
     "VidPrismGateOutput",
     "VidPrismInteraction",
     "VidPrismReadout",
     "expert_diversity_loss",
     "gate_balance_loss",
+    "interaction_edges",
     "pool_windows",
 ]
