@@ -44,7 +44,8 @@ def test_every_command_runs_as_written(clone, tmp_path):
     assert re.search(r"top1\s+(\S+)", evaluated)[1] == trained[1]
     assert "moving_left" in next(text for command, text in outputs.items() if " predict " in command)
     assert any("expert weights" in text for text in outputs.values())
-    assert "'label': 'shrinking'" in next(text for command, text in outputs.items() if 'org/vidprism-demo", trust_remote_code' in command)
+    by_stranger = next(text for command, text in outputs.items() if '"org/vidprism-demo", trust_remote' in command)
+    assert "'label': 'shrinking'" in by_stranger
 
 
 @pytest.mark.slow
