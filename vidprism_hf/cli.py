@@ -8,6 +8,7 @@ USAGE = """usage: vidprism VERB ...
   data prepare|check|show ...              fetch a benchmark, decode every clip once, look at a source
   finetune --config RECIPE [--key value]   train by a recipe, evaluate, export
   splits --config RECIPE [--splits 1 2 3]  finetune on several official splits, and the mean
+  ablate --config RECIPE [--grid NAME]     variants of the head on small data, compared in a table
   evaluate MODEL --config RECIPE           held-out accuracy of an exported model
   predict MODEL FILE [FILE ...]            top labels of video files
   push FOLDER --repo ORG/NAME              publish an export on the Hub
@@ -26,6 +27,12 @@ def _finetune(argv: list[str]) -> int:
 
 def _splits(argv: list[str]) -> int:
     from .training.splits import main
+
+    return main(argv)
+
+
+def _ablate(argv: list[str]) -> int:
+    from .evaluation.ablate import main
 
     return main(argv)
 
@@ -65,6 +72,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "data": _data,
     "finetune": _finetune,
     "splits": _splits,
+    "ablate": _ablate,
     "evaluate": _evaluate,
     "predict": _predict,
     "push": _push,

@@ -31,7 +31,7 @@ def curves(epochs: Mapping[int, Mapping[str, float]]) -> bytes:
         losses.legend()
     accuracy.set_ylabel("held-out top-1")
     accuracy.set_ylim(-0.02, 1.02)
-    return _png(figure)
+    return png(figure)
 
 
 def expert_weights(weights: np.ndarray, labels: Sequence[str], rates: Sequence[int]) -> bytes:
@@ -48,7 +48,7 @@ def expert_weights(weights: np.ndarray, labels: Sequence[str], rates: Sequence[i
         axes = figure.subplots()
         axes.boxplot(weights[~np.isnan(weights).any(axis=1)], tick_labels=experts)
         axes.set_ylabel("expert weight, one value a class")
-        return _png(figure)
+        return png(figure)
     figure = Figure(figsize=(1.2 * len(rates) + 3, 0.3 * len(labels) + 1.2), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(weights, aspect="auto", cmap="viridis", vmin=0, vmax=1)
@@ -56,10 +56,11 @@ def expert_weights(weights: np.ndarray, labels: Sequence[str], rates: Sequence[i
     # A dollar sign would begin a formula.
     axes.set_yticks(range(len(labels)), [label.replace("$", r"\$")[:40] for label in labels])
     figure.colorbar(image, ax=axes, label="expert weight")
-    return _png(figure)
+    return png(figure)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """A figure as PNG bytes, without the date and the version that a file would hold."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110, metadata={"Software": None})
     return picture.getvalue()

@@ -1,0 +1,345 @@
+"""`vidprism ablate`: variants of the head on small data, by cross-validation, from the features of a frozen tower.
+
+A sweep trains a head for each row of its grids, each fold and each seed: a cell. The tower runs once for each clip
+and view, into the recipe's feature cache; a cell then takes seconds. It is trained by the recipe, by the run's own
+`VidPrismLightningModule`, for all its epochs: no checkpoint is chosen, so that held-out clips decide nothing.
+
+The sweep's folder holds folds/ (lists of held-out clips, which `vidprism finetune --data.val_list` takes),
+cells.jsonl (a line for each finished cell, by the hash of all that it follows from: a sweep that was stopped goes on,
+one whose recipe has changed trains anew), and, from ablation_report.py, ablations.{md,csv,png}.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ..data import VideoDataModule
+from ..data.dataset import ClipSampler, collate
+from ..data.few_shot import clip_list_hash
+from ..errors import UserError
+from ..model import VISION_PRESETS, VidPrismConfig, VidPrismForVideoClassification
+from ..training.finetune import FinetuneCLI, parse
+from ..training.module import VidPrismLightningModule
+from .ablation_grids import GRIDS, grid_rows
+from .ablation_report import Cell, summarise, write_report
+from .baselines import LinearProbe, parameters_of, with_baseline
+from .folds import block_folds, group_folds
+
+CELLS = "cells.jsonl"
+REFERENCE = ("", "the recipe", {})
+# What of a recipe's trainer a cell is trained with; the head is small, so one device and full precision do.
+OF_TRAINER = ("accelerator", "max_epochs", "gradient_clip_val", "accumulate_grad_batches")
+# What of its data has no influence on a cell.
+NOT_OF_DATA = {"root", "num_workers", "feature_cache", "feature_cache_limit", "clip_time_limit", "max_bad_fraction"}
+
+
+class HeadModule(VidPrismLightningModule):
+    """The run's module without callbacks of its own: a cell has no folder and no bad clips."""
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        return []
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One part held out.
+
+    Attributes:
+        train: Training clips as frame features.
+        val: Held-out clips as frame features.
+        groups: For each training clip the number of the fold that it is in otherwise, (N,).
+        clips: Hash of the clips and labels of both.
+    """
+
+    train: Dataset
+    val: Dataset
+    groups: torch.Tensor
+    clips: str
+
+
+def main(argv: list[str]) -> int:
+    """Runs a sweep, or goes on with it, and writes its report.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        UserError: If an option, the recipe or the source does not fit.
+    """
+    options, recipe = _parse(argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("vidprism ablate trains its cells one after the other: do not launch it with torchrun or srun")
+    # A cell takes seconds: what Lightning has to say of each trainer would be all there is to read.
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"lightning\.")
+    cli = parse(recipe)
+    check_recipe(cli)
+    output = Path(cli.config.output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        sweep = Sweep(cli, output, options.folds, options.groups)
+        rows = grid_rows(options.grid)
+        seeds = range(options.seeds)
+        sweep.run([REFERENCE, *rows], seeds)
+        results = summarise(
+            {(grid, name): sweep.of_row(changes, seeds) for grid, name, changes in rows}, sweep.of_row({}, seeds)
+        )
+        for path in write_report(results, sweep.about(options), output):
+            print(f"Written to {path}")
+    except OSError as error:
+        raise UserError(f"output {output}: cannot be written ({error.strerror}); choose another folder") from error
+    return 0
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="vidprism ablate",
+        description="Trains variants of the head by cross-validation on cached features and compares them in a table; "
+        "other options are those of finetune, such as --config recipes/ablations/head.yaml --data.source CLIPS.",
+        allow_abbrev=False,
+    )
+    names = ["all", *GRIDS]
+    parser.add_argument("--grid", nargs="+", default=["all"], choices=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each row and fold (default: 3)")
+    parser.add_argument("--folds", type=int, help="hold out so many contiguous blocks of each class in turn")
+    parser.add_argument("--groups", help="hold out one group in turn: what this regular expression captures in names")
+    options, recipe = parser.parse_known_args(argv)
+    if options.seeds < 1:
+        raise UserError(f"--seeds {options.seeds}: must be at least 1")
+    if options.folds is not None and options.groups is not None:
+        raise UserError("--folds, --groups: give one of them, or none for the source's own split")
+    return options, recipe
+
+
+def check_recipe(cli: FinetuneCLI) -> None:
+    """Looks whether a recipe trains a head from kept features.
+
+    Raises:
+        UserError: If it does not.
+    """
+    if not cli.config.data.feature_cache:
+        raise UserError("data.feature_cache: name a folder for the features; recipes/ablations/head.yaml is an example")
+    for name in ("checkpoint", "ema_decay", "reference_batch_size"):
+        if cli.config.model[name] is not None:
+            raise UserError(f"model.{name}: is nothing for an ablation, which trains heads anew; remove it")
+
+
+class Sweep:
+    """The cells of a recipe on a source of clips.
+
+    Args:
+        cli: The parsed recipe.
+        output: The sweep's folder.
+        folds: Number of contiguous blocks to hold out in turn.
+        groups: Regular expression of the groups to hold out in turn; without both the source's split is the only
+            fold.
+    """
+
+    def __init__(self, cli: FinetuneCLI, output: Path, folds: int | None, groups: str | None):
+        self.cli, self.output = cli, output
+        self.settings = {name: value for name, value in own_settings(cli.model).items() if name != "config"}
+        self.config = cli.model.hparams.config or {}
+        trainer = cli.config.trainer
+        self.trainer = {name: trainer[name] for name in OF_TRAINER}
+        self.folds = list(self._folds(folds, groups))
+        self.feature_size = self.folds[0].val[0]["frame_features"].shape[-1]
+        self.cells = read_cells(output / CELLS)
+
+    def run(self, rows: list[tuple[str, str, dict[str, Any]]], seeds: range) -> None:
+        """Trains the cells that are not there, seed by seed: a sweep that is stopped has whole tables first."""
+        wanted: dict[str, tuple[str, dict[str, Any], int, int]] = {}
+        for seed in seeds:
+            for _, name, changes in rows:
+                for fold in range(len(self.folds)):
+                    wanted.setdefault(self._key(changes, fold, seed), (name, changes, fold, seed))
+        missing = {key: cell for key, cell in wanted.items() if key not in self.cells}
+        print(f"{len(wanted)} cells, {len(missing)} to train", flush=True)
+        for number, (key, (name, changes, fold, seed)) in enumerate(missing.items(), 1):
+            cell = self._train(changes, self.folds[fold], seed)
+            append_cell(self.output / CELLS, key, cell)
+            self.cells[key] = cell
+            said = f"{sum(cell.right)} of {len(cell.right)} in {cell.seconds:.1f} s"
+            print(f"[{number}/{len(missing)}] {name}, fold {fold}, seed {seed}: {said}", flush=True)
+
+    def of_row(self, changes: dict[str, Any], seeds: range) -> list[list[Cell]]:
+        """The cells of a row, `[seed][fold]`."""
+        folds = range(len(self.folds))
+        return [[self.cells[self._key(changes, fold, seed)] for fold in folds] for seed in seeds]
+
+    def about(self, options: argparse.Namespace) -> str:
+        """What was trained and how, for the report."""
+        data, model = self.cli.datamodule, self.settings
+        how = "the source's own split"
+        if options.groups:
+            how = f"{len(self.folds)} folds, one group each (`{options.groups}`)"
+        elif options.folds:
+            how = f"{len(self.folds)} folds, contiguous blocks of each class"
+        clips = sum(data.num_clips.values())
+        return (
+            f"{data.name}: {clips} clips of {len(data.id2label)} classes, {model['num_frames']} frames each; {how}; "
+            f"{options.seeds} seeds. The tower is frozen and its features are kept, "
+            f"{data.hparams.train_views} random view(s) of each training clip. Heads train for "
+            f"{self.trainer['max_epochs']} epochs of batches of {data.hparams.batch_size} at a learning rate of "
+            f"{model['learning_rate']:g} and weight decay {model['weight_decay']:g}, with "
+            f"`{json.dumps(self.config, sort_keys=True)}`; the last weights are tested. A cell takes "
+            f"{statistics.median(cell.seconds for cell in self.cells.values()):.1f} s (median)."
+        )
+
+    def _folds(self, count: int | None, pattern: str | None) -> Iterator[Fold]:
+        """The folds, with their features, which the tower computes where they are missing."""
+        data = self.cli.datamodule
+        if count is None and pattern is None:
+            yield self._fold(data, None)
+            return
+        tables = (data.splits.train, data.splits.val)
+        names = [table.name(index) for table in tables for index in range(len(table))]
+        labels = np.concatenate([table.labels for table in tables])
+        folds = group_folds(names, pattern) if pattern is not None else block_folds(names, labels, count)
+        fold_of = dict(zip(names, folds.tolist(), strict=True))
+        (self.output / "folds").mkdir(exist_ok=True)
+        for fold in range(max(fold_of.values()) + 1):
+            listing = self.output / "folds" / f"{fold}.txt"
+            held_out = sorted(name for name, its in fold_of.items() if its == fold)
+            listing.write_text("".join(f"{name}\n" for name in held_out), encoding="utf-8")
+            rule = {"val_fraction": None, "val_pattern": None, "val_list": str(listing)}
+            yield self._fold(VideoDataModule(**own_settings(data) | rule), fold_of)
+
+    def _fold(self, data: VideoDataModule, fold_of: dict[str, int] | None) -> Fold:
+        trainer = quiet_trainer(
+            accelerator=self.trainer["accelerator"], precision=self.cli.config.trainer.precision, max_epochs=0
+        )
+        trainer.fit(self.cli.model, datamodule=data)
+        train, val = data.train_dataloader().dataset, data.val_dataloader().dataset
+        names = [train.table.name(index) for index in range(len(train))]
+        bad = [
+            part.table.name(index) for part in (train, val) for index in range(len(part)) if part[index]["bad_clips"]
+        ]
+        if bad:
+            raise UserError(
+                f"{bad[0]}: cannot be decoded, {len(bad)} clips in all; see vidprism data check, remove them"
+            )
+        groups = [] if fold_of is None else [fold_of[name] for name in names]
+        if len(set(groups)) < 2:  # five parts of the training clips serve where a choice is made among them
+            groups = [index % 5 for index in range(len(names))]
+        hashed = clip_list_hash(data.splits.train) + clip_list_hash(data.splits.val)
+        return Fold(train, val, torch.tensor(groups), hashed)
+
+    def _key(self, changes: dict[str, Any], fold: int, seed: int) -> str:
+        """The hash of all that a cell follows from. What a row says that is the recipe's anyway changes nothing."""
+        config = {name: value for name, value in changes.items() if name != "baseline"}
+        data = {name: value for name, value in own_settings(self.cli.datamodule).items() if name not in NOT_OF_DATA}
+        if len(self.folds) > 1:
+            data = {name: value for name, value in data.items() if not name.startswith("val_")}
+        about = {
+            "head": self._head_config(config).to_dict(),
+            "baseline": changes.get("baseline"),
+            "model": self.settings,
+            "data": data,
+            "trainer": self.trainer,
+            "clips": self.folds[fold].clips,
+            "seed": seed,
+        }
+        return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+    def _head_config(self, changes: dict[str, Any]) -> VidPrismConfig:
+        """The configuration of a head on kept features; its tower is a small one that never runs."""
+        labels = self.cli.model.id2label
+        tower = VISION_PRESETS["tiny"]["vision_config"] | {"projection_dim": self.feature_size}
+        return VidPrismConfig(
+            vision_config=tower,
+            num_frames=self.settings["num_frames"],
+            id2label=labels,
+            label2id={label: index for index, label in labels.items()},
+            **self.config | changes,
+        )
+
+    def _train(self, changes: dict[str, Any], fold: Fold, seed: int) -> Cell:
+        start = time.perf_counter()
+        baseline = changes.get("baseline")
+        if baseline == "probe":
+            score, size = self._probe(fold)
+        else:
+            config = {name: value for name, value in changes.items() if name != "baseline"}
+            score, size = self._head(self._head_config(config), baseline, fold, seed)
+        right = [bool(right) for batch in loader(fold.val, 64) for right in score(batch).argmax(-1) == batch["labels"]]
+        return Cell(right, size, time.perf_counter() - start)
+
+    def _head(self, config: VidPrismConfig, baseline: str | None, fold: Fold, seed: int):
+        L.seed_everything(seed, verbose=False)
+        model = VidPrismForVideoClassification._from_config(config)
+        model.vidprism.vision_tower.freeze()
+        if baseline is not None:
+            with_baseline(model, baseline)
+        module = HeadModule(**self.settings)
+        module.model = model.train()
+        trainer = quiet_trainer(**self.trainer)
+        batch_size = self.cli.datamodule.hparams.batch_size
+        trainer.fit(module, loader(fold.train, batch_size, ClipSampler(len(fold.train), training=True, seed=seed)))
+        model.eval().cpu()
+        return torch.no_grad()(lambda batch: model(frame_features=batch["frame_features"]).logits), parameters_of(model)
+
+    def _probe(self, fold: Fold):
+        views = fold.train.train_views
+        items = [fold.train[view, index] for view in range(views) for index in range(len(fold.train))]
+        means = torch.stack([item["frame_features"].float().mean(dim=0) for item in items])
+        labels = torch.tensor([item["labels"] for item in items])
+        probe = LinearProbe(len(self.cli.model.id2label)).fit(means, labels, fold.groups.repeat(views))
+        size = (self.feature_size + 1) * len(self.cli.model.id2label)
+        return (lambda batch: probe(batch["frame_features"].float().mean(dim=1))), size
+
+
+def own_settings(module: L.LightningModule | L.LightningDataModule) -> dict[str, Any]:
+    """The arguments that a module was built with, without what LightningCLI notes beside them."""
+    return {name: value for name, value in module.hparams.items() if not name.startswith("_")}
+
+
+def loader(clips: Dataset, batch_size: int, sampler: ClipSampler | None = None) -> DataLoader:
+    """Batches of frame features, in the process itself."""
+    return DataLoader(clips, batch_size=batch_size, sampler=sampler, collate_fn=collate)
+
+
+def quiet_trainer(**settings: Any) -> L.Trainer:
+    """A trainer on one device that neither writes nor prints."""
+    return L.Trainer(
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        **settings,
+    )
+
+
+def read_cells(path: Path) -> dict[str, Cell]:
+    """The finished cells by key. A line that a killed sweep left unfinished is passed over."""
+    cells = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError):
+            cell = json.loads(line)
+            cells[cell["key"]] = Cell([right == "1" for right in cell["right"]], cell["parameters"], cell["seconds"])
+    return cells
+
+
+def append_cell(path: Path, key: str, cell: Cell) -> None:
+    """Adds a finished cell in one write, on a line of its own."""
+    right = "".join(str(int(right)) for right in cell.right)
+    line = json.dumps({"key": key, "right": right, "parameters": cell.parameters, "seconds": round(cell.seconds, 2)})
+    torn = path.exists() and not path.read_bytes().endswith(b"\n")
+    with open(path, "ab") as file:
+        file.write(b"\n" * torn + line.encode() + b"\n")
