@@ -14,7 +14,13 @@ from torch.nn import functional as F
 
 from ..model import VidPrismConfig, VidPrismForVideoClassification
 from ..model.outputs_vidprism import VidPrismModelOutput
-from ..model.temporal_vidprism import VidPrismExpert, expert_diversity_loss, gate_balance_loss, pool_windows
+from ..model.temporal_vidprism import (
+    VidPrismExpert,
+    VidPrismFeatureNorm,
+    expert_diversity_loss,
+    gate_balance_loss,
+    pool_windows,
+)
 
 PROBE_DECAYS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
@@ -28,14 +34,14 @@ class TemporalTransformer(nn.Module):
     def __init__(self, config: VidPrismConfig, size: int):
         super().__init__()
         width = config.hidden_size
-        self.input_projection = nn.Linear(config.feature_size, width) if config.feature_size != width else nn.Identity()
+        self.input = input_layers(config)
         self.position_embedding = nn.Parameter(torch.randn(1, config.num_frames, width) * 0.02)
         of_layer = parameters_of(VidPrismExpert(config))
         self.layers = nn.ModuleList(VidPrismExpert(config) for _ in range(max(1, round(size / of_layer))))
 
     def forward(self, frame_features: torch.Tensor, **kwargs) -> VidPrismModelOutput:
         """(B, T, D_features) to clip vectors (B, D); T is that of the configuration."""
-        tokens = self.input_projection(frame_features) + self.position_embedding
+        tokens = self.input(frame_features) + self.position_embedding
         for layer in self.layers:
             tokens = layer(tokens)
         none = tokens.new_zeros(())
@@ -60,13 +66,13 @@ class HomogeneousMixture(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.rate = config.rates[0]
-        self.input_projection = nn.Linear(config.feature_size, width) if config.feature_size != width else nn.Identity()
+        self.input = input_layers(config)
         self.experts = nn.ModuleList(VidPrismExpert(config) for _ in config.rates)
         self.router = nn.Linear(width, len(config.rates))
 
     def forward(self, frame_features: torch.Tensor, **kwargs) -> VidPrismModelOutput:
         """(B, T, D_features) to clip vectors (B, D)."""
-        stream = pool_windows(self.input_projection(frame_features), self.rate, "mean")
+        stream = pool_windows(self.input(frame_features), self.rate, "mean")
         outputs = [expert(stream) for expert in self.experts]
         weights = self.router(stream.mean(dim=1)).softmax(dim=-1)  # (B, E)
         means = torch.stack([output.mean(dim=1) for output in outputs], dim=1)
@@ -77,6 +83,14 @@ class HomogeneousMixture(nn.Module):
             gate_loss=gate_balance_loss(weights.mean(dim=0)),
             diversity_loss=expert_diversity_loss(outputs),
         )
+
+
+def input_layers(config: VidPrismConfig) -> nn.Sequential:
+    """What frame features go through before VidPrism's streams are made."""
+    layers = [VidPrismFeatureNorm(config.feature_size)] if config.feature_norm == "running" else []
+    if config.feature_size != config.hidden_size:
+        layers.append(nn.Linear(config.feature_size, config.hidden_size))
+    return nn.Sequential(*layers)
 
 
 def with_baseline(model: VidPrismForVideoClassification, name: str) -> VidPrismForVideoClassification:

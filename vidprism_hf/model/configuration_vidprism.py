@@ -95,6 +95,9 @@ class VidPrismConfig(PreTrainedConfig):
             Dropout before the classifier.
         time_position:
             "learned" adds a learned embedding of the frame's position to its feature; the paper has "none".
+        feature_norm:
+            "running" standardises each channel of the frame features by its mean and deviation over the training
+            clips seen so far; the paper takes them as they are, "none".
         projection_head:
             Whether the two-layer head that aligns clip vectors with text embeddings is kept (converted
             checkpoints have one; classification does not use it).
@@ -136,6 +139,7 @@ class VidPrismConfig(PreTrainedConfig):
     readout: Literal["query", "mean", "max"] = "query"
     head_dropout: float = 0.0
     time_position: Literal["none", "learned"] = "none"
+    feature_norm: Literal["none", "running"] = "none"
     projection_head: bool = False
     rank_loss_weight: float = 0.1
     gate_loss_weight: float = 0.01

@@ -23,6 +23,7 @@ from .outputs_vidprism import VidPrismForVideoClassificationOutput, VidPrismMode
 from .temporal_vidprism import (
     VidPrismAttention,
     VidPrismExpert,
+    VidPrismFeatureNorm,
     VidPrismFrameMergers,
     VidPrismGateOutput,
     VidPrismInteraction,
@@ -62,6 +63,10 @@ class VidPrismPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
+        elif isinstance(module, VidPrismFeatureNorm):
+            init.zeros_(module.mean)
+            init.ones_(module.square)
+            init.zeros_(module.batches)
         elif isinstance(module, VidPrismReadout) and module.how == "query":
             init.normal_(module.query, std=0.02)
         elif isinstance(module, VidPrismTemporalModel) and module.position_embedding is not None:
@@ -85,6 +90,7 @@ class VidPrismTemporalModel(VidPrismPreTrainedModel):
     def __init__(self, config: VidPrismConfig):
         super().__init__(config)
         width, rates = config.hidden_size, config.rates
+        self.feature_norm = VidPrismFeatureNorm(config.feature_size) if config.feature_norm == "running" else None
         self.input_projection = nn.Linear(config.feature_size, width) if config.feature_size != width else None
         self.position_embedding = None
         if config.time_position == "learned":
@@ -121,6 +127,8 @@ class VidPrismTemporalModel(VidPrismPreTrainedModel):
             output_streams: Also return the streams, the frames' importance and the frames kept.
             output_losses: Also return the three auxiliary losses, unweighted.
         """
+        if self.feature_norm is not None:
+            frame_features = self.feature_norm(frame_features)
         frames = frame_features if self.input_projection is None else self.input_projection(frame_features)
         if self.position_embedding is not None:
             frames = frames + self._positions(frames.shape[1]).to(frames.dtype)

@@ -22,6 +22,31 @@ from .configuration_vidprism import VidPrismConfig
 from .tower_vidprism import QuickGELU
 
 MERGE_EPS = 1e-6  # the released code's guard of the "kept" normalisation
+NORM_EPS = 1e-4  # least variance of a channel, for those that are constant
+
+
+class VidPrismFeatureNorm(nn.Module):
+    """Standardises each channel of the frame features, (B, T, D), by its mean and deviation over training clips.
+
+    Both are means over the batches seen in training, of late ones no less than of early ones, and are kept with the
+    weights. A batch counts itself, and no gradient flows into them: other than a batch norm, what a clip comes to
+    depends on its neighbours less and less, and not at all in evaluation.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("square", torch.ones(width))
+        self.register_buffer("batches", torch.zeros(()))
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            seen = frames.detach().float().flatten(0, 1)
+            self.batches.add_(1)
+            self.mean.lerp_(seen.mean(dim=0), 1 / self.batches)
+            self.square.lerp_(seen.square().mean(dim=0), 1 / self.batches)
+        deviation = (self.square - self.mean.square()).clamp_min(NORM_EPS).sqrt()
+        return ((frames.float() - self.mean) / deviation).to(frames.dtype)
 
 
 def split_into_windows(frames: torch.Tensor, window: int, fill: float = 0.0) -> torch.Tensor:
@@ -412,6 +437,7 @@ def expert_diversity_loss(expert_outputs: Sequence[torch.Tensor]) -> torch.Tenso
 __all__ = [
     "VidPrismAttention",
     "VidPrismExpert",
+    "VidPrismFeatureNorm",
     "VidPrismFrameMergers",
     "VidPrismGateOutput",
     "VidPrismInteraction",

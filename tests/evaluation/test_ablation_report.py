@@ -1,0 +1,63 @@
+"""The table of a sweep: means, intervals over folds, differences within folds."""
+
+import csv
+import io
+import math
+import statistics
+
+import pytest
+
+from vidprism_hf.evaluation.ablation_report import Cell, markdown, summarise, table_csv, write_report
+from vidprism_hf.evaluation.intervals import student_interval
+
+
+def cells(*shares):
+    """`[seed][fold]` from shares of ten clips."""
+    return [[Cell([clip < share for clip in range(10)], 1000, 1.5) for share in of_seed] for of_seed in shares]
+
+
+REFERENCE = cells((5, 7, 9), (5, 9, 9))
+OTHER = cells((6, 8, 10), (6, 10, 10))
+
+
+def test_means_and_intervals():
+    base, other = summarise({("g", "as it is"): REFERENCE, ("g", "other"): OTHER}, REFERENCE)
+    folds = [0.5, 0.8, 0.9]
+    assert base.top1 == pytest.approx(statistics.fmean(folds))
+    half = 4.303 * statistics.stdev(folds) / math.sqrt(3)
+    assert base.low == pytest.approx(base.top1 - half)
+    assert base.high == 1.0  # an accuracy is at most that
+    assert base.seed_deviation == pytest.approx(statistics.stdev([0.7, 2.3 / 3]))
+    assert (base.difference, base.difference_low, base.difference_high) == (0, 0, 0)
+    # One clip in ten more in every fold: how hard the folds are does not matter.
+    assert other.difference == pytest.approx(0.1)
+    assert other.difference_low == pytest.approx(0.1)
+
+
+def test_a_single_fold_has_no_paired_interval():
+    (result,) = summarise({("g", "row"): cells((6,))}, cells((5,)))
+    assert 0 < result.low < 0.6 < result.high < 1
+    assert math.isnan(result.difference_low)
+    assert result.seed_deviation == 0
+
+
+def test_the_table_and_its_files(tmp_path):
+    results = summarise({("g", "as it is"): REFERENCE, ("h", "other"): OTHER}, REFERENCE)
+    text = markdown(results, "What was trained.")
+    assert "| h | other | 0.00 M | 83.3 |" in text
+    assert "| +10.0 | +10.0 to +10.0 |" in text
+    rows = list(csv.DictReader(io.StringIO(table_csv(results))))
+    assert [float(row["top1"]) for row in rows] == [result.top1 for result in results]
+    paths = write_report(results, "What was trained.", tmp_path)
+    assert [path.name for path in paths] == ["ablations.md", "ablations.csv", "ablations.png"]
+    assert paths[2].read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in paths)
+
+
+def test_students_interval():
+    low, high = student_interval([1.0, 2.0, 3.0])
+    assert (low, high) == pytest.approx((2 - 4.303 / math.sqrt(3), 2 + 4.303 / math.sqrt(3)))
+    few, many = (student_interval([0.0, 1.0] * count) for count in (15, 16))  # on both sides of the table's end
+    assert many[1] - many[0] < few[1] - few[0] < 1.05 * (many[1] - many[0])
+    with pytest.raises(ValueError, match="no interval"):
+        student_interval([1.0])

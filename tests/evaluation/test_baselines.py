@@ -1,0 +1,74 @@
+"""The rivals of the head: they learn what they can, and see time where they should."""
+
+import pytest
+import torch
+from small import tiny_model
+
+from vidprism_hf.evaluation.baselines import LinearProbe, parameters_of, with_baseline
+
+CHANNELS = 64  # the tiny tower's features
+
+
+@pytest.fixture
+def features():
+    return torch.randn(3, 8, CHANNELS, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", ["transformer", "mixture"])
+def test_it_takes_the_heads_place(features, name):
+    model = with_baseline(tiny_model(), name)
+    output = model(frame_features=features, labels=torch.tensor([0, 1, 0]))
+    assert output.logits.shape == (3, 2)
+    torch.testing.assert_close(output.expert_weights.sum(dim=1), torch.ones(3))
+    output.loss.backward()
+    temporal = dict(model.vidprism.temporal_model.named_parameters())
+    assert [name for name, parameter in temporal.items() if parameter.grad is None] == []
+    # A clip's logits are its own.
+    alone = model(frame_features=features[1:2]).logits
+    torch.testing.assert_close(alone[0], output.logits[1])
+
+
+def test_the_transformer_is_of_the_heads_size_and_sees_the_order(features):
+    head, baseline = tiny_model(), with_baseline(tiny_model(), "transformer")
+    sizes = [parameters_of(model.vidprism.temporal_model) for model in (head, baseline)]
+    assert abs(sizes[0] - sizes[1]) < 0.25 * sizes[0]
+    forward, backward = (baseline(frame_features=x).logits for x in (features, features.flip(1)))
+    assert not torch.allclose(forward, backward)
+
+
+def test_the_mixture_is_equal_experts_with_a_router(features):
+    model = with_baseline(tiny_model(), "mixture")
+    weights = model(frame_features=features).expert_weights
+    assert weights.shape == (3, len(model.config.rates))
+    assert weights.std(dim=0).max() > 0  # it depends on the clip
+
+
+def clusters(noise: float, seed: int = 0):
+    """Sixty clips of three classes around their centres, in channels of very different scales, in six groups."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(60) % 3
+    points = centres[labels] + noise * torch.randn(60, 16, generator=generator)
+    scale = torch.logspace(-3, 3, 16)
+    return torch.cat([points * scale + 5, torch.full((60, 1), 7.0)], dim=1), labels, torch.arange(60) // 10
+
+
+def test_the_probe_separates_what_a_line_can():
+    features, labels, groups = clusters(0.3)
+    probe = LinearProbe(3).fit(features, labels, groups)
+    others, their_labels, _ = clusters(0.3, seed=2)
+    assert torch.equal(probe(others).argmax(-1), their_labels)
+
+
+def test_the_probes_penalty_is_the_one_that_serves_held_out_groups_best():
+    features, labels, groups = clusters(6.0)
+    decays = (1e-4, 1e-2, 1.0)
+    right = dict.fromkeys(decays, 0)
+    for decay in decays:
+        for group in groups.unique():
+            inner, held_out = groups != group, groups == group
+            probe = LinearProbe(3, (decay,)).fit(features[inner], labels[inner], groups[inner])
+            right[decay] += (probe(features[held_out]).argmax(-1) == labels[held_out]).sum().item()
+    assert len(set(right.values())) > 1
+    best = max(decay for decay in decays if right[decay] == max(right.values()))  # of equals the strongest
+    assert LinearProbe(3, decays).fit(features, labels, groups).decay == best
