@@ -80,6 +80,8 @@ class VideoDataModule(L.LightningDataModule):
             equal segments of the whole video: at random in training, the middle one in evaluation.
         test_clips: Clips taken from each video in the final evaluation and by evaluate; their logits are averaged.
         test_crops: Crops of each such clip, 1 (centre) or 3 along the longer side.
+        augment: Whether training clips are seen in random views; false trains on the view of the evaluation, which
+            serves heads on frozen towers best where clips are few. Training clips must then all be decodable.
         min_crop_scale: Smallest area of a training crop as a share of the picture, above 0 and at most 1.
         horizontal_flip: Whether to mirror half of the training clips; null does unless a label speaks of
             left, right or (counter-)clockwise.
@@ -126,6 +128,7 @@ class VideoDataModule(L.LightningDataModule):
         frame_stride: int | None = None,
         test_clips: int = 1,
         test_crops: int = 1,
+        augment: bool = True,
         min_crop_scale: float = 0.08,
         horizontal_flip: bool | None = None,
         grayscale: float = 0.2,
@@ -291,6 +294,8 @@ class VideoDataModule(L.LightningDataModule):
     def augmentation(self) -> dict[str, Any]:
         """What training clips go through, in words."""
         hparams, crop = self.hparams, self.video_processor.crop_size
+        if not hparams.augment:
+            return {"view": "that of the evaluation"}
         return {
             "crop": f"random, {hparams.min_crop_scale:g} to 1 of the frame, to {crop['height']} x {crop['width']}",
             "horizontal flip": self._flip()[1].removeprefix("horizontal flip "),
@@ -319,7 +324,7 @@ class VideoDataModule(L.LightningDataModule):
 
     def _reader(self, part: str) -> ClipReader:
         hparams, crop, settings = self.hparams, self.video_processor.crop_size, {}
-        if part == "train":
+        if part == "train" and hparams.augment:
             settings["augmentation"] = ClipAugmentation(
                 (crop["height"], crop["width"]),
                 min_crop_scale=hparams.min_crop_scale,
@@ -476,9 +481,11 @@ def _check_arguments(**settings: Any) -> None:
         for name in ("train_views", "feature_cache", *rules):
             if settings[name]:
                 raise DataError(f"data.{name}: needs a table of all clips, which data.streaming has not; remove one")
+        if not settings["augment"]:
+            raise DataError("data.augment: streamed training clips are always augmented; set it to true")
     parse_size(settings["feature_cache_limit"])
     if settings["feature_cache"]:
-        if settings["train_views"] is None:
+        if settings["train_views"] is None and settings["augment"]:
             raise DataError("data.feature_cache: needs data.train_views, the number of random views of each clip")
         for name in ("mixup_alpha", "cutmix_alpha"):
             if settings[name]:

@@ -4,9 +4,10 @@ A sweep trains a head for each row of its grids, each fold and each seed: a cell
 and view, into the recipe's feature cache; a cell then takes seconds. It is trained by the recipe, by the run's own
 `VidPrismLightningModule`, for all its epochs: no checkpoint is chosen, so that held-out clips decide nothing.
 
-The sweep's folder holds folds/ (lists of held-out clips, which `vidprism finetune --data.val_list` takes),
-cells.jsonl (a line for each finished cell, by the hash of all that it follows from: a sweep that was stopped goes on,
-one whose recipe has changed trains anew), and, from ablation_report.py, ablations.{md,csv,png}.
+The sweep's folder holds folds/ (lists of held-out clips, which `vidprism finetune --data.val_list` takes) and
+cells.jsonl: a line for each finished cell, by the hash of all that it follows from. A sweep that was stopped goes on,
+one whose recipe has changed trains anew, and several processes may share one, which locks/ keeps apart. From
+ablation_report.py come ablations.{md,csv,png}.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader, Dataset
 
 from ..data import VideoDataModule
@@ -95,7 +97,8 @@ def main(argv: list[str]) -> int:
         sweep = Sweep(cli, output, options.folds, options.groups)
         rows = grid_rows(options.grid)
         seeds = range(options.seeds)
-        sweep.run([REFERENCE, *rows], seeds)
+        if not options.report:
+            sweep.run([REFERENCE, *rows], seeds)
         results = summarise(
             {(grid, name): sweep.of_row(changes, seeds) for grid, name, changes in rows}, sweep.of_row({}, seeds)
         )
@@ -116,6 +119,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     names = ["all", *GRIDS]
     parser.add_argument("--grid", nargs="+", default=["all"], choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each row and fold (default: 3)")
+    parser.add_argument("--report", action="store_true", help="train nothing: a report of the cells that are there")
     parser.add_argument("--folds", type=int, help="hold out so many contiguous blocks of each class in turn")
     parser.add_argument("--groups", help="hold out one group in turn: what this regular expression captures in names")
     options, recipe = parser.parse_known_args(argv)
@@ -159,6 +163,7 @@ class Sweep:
         self.folds = list(self._folds(folds, groups))
         self.feature_size = self.folds[0].val[0]["frame_features"].shape[-1]
         self.cells = read_cells(output / CELLS)
+        (output / "locks").mkdir(exist_ok=True)
 
     def run(self, rows: list[tuple[str, str, dict[str, Any]]], seeds: range) -> None:
         """Trains the cells that are not there, seed by seed: a sweep that is stopped has whole tables first."""
@@ -169,17 +174,36 @@ class Sweep:
                     wanted.setdefault(self._key(changes, fold, seed), (name, changes, fold, seed))
         missing = {key: cell for key, cell in wanted.items() if key not in self.cells}
         print(f"{len(wanted)} cells, {len(missing)} to train", flush=True)
-        for number, (key, (name, changes, fold, seed)) in enumerate(missing.items(), 1):
-            cell = self._train(changes, self.folds[fold], seed)
-            append_cell(self.output / CELLS, key, cell)
-            self.cells[key] = cell
-            said = f"{sum(cell.right)} of {len(cell.right)} in {cell.seconds:.1f} s"
-            print(f"[{number}/{len(missing)}] {name}, fold {fold}, seed {seed}: {said}", flush=True)
+        busy = [self._run_cell(key, cell, wait=False) for key, cell in missing.items()]
+        for key, cell in (item for item, skipped in zip(missing.items(), busy, strict=True) if skipped):
+            self._run_cell(key, cell, wait=True)
+
+    def _run_cell(self, key: str, cell: tuple[str, dict[str, Any], int, int], wait: bool) -> bool:
+        """Trains a cell unless it is there; returns whether it was left to another process that trains it just now."""
+        name, changes, fold, seed = cell
+        lock = FileLock(self.output / "locks" / key)
+        try:
+            lock.acquire(timeout=-1 if wait else 0)
+        except Timeout:
+            return True
+        try:
+            self.cells = read_cells(self.output / CELLS)
+            if key not in self.cells:
+                trained = self._train(changes, self.folds[fold], seed)
+                append_cell(self.output / CELLS, key, trained)
+                self.cells[key] = trained
+                said = f"{sum(trained.right)} of {len(trained.right)} in {trained.seconds:.1f} s"
+                print(f"{name}, fold {fold}, seed {seed}: {said}", flush=True)
+        finally:
+            lock.release()
+            Path(lock.lock_file).unlink(missing_ok=True)
+        return False
 
     def of_row(self, changes: dict[str, Any], seeds: range) -> list[list[Cell]]:
-        """The cells of a row, `[seed][fold]`."""
+        """The cells of a row, `[seed][fold]`, of the seeds that are complete."""
         folds = range(len(self.folds))
-        return [[self.cells[self._key(changes, fold, seed)] for fold in folds] for seed in seeds]
+        found = [[self.cells.get(self._key(changes, fold, seed)) for fold in folds] for seed in seeds]
+        return [cells for cells in found if None not in cells]
 
     def about(self, options: argparse.Namespace) -> str:
         """What was trained and how, for the report."""
@@ -190,10 +214,14 @@ class Sweep:
         elif options.folds:
             how = f"{len(self.folds)} folds, contiguous blocks of each class"
         clips = sum(data.num_clips.values())
+        views = (
+            f"{data.hparams.train_views} random views of each training clip"
+            if data.hparams.augment
+            else "no view random"
+        )
         return (
             f"{data.name}: {clips} clips of {len(data.id2label)} classes, {model['num_frames']} frames each; {how}; "
-            f"{options.seeds} seeds. The tower is frozen and its features are kept, "
-            f"{data.hparams.train_views} random view(s) of each training clip. Heads train for "
+            f"seeds as the rows say. The tower is frozen; training clips are seen {views}. Heads train for "
             f"{self.trainer['max_epochs']} epochs of batches of {data.hparams.batch_size} at a learning rate of "
             f"{model['learning_rate']:g} and weight decay {model['weight_decay']:g}, with "
             f"`{json.dumps(self.config, sort_keys=True)}`; the last weights are tested. A cell takes "
@@ -252,7 +280,7 @@ class Sweep:
             "data": data,
             "trainer": self.trainer,
             "clips": self.folds[fold].clips,
-            "seed": seed,
+            "seed": seed if changes.get("baseline") != "probe" else 0,  # it has nothing random
         }
         return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
@@ -294,7 +322,7 @@ class Sweep:
         return torch.no_grad()(lambda batch: model(frame_features=batch["frame_features"]).logits), parameters_of(model)
 
     def _probe(self, fold: Fold):
-        views = fold.train.train_views
+        views = (fold.train.train_views or 1) if fold.train.reader.augmentation else 1
         items = [fold.train[view, index] for view in range(views) for index in range(len(fold.train))]
         means = torch.stack([item["frame_features"].float().mean(dim=0) for item in items])
         labels = torch.tensor([item["labels"] for item in items])

@@ -10,6 +10,7 @@ from typing import Any
 Rows = dict[str, dict[str, Any]]
 FOUR = [2, 4, 8, 16]
 NO_LOSSES = {"rank_loss_weight": 0.0, "gate_loss_weight": 0.0, "diversity_loss_weight": 0.0}
+LINEAR = {"aggregation": "mean", "interaction": "none", "readout": "mean"}
 
 GRIDS: dict[str, Rows] = {
     # The paper's tables.
@@ -66,6 +67,18 @@ GRIDS: dict[str, Rows] = {
         "none": {"time_position": "none"},
         "learned": {"time_position": "learned"},
     },
+    # Less of a head, for few clips.
+    "small": {
+        "as it is": {},
+        "mean windows": {"aggregation": "mean"},
+        "mean windows, no interaction": {"aggregation": "mean", "interaction": "none"},
+        "mean windows and read-out": {"aggregation": "mean", "readout": "mean"},
+        "mean windows and read-out, no interaction": LINEAR,
+        "the same, dropout 0.5": LINEAR | {"head_dropout": 0.5},
+        "the same, learned position": LINEAR | {"time_position": "learned"},
+        "the same, as wide as the features": LINEAR | {"hidden_size": None},
+        "features as they are": {"feature_norm": "none"},
+    },
     # Rivals on the same features.
     "baselines": {
         "VidPrism": {},
@@ -78,5 +91,6 @@ GRIDS: dict[str, Rows] = {
 
 def grid_rows(names: list[str]) -> list[tuple[str, str, dict[str, Any]]]:
     """Grid, row and changes of some grids, in order; `all` is every grid, the baselines first."""
-    names = ["baselines", *(name for name in GRIDS if name != "baselines")] if "all" in names else names
+    first = ["baselines", "small"]
+    names = [*first, *(name for name in GRIDS if name not in first)] if "all" in names else names
     return [(grid, row, changes) for grid in dict.fromkeys(names) for row, changes in GRIDS[grid].items()]

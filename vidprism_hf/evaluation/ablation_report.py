@@ -16,6 +16,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ..data.clip_contents import write_whole
+from ..errors import UserError
 from .figures import png
 from .intervals import student_interval, wilson_interval
 
@@ -47,6 +48,7 @@ class Result:
     Attributes:
         grid: Its grid.
         row: Its name.
+        seeds: How many are complete.
         parameters: Numbers that its head learns.
         top1: Mean accuracy.
         low: Lower end of its interval.
@@ -60,6 +62,7 @@ class Result:
 
     grid: str
     row: str
+    seeds: int
     parameters: int
     top1: float
     low: float
@@ -75,15 +78,22 @@ Cells = list[list[Cell]]  # [seed][fold]
 
 
 def summarise(sweep: dict[tuple[str, str], Cells], reference: Cells) -> list[Result]:
-    """The rows of the table.
+    """The rows of the table; those without a cell are left out.
 
     Args:
         sweep: Grid and row to its cells.
-        reference: The cells that all are compared with.
+        reference: The cells that all are compared with, seed by seed where there are as many.
+
+    Raises:
+        UserError: If there are none of the reference.
     """
-    base = _by_fold(reference)
+    if not reference:
+        raise UserError("cells.jsonl: not all folds of the recipe itself are there; run the sweep without --report")
     results = []
     for (grid, row), cells in sweep.items():
+        if not cells:
+            continue
+        base = _by_fold(reference[: len(cells)])
         folds, seeds = _by_fold(cells), [statistics.fmean(cell.top1 for cell in of_seed) for of_seed in cells]
         top1 = statistics.fmean(folds)
         differences = [one - other for one, other in zip(folds, base, strict=True)]
@@ -93,6 +103,7 @@ def summarise(sweep: dict[tuple[str, str], Cells], reference: Cells) -> list[Res
             Result(
                 grid,
                 row,
+                len(cells),
                 cells[0][0].parameters,
                 top1,
                 max(0.0, low),
@@ -137,8 +148,8 @@ def markdown(results: Sequence[Result], about: str) -> str:
         "",
         about,
         "",
-        "| grid | row | parameters | top-1 | 95 % interval | over seeds | against the recipe | 95 % interval |",
-        "| --- | --- | ---: | ---: | --- | ---: | ---: | --- |",
+        "| grid | row | seeds | parameters | top-1 | 95 % interval | over seeds | against the recipe | 95 % interval |",
+        "| --- | --- | ---: | ---: | ---: | --- | ---: | ---: | --- |",
     ]
     before = None
     for result in results:
@@ -147,7 +158,7 @@ def markdown(results: Sequence[Result], about: str) -> str:
         grid = result.grid if result.grid != before else ""
         before = result.grid
         lines.append(
-            f"| {grid} | {result.row} | {result.parameters / 1e6:.2f} M | {100 * result.top1:.1f} | "
+            f"| {grid} | {result.row} | {result.seeds} | {result.parameters / 1e6:.2f} M | {100 * result.top1:.1f} | "
             f"{100 * result.low:.1f} to {100 * result.high:.1f} | ± {100 * result.seed_deviation:.1f} | "
             f"{100 * result.difference:+.1f} | {interval} |"
         )
