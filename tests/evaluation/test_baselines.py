@@ -4,7 +4,7 @@ import pytest
 import torch
 from small import tiny_model
 
-from vidprism_hf.evaluation.baselines import LinearProbe, parameters_of, with_baseline
+from vidprism_hf.evaluation.baselines import TIME_WEIGHTS, LinearProbe, parameters_of, with_baseline
 
 CHANNELS = 64  # the tiny tower's features
 
@@ -48,27 +48,46 @@ def clusters(noise: float, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(60) % 3
-    points = centres[labels] + noise * torch.randn(60, 16, generator=generator)
-    scale = torch.logspace(-3, 3, 16)
-    return torch.cat([points * scale + 5, torch.full((60, 1), 7.0)], dim=1), labels, torch.arange(60) // 10
+    points = (centres[labels] + noise * torch.randn(60, 16, generator=generator))[:, None]
+    frames = points + 0.1 * torch.randn(60, 4, 16, generator=generator)
+    constant = torch.full((60, 4, 1), 7.0)
+    return torch.cat([frames * torch.logspace(-3, 3, 16) + 5, constant], dim=2), labels, torch.arange(60) // 10
 
 
 def test_the_probe_separates_what_a_line_can():
-    features, labels, groups = clusters(0.3)
-    probe = LinearProbe(3).fit(features, labels, groups)
+    frames, labels, groups = clusters(0.3)
+    probe = LinearProbe(3).fit(frames, labels, groups)
     others, their_labels, _ = clusters(0.3, seed=2)
     assert torch.equal(probe(others).argmax(-1), their_labels)
+    # It reads the mean frame alone.
+    torch.testing.assert_close(probe(others.flip(1)), probe(others))
 
 
 def test_the_probes_penalty_is_the_one_that_serves_held_out_groups_best():
-    features, labels, groups = clusters(6.0)
+    frames, labels, groups = clusters(2.0)
     decays = (1e-4, 1e-2, 1.0)
     right = dict.fromkeys(decays, 0)
     for decay in decays:
         for group in groups.unique():
             inner, held_out = groups != group, groups == group
-            probe = LinearProbe(3, (decay,)).fit(features[inner], labels[inner], groups[inner])
-            right[decay] += (probe(features[held_out]).argmax(-1) == labels[held_out]).sum().item()
+            probe = LinearProbe(3, (decay,)).fit(frames[inner], labels[inner], groups[inner])
+            right[decay] += (probe(frames[held_out]).argmax(-1) == labels[held_out]).sum().item()
     assert len(set(right.values())) > 1
     best = max(decay for decay in decays if right[decay] == max(right.values()))  # of equals the strongest
-    assert LinearProbe(3, decays).fit(features, labels, groups).decay == best
+    assert LinearProbe(3, decays).fit(frames, labels, groups).decay == best
+
+
+def test_the_timed_probe_weights_time_where_the_order_tells_the_classes():
+    frames, labels, groups = clusters(6.0)
+    rising = torch.linspace(-1, 1, 4)[None, :, None] * (labels - 1)[:, None, None]
+    in_order = frames + 50 * rising * torch.logspace(-3, 3, 17)
+    timed, plain = (
+        LinearProbe(3, (1e-2,), weights).fit(in_order, labels, groups) for weights in (TIME_WEIGHTS, (0.0,))
+    )
+    assert (timed.time_weight, plain.time_weight) == (TIME_WEIGHTS[1], 0)
+    assert (timed(in_order).argmax(-1) == labels).all()
+    assert (timed(in_order.flip(1)).argmax(-1) == 2 - labels).float().mean() > 0.9
+    # Where it does not, the plain probe is taken unless time happens to serve held-out groups better.
+    still, their_labels, their_groups = clusters(0.3)
+    still = still.mean(dim=1, keepdim=True).expand(-1, 4, -1)
+    assert LinearProbe(3, (1e-2,), TIME_WEIGHTS).fit(still, their_labels, their_groups).time_weight == 0

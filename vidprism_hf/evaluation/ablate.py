@@ -39,10 +39,11 @@ from ..training.finetune import FinetuneCLI, parse
 from ..training.module import VidPrismLightningModule
 from .ablation_grids import GRIDS, grid_rows
 from .ablation_report import Cell, summarise, write_report
-from .baselines import LinearProbe, parameters_of, with_baseline
+from .baselines import TIME_WEIGHTS, LinearProbe, parameters_of, with_baseline
 from .folds import block_folds, group_folds
 
 CELLS = "cells.jsonl"
+PROBES = {"probe": (0.0,), "timed_probe": TIME_WEIGHTS}
 REFERENCE = ("", "the recipe", {})
 # What of a recipe's trainer a cell is trained with; the head is small, so one device and full precision do.
 OF_TRAINER = ("accelerator", "max_epochs", "gradient_clip_val", "accumulate_grad_batches")
@@ -280,7 +281,7 @@ class Sweep:
             "data": data,
             "trainer": self.trainer,
             "clips": self.folds[fold].clips,
-            "seed": seed if changes.get("baseline") != "probe" else 0,  # it has nothing random
+            "seed": seed if changes.get("baseline") not in PROBES else 0,  # it has nothing random
         }
         return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
@@ -299,8 +300,8 @@ class Sweep:
     def _train(self, changes: dict[str, Any], fold: Fold, seed: int) -> Cell:
         start = time.perf_counter()
         baseline = changes.get("baseline")
-        if baseline == "probe":
-            score, size = self._probe(fold)
+        if baseline in PROBES:
+            score, size = self._probe(fold, PROBES[baseline])
         else:
             config = {name: value for name, value in changes.items() if name != "baseline"}
             score, size = self._head(self._head_config(config), baseline, fold, seed)
@@ -321,14 +322,16 @@ class Sweep:
         model.eval().cpu()
         return torch.no_grad()(lambda batch: model(frame_features=batch["frame_features"]).logits), parameters_of(model)
 
-    def _probe(self, fold: Fold):
+    def _probe(self, fold: Fold, time_weights: tuple[float, ...]):
         views = (fold.train.train_views or 1) if fold.train.reader.augmentation else 1
         items = [fold.train[view, index] for view in range(views) for index in range(len(fold.train))]
-        means = torch.stack([item["frame_features"].float().mean(dim=0) for item in items])
+        frames = torch.stack([item["frame_features"].float() for item in items])
         labels = torch.tensor([item["labels"] for item in items])
-        probe = LinearProbe(len(self.cli.model.id2label)).fit(means, labels, fold.groups.repeat(views))
-        size = (self.feature_size + 1) * len(self.cli.model.id2label)
-        return (lambda batch: probe(batch["frame_features"].float().mean(dim=1))), size
+        probe = LinearProbe(len(self.cli.model.id2label), time_weights=time_weights)
+        probe.fit(frames, labels, fold.groups.repeat(views))
+        parts = 3 if probe.time_weight else 1
+        size = (parts * self.feature_size + 1) * len(self.cli.model.id2label)
+        return (lambda batch: probe(batch["frame_features"].float())), size
 
 
 def own_settings(module: L.LightningModule | L.LightningDataModule) -> dict[str, Any]:
