@@ -243,6 +243,7 @@ def test_processor_of_a_saved_checkpoint(folder, tmp_path, shared):
             {"feature_cache": "f", "source": "a/b", "streaming": True},
             r"data\.feature_cache: needs a table of all clips",
         ),
+        ({"augment": False, "source": "a/b", "streaming": True}, r"data\.augment: streamed training clips are always"),
         ({"feature_cache_limit": "50 hours"}, r"data\.feature_cache_limit=50 hours: is no size; write one like 50GB"),
         ({"source": "ucf101", "val_fraction": 0.2}, r"data\.val_fraction: data\.source ucf101 is read as a benchmark"),
         ({"source": "here", "streaming": True}, r"data\.streaming: data\.source here is read as class folders"),

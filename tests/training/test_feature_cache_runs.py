@@ -109,6 +109,23 @@ def test_logits_of_an_evaluation_in_several_views(source, tmp_path, monkeypatch,
     assert all(torch.equal(one, two) for one, two in zip(*logits, strict=True))
 
 
+def test_without_augmentation_a_clip_goes_through_the_tower_once(source, tmp_path, tower_clips):
+    settings = ("--model.freeze_backbone=true", "--data.augment=false", "--data.batch_size=8")
+    cache = f"--data.feature_cache={tmp_path / 'cache'}"
+    assert main(run_arguments(source, tmp_path / "without", *settings)) == 0
+    tower_clips.clear()
+    assert main(run_arguments(source, tmp_path / "with", *settings, cache)) == 0
+    assert sum(tower_clips) == 8 + 4 + 2  # and a clip of zeros for each part
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+    tower_clips.clear()
+    # What was trained on may be held out: the features are the same.
+    (source / "val").rename(tmp_path / "val")
+    (source / "train").rename(source / "val")
+    (tmp_path / "val").rename(source / "train")
+    assert main(run_arguments(source, tmp_path / "other way round", *settings, cache)) == 0
+    assert tower_clips == []
+
+
 def test_bad_clips_are_counted_and_listed_as_without_it(source, tmp_path, capsys):
     for name in ("train/growing/1.mp4", "val/shrinking/0.mp4"):
         (source / name).write_bytes(b"no video")
