@@ -105,7 +105,7 @@ class Head(nn.Module):
     @torch.no_grad()
     def begin(self, frames):
         """Starts the input projection from standardised frames (n, D) of training clips."""
-        if self.start is None:
+        if self.start is None or self.temporal.input_projection is None:
             return
         weight = self.temporal.input_projection.weight
         some = frames[torch.randperm(len(frames))[:1500]]
@@ -118,7 +118,7 @@ class Head(nn.Module):
         if losses:
             x = F.dropout(x, self.dropout) * F.dropout(torch.ones_like(x[:, :1]), self.channel_dropout)
             x = x + self.noise * torch.randn_like(x)
-        frames = model.input_projection(x)
+        frames = x if model.input_projection is None else model.input_projection(x)
         time = (torch.arange(x.shape[1]) + 0.5) / x.shape[1]
         for order, layer in enumerate(self.of_time, 1):
             frames = frames + 0.5 * torch.cos(math.pi * order * time)[:, None] * layer(x)

@@ -94,7 +94,6 @@ def main(argv: list[str]) -> int:
     check_recipe(cli)
     output = Path(cli.config.output)
     try:
-        output.mkdir(parents=True, exist_ok=True)
         sweep = Sweep(cli, output, options.folds, options.groups)
         rows = grid_rows(options.grid)
         seeds = range(options.seeds)
@@ -157,6 +156,7 @@ class Sweep:
 
     def __init__(self, cli: FinetuneCLI, output: Path, folds: int | None, groups: str | None):
         self.cli, self.output = cli, output
+        (output / "locks").mkdir(parents=True, exist_ok=True)
         self.settings = {name: value for name, value in own_settings(cli.model).items() if name != "config"}
         self.config = cli.model.hparams.config or {}
         trainer = cli.config.trainer
@@ -164,7 +164,6 @@ class Sweep:
         self.folds = list(self._folds(folds, groups))
         self.feature_size = self.folds[0].val[0]["frame_features"].shape[-1]
         self.cells = read_cells(output / CELLS)
-        (output / "locks").mkdir(exist_ok=True)
 
     def run(self, rows: list[tuple[str, str, dict[str, Any]]], seeds: range) -> None:
         """Trains the cells that are not there, seed by seed: a sweep that is stopped has whole tables first."""

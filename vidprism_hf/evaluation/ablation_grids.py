@@ -10,7 +10,7 @@ from typing import Any
 Rows = dict[str, dict[str, Any]]
 FOUR = [2, 4, 8, 16]
 NO_LOSSES = {"rank_loss_weight": 0.0, "gate_loss_weight": 0.0, "diversity_loss_weight": 0.0}
-LINEAR = {"aggregation": "mean", "interaction": "none", "readout": "mean"}
+PLAIN = {"aggregation": "mean", "interaction": "none"}
 
 GRIDS: dict[str, Rows] = {
     # The paper's tables.
@@ -71,17 +71,17 @@ GRIDS: dict[str, Rows] = {
     "small": {
         "as it is": {},
         "mean windows": {"aggregation": "mean"},
-        "mean windows, no interaction": {"aggregation": "mean", "interaction": "none"},
-        "mean windows and read-out, no interaction": LINEAR,
-        "the same, dropout 0.5": LINEAR | {"head_dropout": 0.5},
-        "the same, learned position": LINEAR | {"time_position": "learned"},
-        "the same, width 256": LINEAR | {"hidden_size": 256},
+        "mean windows, no interaction": PLAIN,
+        "the same, learned position": PLAIN | {"time_position": "learned"},
+        "the same, mean read-out": PLAIN | {"readout": "mean"},
+        "the same, dropout 0.5": PLAIN | {"head_dropout": 0.5},
+        "the same, width 256": PLAIN | {"hidden_size": 256},
         "features as they are": {"feature_norm": "none"},
     },
     # Rivals on the same features.
     "baselines": {
         "VidPrism": {},
-        "VidPrism of plain means": LINEAR,
+        "VidPrism, mean windows, no interaction": PLAIN,
         "linear probe on the mean frame": {"baseline": "probe"},
         "linear probe that may weight time": {"baseline": "timed_probe"},
         "transformer of the same size": {"baseline": "transformer"},
