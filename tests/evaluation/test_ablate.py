@@ -2,8 +2,10 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
+import yaml
 from small import complaint, motion_folder, run_arguments
 
 from vidprism_hf import VidPrismConfig
@@ -11,6 +13,7 @@ from vidprism_hf.cli import main
 from vidprism_hf.evaluation.ablation_grids import GRIDS, grid_rows
 from vidprism_hf.training.module import check_config
 
+RECIPE = yaml.safe_load((Path(__file__).parents[2] / "recipes/ablations/head.yaml").read_text())["model"]["config"]
 KEPT = ("--model.freeze_backbone=true", "--data.train_views=1", "--data.val_fraction=0.5")
 
 
@@ -30,6 +33,19 @@ def sweep(source, tmp_path_factory):
         return main(["ablate", "--grid", *grid, "--seeds=1", *folds, *arguments, *more])
 
     return call
+
+
+def test_a_report_of_what_is_there(sweep, tmp_path, capsys):
+    assert sweep(tmp_path, "--report", grid=("position",)) == 1
+    assert "cells.jsonl: not all folds of the recipe itself are there" in complaint(capsys)
+    assert sweep(tmp_path, grid=("position",)) == 0
+    written, trained = (tmp_path / "ablations.csv").read_text(), cells(tmp_path)
+    assert sweep(tmp_path, "--report", grid=("position", "gates")) == 0
+    rows = table(tmp_path)
+    assert [name for name in rows if name[0] == "position"] == [("position", row) for row in GRIDS["position"]]
+    assert ("gates", "released code") not in rows  # has no cells
+    assert (tmp_path / "ablations.csv").read_text().startswith(written)
+    assert cells(tmp_path) == trained
 
 
 def cells(output):
@@ -69,7 +85,7 @@ def test_baselines_and_the_sources_own_split(sweep, tmp_path):
     assert [row for _, row in rows] == list(GRIDS["baselines"])
     sizes = {row: int(values["parameters"]) for (_, row), values in rows.items()}
     assert sizes["linear probe on the mean frame"] == 2 * (64 + 1)
-    assert len(cells(tmp_path)) == 4
+    assert len(cells(tmp_path)) == len(rows)
     assert not (tmp_path / "folds").exists()
 
 
@@ -109,12 +125,11 @@ def test_rows_are_heads_that_there_are(grid):
     rows = GRIDS[grid]
     configs = []
     for changes in rows.values():
-        config = {name: value for name, value in changes.items() if name != "baseline"}
+        config = RECIPE | {name: value for name, value in changes.items() if name != "baseline"}
         check_config(config, 16)
         configs.append(json.dumps([changes.get("baseline"), VidPrismConfig(num_frames=16, **config).to_dict()]))
     assert len(set(configs)) == len(rows)  # no two are the same
-    default = json.dumps([None, VidPrismConfig(num_frames=16).to_dict()])
-    assert default in configs  # every grid has the paper's
+    assert json.dumps([None, VidPrismConfig(num_frames=16, **RECIPE).to_dict()]) in configs  # every grid has the recipe
 
 
 def test_all_is_every_grid():

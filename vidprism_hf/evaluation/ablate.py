@@ -305,7 +305,7 @@ class Sweep:
             config = {name: value for name, value in changes.items() if name != "baseline"}
             score, size = self._head(self._head_config(config), baseline, fold, seed)
         right = [bool(right) for batch in loader(fold.val, 64) for right in score(batch).argmax(-1) == batch["labels"]]
-        return Cell(right, size, time.perf_counter() - start)
+        return Cell(right, size, round(time.perf_counter() - start, 2))
 
     def _head(self, config: VidPrismConfig, baseline: str | None, fold: Fold, seed: int):
         L.seed_everything(seed, verbose=False)
@@ -369,7 +369,7 @@ def read_cells(path: Path) -> dict[str, Cell]:
 def append_cell(path: Path, key: str, cell: Cell) -> None:
     """Adds a finished cell in one write, on a line of its own."""
     right = "".join(str(int(right)) for right in cell.right)
-    line = json.dumps({"key": key, "right": right, "parameters": cell.parameters, "seconds": round(cell.seconds, 2)})
+    line = json.dumps({"key": key, "right": right, "parameters": cell.parameters, "seconds": cell.seconds})
     torn = path.exists() and not path.read_bytes().endswith(b"\n")
     with open(path, "ab") as file:
         file.write(b"\n" * torn + line.encode() + b"\n")
