@@ -42,10 +42,11 @@ def test_a_single_fold_has_no_paired_interval():
 
 
 def test_the_table_and_its_files(tmp_path):
-    results = summarise({("g", "as it is"): REFERENCE, ("h", "other"): OTHER}, REFERENCE)
+    results = summarise({("h", "as it is"): REFERENCE, ("h", "other"): OTHER, ("i", "alone"): OTHER}, REFERENCE)
     text = markdown(results, "What was trained.")
-    assert "| h | other | 2 | 0.00 M | 83.3 |" in text
+    assert "|  | other | 2 | 0.00 M | 83.3 |" in text
     assert "| +10.0 | +10.0 to +10.0 |" in text
+    assert "alone" not in text  # nothing stands beside it in its grid
     rows = list(csv.DictReader(io.StringIO(table_csv(results))))
     assert [float(row["top1"]) for row in rows] == [result.top1 for result in results]
     paths = write_report(results, "What was trained.", tmp_path)

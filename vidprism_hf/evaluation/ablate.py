@@ -15,7 +15,6 @@ import hashlib
 import json
 import logging
 import os
-import statistics
 import time
 import warnings
 from collections.abc import Iterator
@@ -215,17 +214,14 @@ class Sweep:
             how = f"{len(self.folds)} folds, contiguous blocks of each class"
         clips = sum(data.num_clips.values())
         views = (
-            f"{data.hparams.train_views} random views of each training clip"
-            if data.hparams.augment
-            else "no view random"
+            f"in {data.hparams.train_views} random views" if data.hparams.augment else "in the evaluation's own view"
         )
         return (
             f"{data.name}: {clips} clips of {len(data.id2label)} classes, {model['num_frames']} frames each; {how}; "
             f"seeds as the rows say. The tower is frozen; training clips are seen {views}. Heads train for "
             f"{self.trainer['max_epochs']} epochs of batches of {data.hparams.batch_size} at a learning rate of "
             f"{model['learning_rate']:g} and weight decay {model['weight_decay']:g}, with "
-            f"`{json.dumps(self.config, sort_keys=True)}`; the last weights are tested. A cell takes "
-            f"{statistics.median(cell.seconds for cell in self.cells.values()):.1f} s (median)."
+            f"`{json.dumps(self.config, sort_keys=True)}`; the last weights are tested."
         )
 
     def _folds(self, count: int | None, pattern: str | None) -> Iterator[Fold]:

@@ -9,6 +9,7 @@ import csv
 import io
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ Cells = list[list[Cell]]  # [seed][fold]
 
 
 def summarise(sweep: dict[tuple[str, str], Cells], reference: Cells) -> list[Result]:
-    """The rows of the table; those without a cell are left out.
+    """The rows of the table; those without a cell are left out, and grids of which a single row is left.
 
     Args:
         sweep: Grid and row to its cells.
@@ -114,7 +115,8 @@ def summarise(sweep: dict[tuple[str, str], Cells], reference: Cells) -> list[Res
                 statistics.median(cell.seconds for of_seed in cells for cell in of_seed),
             )
         )
-    return results
+    rows = Counter(result.grid for result in results)
+    return [result for result in results if rows[result.grid] > 1 or len(rows) == 1]
 
 
 def _by_fold(cells: Cells) -> list[float]:
