@@ -218,7 +218,7 @@ class Sweep:
         )
         return (
             f"{data.name}: {clips} clips of {len(data.id2label)} classes, {model['num_frames']} frames each; {how}; "
-            f"seeds as the rows say. The tower is frozen; training clips are seen {views}. Heads train for "
+            f"seeds as the rows say. The tower is frozen; training clips are seen in {views}. Heads train for "
             f"{self.trainer['max_epochs']} epochs of batches of {data.hparams.batch_size} at a learning rate of "
             f"{model['learning_rate']:g} and weight decay {model['weight_decay']:g}, with "
             f"`{json.dumps(self.config, sort_keys=True)}`; the last weights are tested."
