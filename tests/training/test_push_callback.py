@@ -336,6 +336,14 @@ def test_a_resumed_run_pushes_only_what_is_better_than_before(tmp_path):
     assert (before.done, after.done) == (["0"], ["3"])
 
 
+def test_settings_that_make_no_sense(tmp_path):
+    for wrong in ({"mode": "best"}, {"every_n_epochs": 0}):
+        with pytest.raises(MisconfigurationException, match="PushToHub"):
+            PushToHub("org/m", **wrong)
+    with pytest.raises(MisconfigurationException, match="export is not set"):
+        fit(tmp_path, [0.1], Pushes(), export=None)
+
+
 def test_a_resumed_run_takes_over_what_a_killed_one_left(tmp_path, caplog):
     def left_behind():
         for number, epoch in enumerate(("1", "2")):
@@ -385,14 +393,6 @@ def test_commits_tell_the_epoch_and_the_score(tmp_path, monkeypatch):
     assert first == "Epoch 1, step 2: val/top1 0.2500"
     assert last == "Final export: held-out top-1 0.7500"
     assert set(messages[1:-1]) <= {"Epoch 2, step 4: val/top1 0.5000"}
-
-
-def test_settings_that_make_no_sense(tmp_path):
-    for wrong in ({"mode": "best"}, {"every_n_epochs": 0}):
-        with pytest.raises(MisconfigurationException, match="PushToHub"):
-            PushToHub("org/m", **wrong)
-    with pytest.raises(MisconfigurationException, match="export is not set"):
-        fit(tmp_path, [0.1], Pushes(), export=None)
 
 
 def test_no_token_is_told_at_the_start(tmp_path, caplog, monkeypatch):
