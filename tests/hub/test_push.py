@@ -287,7 +287,7 @@ def test_a_commit_that_cannot_be_tagged(hub, api, exported, published):
     hub.fault("tag", status=403, times=None)
     told = refusal(hub, api.token, exported, tag="v1")
     commit = repo_of(hub).commit("main").oid
-    assert f"{'published' if published else 'nothing was to be sent'}, but commit {commit} is not tagged v1" in told
+    assert f"{'published' if published else 'there already'} as commit {commit}, but not tagged v1" in told
 
 
 def test_a_card_that_the_hub_refuses(hub, api, folder):

@@ -334,6 +334,10 @@ def test_a_resumed_run_pushes_only_what_is_better_than_before(tmp_path):
     run([0.5], before)
     run([0.5, 0.3, 0.5, 0.6, 0.4], after, resume=tmp_path / "checkpoints" / "last.ckpt")
     assert (before.done, after.done) == (["0"], ["3"])
+    written(tmp_path / "push" / "epoch-9-step-9", "left")  # by a run that was killed
+    last = Pushes()
+    run([0.5, 0.3, 0.5, 0.6, 0.4, 0.1], last, resume=tmp_path / "checkpoints" / "last.ckpt")
+    assert last.done == ["left"]
 
 
 def test_settings_that_make_no_sense(tmp_path):

@@ -279,8 +279,8 @@ def publish(remote: Remote, files: dict[str, LocalFile], ask: Ask) -> PushResult
             remote.tag(ask.tag, commit)
         except Exception as error:
             told = explain(error, remote.step, remote.api.endpoint, remote.account) or first_line(error)
-            done = "published" if plan.operations else "nothing was to be sent"
-            raise PushError(f"{done}, but commit {commit} is not tagged {ask.tag}: {told}") from error
+            done = "published" if plan.operations else "there already"
+            raise PushError(f"{done} as commit {commit}, but not tagged {ask.tag}: {told}") from error
     return PushResult(url, commit, plan.files, plan.notes, plan.card)
 
 
