@@ -12,7 +12,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
-from ..errors import UserError, first_line
+from ..errors import UserError, why_not_loaded
 from ..model import VideoDecodeError, VidPrismForVideoClassification, VidPrismVideoProcessor
 
 
@@ -88,7 +88,7 @@ def load(name_or_path: str) -> tuple[VidPrismForVideoClassification, VidPrismVid
         model, info = AutoModelForVideoClassification.from_pretrained(name_or_path, output_loading_info=True)
         processor = AutoVideoProcessor.from_pretrained(name_or_path)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{name_or_path}: cannot be loaded ({first_line(error)})") from error
+        raise UserError(f"{name_or_path}: cannot be loaded ({why_not_loaded(name_or_path, error)})") from error
     if not isinstance(model, VidPrismForVideoClassification):
         raise UserError(f"{name_or_path}: a {model.config.model_type} model, not a VidPrism")
     if missing := sorted(info["missing_keys"]):  # transformers has filled them with random numbers
