@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
-from ..errors import UserError, first_line, printable
+from ..errors import UserError, printable, why_not_loaded
 from ..model import VideoDecodeError, VidPrismForVideoClassification, VidPrismVideoProcessor
 
 STDIN = "-"
@@ -216,7 +216,7 @@ def load(name_or_path: str) -> tuple[VidPrismForVideoClassification, VidPrismVid
         model, info = AutoModelForVideoClassification.from_pretrained(name_or_path, output_loading_info=True)
         processor = AutoVideoProcessor.from_pretrained(name_or_path)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{name_or_path}: cannot be loaded ({first_line(error)})") from error
+        raise UserError(f"{name_or_path}: cannot be loaded ({why_not_loaded(name_or_path, error)})") from error
     if not isinstance(model, VidPrismForVideoClassification):
         raise UserError(f"{name_or_path}: a {model.config.model_type} model, not a VidPrism")
     if missing := sorted(info["missing_keys"]):  # transformers has filled them with random numbers

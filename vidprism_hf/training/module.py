@@ -16,7 +16,7 @@ from transformers import AutoConfig, get_cosine_schedule_with_warmup
 
 from ..data import normalize_clips
 from ..data.frame_encoder import FrameEncoder, tower_digest
-from ..errors import UserError, first_line
+from ..errors import UserError, first_line, why_not_loaded
 from ..model import VidPrismConfig, VidPrismForVideoClassification, VidPrismForVideoClassificationOutput
 from ..model.temporal_vidprism import gate_balance_loss
 from .averaging import WeightEMA
@@ -360,7 +360,9 @@ def read_checkpoint_config(name_or_path: str) -> VidPrismConfig:
     try:
         config = AutoConfig.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.checkpoint {name_or_path}: cannot be loaded ({first_line(error)})") from error
+        raise UserError(
+            f"model.checkpoint {name_or_path}: cannot be loaded ({why_not_loaded(name_or_path, error)})"
+        ) from error
     if not isinstance(config, VidPrismConfig):
         raise UserError(f"model.checkpoint {name_or_path}: a {config.model_type} model; give it as model.backbone")
     return config

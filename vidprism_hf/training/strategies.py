@@ -30,10 +30,12 @@ def named_strategy(name: str | Strategy, accumulates: bool = False) -> str | Str
         accumulates: Whether gradients are accumulated over several batches.
 
     Raises:
-        UserError: If it is one whose weights cannot be exported.
+        UserError: If it is one whose weights cannot be exported, or that leaves nothing to evaluate.
     """
     if isinstance(name, str) and name.startswith("deepspeed_stage_3"):
         raise UserError(f"trainer.strategy={name}: leaves no whole weights to export; take fsdp, or deepspeed")
+    if isinstance(name, str) and name.startswith(("ddp_spawn", "ddp_fork", "ddp_notebook")):
+        raise UserError(f"trainer.strategy={name}: its processes keep their results to themselves; take ddp")
     if name == "ddp":
         # Every trained parameter gets a gradient in every step, which is all that a static graph asks for; but torch
         # does not support one whose first step has no communication.
