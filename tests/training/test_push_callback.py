@@ -340,20 +340,6 @@ def test_a_resumed_run_pushes_only_what_is_better_than_before(tmp_path):
     assert last.done == ["left"]
 
 
-def test_a_resumed_run_pushes_what_waited_for_its_turn(tmp_path, monkeypatch):
-    (tmp_path / "push" / "epoch-7").mkdir(parents=True)
-    (tmp_path / "push" / "epoch-7" / "epoch").write_text("7")
-    pushes, init = Pushes(), PushToHub.__init__
-
-    def resumed(callback, *args, **settings):
-        init(callback, *args, **settings)
-        callback.load_state_dict({"best": 0.5, "ready": "epoch-7"})
-
-    monkeypatch.setattr(PushToHub, "__init__", resumed)
-    fit(tmp_path, [0.1, 0.2], pushes, every_n_epochs=2)
-    assert pushes.done == ["7"]
-
-
 def test_settings_that_make_no_sense(tmp_path):
     for wrong in ({"mode": "best"}, {"every_n_epochs": 0}):
         with pytest.raises(MisconfigurationException, match="PushToHub"):

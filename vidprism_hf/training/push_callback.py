@@ -83,19 +83,15 @@ class PushToHub(L.Callback):
         self.push = PushProcess(self.options, limit, self.messages)
         self.best: float | None = None
         self._ready: Path | None = None  # exported, and not yet due
-        self._resumed: str | None = None  # the name of what was that when the run was stopped
         self._uploader: Uploader | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "ready": self._ready.name if self._ready else None}
+        return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
-        self._resumed = state_dict.get("ready")
 
     def on_fit_start(self, trainer, pl_module):
-        if self._resumed and (folder := Path(trainer.default_root_dir) / FOLDER / self._resumed).is_dir():
-            self._ready = folder
         if self.export is None:
             raise MisconfigurationException("PushToHub: export is not set")
         if trainer.is_global_zero:
@@ -103,7 +99,7 @@ class PushToHub(L.Callback):
                 logger.warning("No token: pushes to %s will fail; run `hf auth login` or set HF_TOKEN", self.repo)
             self._uploader = Uploader(self.push, Path(trainer.default_root_dir) / FOLDER, self.options)
             if self.best is not None:  # a resumed run
-                self._uploader.take_over(self._ready)
+                self._uploader.take_over()
 
     def on_validation_end(self, trainer, pl_module):
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
@@ -280,13 +276,9 @@ class Uploader:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None  # while there is something to push
 
-    def take_over(self, ready: Path | None) -> None:
-        """Takes the newest export that a run which was killed has left, as one whose push has failed; older ones go.
-
-        Args:
-            ready: One that will be submitted.
-        """
-        left = sorted(set(self.folder.glob("epoch-*-step-*")) - {ready}, key=lambda path: path.stat().st_mtime_ns)
+    def take_over(self) -> None:
+        """Takes the newest export that a stopped run has left, as one whose push has failed; older ones go."""
+        left = sorted(self.folder.glob("epoch-*-step-*"), key=lambda path: path.stat().st_mtime_ns)
         for old in left[:-1]:
             self._remove(old)
         if left:
