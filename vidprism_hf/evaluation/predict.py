@@ -134,6 +134,10 @@ def main(argv: list[str]) -> int:
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # no such kind, or none here
+        raise UserError(f"--device {args.device}: {first_line(error)}") from error
 
     files = list_files(args.files)
     model, processor = load(args.model, args.revision)

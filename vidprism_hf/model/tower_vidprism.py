@@ -4,7 +4,7 @@ Shapes: B clips, T frames, P patches, W width of the tower, D width of the frame
 
 Of the last layer only the class token is read, so only that is computed: its query, its way through the output
 projection and the MLP. Keys and values need all tokens. The result is the same, and the tower's cost falls by most
-of a layer: 7 % of ViT-B/16's multiply-adds, 4 % of ViT-L/14's, forward and backward. The activation between the
+of a layer: 7 % of ViT-B/16's multiply-adds, 3.5 % of ViT-L/14's, forward and backward. The activation between the
 MLP's layers, the widest tensor of all, goes through memory 13 times instead of 21 and is kept twice instead of three
 times.
 """
