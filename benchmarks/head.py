@@ -2,8 +2,9 @@
 
 The loops are the tests' reference, tests/model/slow_reference.py: clips, windows, frames and taps one after the other.
 Head and loops take the same features and weights, run forward without gradients in turn, and must agree; both work out
-the rank loss, the head the other losses too. Ratios are medians over the rounds. Beside that the head's step (forward, all losses, backward), plain and compiled, the operations
-that a step starts, and its counted share of the tower's multiply-adds.
+the rank loss, the head the other losses too. Ratios are medians over the rounds. Beside that the head's step (forward,
+all losses, backward), plain and compiled, the operations that a step starts, and its counted share of the tower's
+multiply-adds.
 
     python benchmarks/head.py                                          # on the CPU
     python benchmarks/head.py --device cuda --output benchmarks/results/head_cuda.md

@@ -28,9 +28,12 @@ RUNS = {
     "step": ({"learning_rate": 1.0, "config": {"gate_loss_weight": 5.0}}, {"accumulate_grad_batches": 2}),
     "clipped": ({"learning_rate": 1.0}, {"limit_train_batches": 1, "gradient_clip_val": 0.1}),
     "frozen": ({"learning_rate": 0.1, "freeze_backbone": True}, {"max_epochs": 2}),
-    "partly": ({"learning_rate": 0.1, "freeze_layers": 1, "layer_decay": 0.5}, {"limit_train_batches": 1}),
     "half": ({"learning_rate": 0.1}, {"limit_train_batches": 1, "precision": "bf16-mixed"}),
     "adamw": ({"learning_rate": 1e-3}, {"limit_train_batches": 1}),
+    "adamw-partly": (
+        {"learning_rate": 1e-3, "freeze_layers": 1, "layer_decay": 0.5},
+        {"limit_train_batches": 1},
+    ),
     "adamw-resumed": ({"learning_rate": 1e-3}, {"max_epochs": 2}),  # from the single process's adamw
 }
 # By the command line, with weights that stay as they are.
