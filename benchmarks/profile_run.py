@@ -40,9 +40,9 @@ NOTES = (
     "each layer, forward and backward, and kept three of its size; as SiLU it takes 13 and keeps two. AdamW took a "
     "dozen passes over all weights; in one kernel it takes about a fifth of the time (on this CPU).",
     "3. Operations that cost what it costs to start them: RgSTA and DBI ran stream by stream and edge by edge, the "
-    "head in 445 operations forward and 1107 a step, losses and backward pass too; all streams at once it takes 193 and "
-    "609 (`head.py`: 32 clips, 32 frames, four streams). The constants of the normalisation were copied to the "
-    "device for each batch, which waits for its queue; they are kept there.",
+    "head in 445 operations forward and 1107 a step, losses and backward pass too; all streams at once it takes 193 "
+    "and 609 (`head.py`: 32 clips, 32 frames, four streams). The constants of the normalisation were copied to "
+    "the device for each batch, which waits for its queue; they are kept there.",
     "No custom kernel: beside the tower's products nothing that is left is large enough to pay for one.",
 )
 # What Lightning calls its actions, and the part of a step that each is; the first that fits counts.
