@@ -16,7 +16,7 @@ from vidprism_hf.data import (
     FileTable,
     load_processor,
 )
-from vidprism_hf.data.dataset import collate
+from vidprism_hf.data.dataset import collate, example
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,8 @@ def test_a_clip_that_fills_up_a_batch_does_not_count(table, processor, augmentat
     first, again = collate([dataset[(1, 0)]]), collate([dataset[(1, 0, False)]])
     assert torch.equal(first["pixel_values_videos"], again["pixel_values_videos"])
     assert (first["num_counted"], again["num_counted"]) == (1, 0)
+    lost = example(dataset.reader, None, 0, 0, [("0.mp4", 2, "is empty")], counts=False)
+    assert collate([lost])["num_unreadable"] == 0
 
 
 # --- order
