@@ -37,10 +37,10 @@ MIRROR_WORDS = frozenset(
 class VideoDataModule(L.LightningDataModule):
     """Clips of any source as batches for training and evaluation.
 
-    Batches are dicts of `pixel_values_videos` (B, T, 3, H, W), `labels` (B,), `clip_index` (B,), `readable` (B,)
-    and `bad_clips`, a list of notes: see ClipDataset. Pixels are uint8 until they are on the device and
-    become normalised floats there. In testing with several views pixels are (B, views, T, 3, H, W). With mixup or
-    cutmix training batches also hold `soft_labels` (B, K).
+    Batches are dicts of `pixel_values_videos` (B, T, 3, H, W), `labels` (B,), `clip_index` (B,), `readable` (B,),
+    `bad_clips`, a list of notes, and two numbers, of clips that count and of unreadable ones: see ClipDataset and
+    collate. Pixels are uint8 until they are on the device and become normalised floats there. In testing with several
+    views pixels are (B, views, T, 3, H, W). With mixup or cutmix training batches also hold `soft_labels` (B, K).
 
     Args:
         source: Folder with train/<class>/ and val/<class>/, or with <class>/ and a rule that holds clips out; the
@@ -352,7 +352,7 @@ class VideoDataModule(L.LightningDataModule):
             clips, sampler = StreamedClips(getattr(self.splits, split), self._reader(part)), None
         else:
             clips = self._clips(part)
-            sampler = ClipSampler(len(clips), training=split == "train", seed=hparams.seed)
+            sampler = ClipSampler(len(clips), split == "train", hparams.seed, hparams.batch_size)
         if hparams.feature_cache:
             clips, workers = self._cached_clips(part), 0  # to hand features over would take longer than to read them
         return DataLoader(
