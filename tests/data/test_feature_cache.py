@@ -254,7 +254,7 @@ def test_a_memo_that_is_damaged_costs_time_only(table, folder, model):
 
 
 def test_a_clip_that_changes_while_it_is_read_is_bad(table, folder, model, monkeypatch):
-    monkeypatch.setattr(module, "signature", lambda path: None)
+    monkeypatch.setattr("vidprism_hf.data.feature_part.signature", lambda path: None)
     items = cached(folder, Tower(model), evaluation(table))
     assert items[0]["bad_clips"] == [("0.mp4", 0, "changes while it is read")]
     assert not items[0]["readable"]
