@@ -110,6 +110,7 @@ def order() -> list[int]:
         (1, 4, "Going on after 4 of the epoch's 10 clips, which it shares out otherwise (data.batch_size 2, now 1)"),
         (3, 3, "Going on after 3 of the epoch's 10 clips, so that 1 of them come again (data.batch_size 2, now 3)"),
     ],
+    ids=["smaller", "larger"],
 )
 def test_other_batches_go_on_at_the_same_clip(stopped, seen, caplog, recwarn, batch_size, begins, words):
     run = stopped / "run"
