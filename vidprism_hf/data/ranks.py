@@ -67,21 +67,20 @@ class Ranks:
             UserError: If it has failed in another process.
             SystemExit: If another process ends.
         """
-        if self.world == 1:
-            return [work()]
-        result, error, told = None, None, None
+        result, error = None, None
         try:
             result = work()
-        except SystemExit as end:
-            error, told = end, SystemExit(end.code)
-        except Exception as failure:
-            error, told = failure, UserError(f"{failure}")
+        except (Exception, SystemExit) as failure:  # a signal may end all of them, wherever each of them is
+            error = failure
+        if self.world == 1:
+            if error is not None:
+                raise error
+            return [result]
+        told = error if error is None or isinstance(error, SystemExit) else UserError(str(error))
         answers = gathered((result, told), self._group)
-        if error is not None:
-            raise error
-        for _, told in answers:
-            if told is not None:
-                raise told
+        for failure in (error, *(told for _, told in answers)):
+            if failure is not None:
+                raise failure
         return [result for result, _ in answers]
 
     def first(self, work: Callable[[], T]) -> T:
