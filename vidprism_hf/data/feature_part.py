@@ -44,7 +44,7 @@ class CachedClips(ClipDataset):
         super().__init__(clips.table, clips.reader, clips.train_views)
         self._shards, self._places, self._blank, self._causes = shards, places, blank, causes
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, key: int | tuple) -> dict[str, Any]:
         item = super().__getitem__(key)
         features = item.pop("pixel_values_videos")
         return item | {"frame_features": features if item["readable"] else self._blank}
