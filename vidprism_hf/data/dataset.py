@@ -4,6 +4,7 @@ What an example looks like follows from the seed, the epoch and the clip's name 
 number of workers or processes and whichever clips share its batch.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.utils.data import Dataset, default_collate
 from torch.utils.data.distributed import DistributedSampler
 
 from ..model import VideoDecodeError, VidPrismVideoProcessor, decode_video
 from .bad_clips import Note
+from .ranks import rank_and_world
 from .sampling import FrameSampling
 from .tables import ClipTable, stable_hash
 from .time_limit import TimeLimit
@@ -129,6 +130,7 @@ class ClipDataset(Dataset):
         self.train_views = train_views
         # Of this process: a clip that hangs is not tried anew each epoch.
         self._causes: dict[int, str] = {}
+        self._lasting: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.table)
@@ -148,12 +150,20 @@ class ClipDataset(Dataset):
     def read(self, index: int, view: int, bad: list[Note]) -> torch.Tensor | None:
         """The pixels of a clip, or None and an entry in `bad`."""
         if index not in self._causes:
+            start = time.monotonic()
             try:
                 return self._load(index, view)
             except VideoDecodeError as error:
                 self._causes[index] = error.cause or str(error)
+                limit, elsewhere = self.reader.time_limit, isinstance(error.__context__, (OSError, MemoryError))
+                if not elsewhere and (limit is None or time.monotonic() - start < limit):
+                    self._lasting.add(index)
         bad.append((self.table.name(index), int(self.table.labels[index]), self._causes[index]))
         return None
+
+    def is_lasting(self, index: int) -> bool:
+        """Whether what was bad about a clip is its content, not the time that it took, the disk or the memory."""
+        return index in self._lasting
 
     def _load(self, index: int, view: int) -> torch.Tensor:
         # By name: a clip looks the same in a few-shot draw or another fold, where it has another index.
@@ -230,11 +240,11 @@ class ClipSampler(DistributedSampler):
         self._begun = (epoch, keys)
 
     def __len__(self) -> int:
-        rank, world = _rank_and_world()
+        rank, world = rank_and_world()
         return len(range(rank, self.num_clips, world)) + self._lacks_a_batch(rank, world)
 
     def __iter__(self) -> Iterator[tuple]:
-        rank, world = _rank_and_world()
+        rank, world = rank_and_world()
         order, epoch = np.arange(self.num_clips), self.epoch
         if self.training:
             order = np.random.default_rng(stable_hash("order", self.seed, epoch)).permutation(order)
@@ -247,9 +257,3 @@ class ClipSampler(DistributedSampler):
         """Whether this process's clips make fewer batches of training than those of the first, which has most."""
         own, most = (len(range(first, self.num_clips, world)) for first in (rank, 0))
         return self.training and own < most and own % self.batch_size == 0
-
-
-def _rank_and_world() -> tuple[int, int]:
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1

@@ -20,7 +20,7 @@ from ..errors import UserError, first_line, why_not_loaded
 from ..model import VidPrismConfig, VidPrismForVideoClassification, VidPrismForVideoClassificationOutput
 from ..model.temporal_vidprism import gate_balance_loss
 from .averaging import WeightEMA
-from .callbacks import BadClipReport
+from .callbacks import BadClipReport, EpochPlace
 from .optimization import check_settings, clips_per_step, parameter_groups, scaled_learning_rate
 from .strategies import shard
 
@@ -151,7 +151,7 @@ class VidPrismLightningModule(L.LightningModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """The account of bad clips, and the average of the weights if asked for, unless the trainer has them."""
-        wanted: list[L.Callback] = [BadClipReport()]
+        wanted: list[L.Callback] = [BadClipReport(), EpochPlace()]
         if self.hparams.ema_decay is not None:
             wanted.append(WeightEMA(self.hparams.ema_decay))
         return [new for new in wanted if not any(isinstance(old, type(new)) for old in self.trainer.callbacks)]
