@@ -47,19 +47,18 @@ class Ranks:
         result, error = None, None
         try:
             result = work()
-        except Exception as failure:
+        except (Exception, SystemExit) as failure:  # a signal may end all of them, wherever each of them is
             error = failure
         if self.world == 1:
             if error is not None:
                 raise error
             return [result]
         answers: list[Any] = [None] * self.world
-        dist.all_gather_object(answers, (result, error and f"{error}"), group=self._group)
-        if error is not None:
-            raise error
-        for _, message in answers:
-            if message is not None:
-                raise UserError(message)
+        told = error if error is None or isinstance(error, SystemExit) else UserError(str(error))
+        dist.all_gather_object(answers, (result, told), group=self._group)
+        for failure in (error, *(told for _, told in answers)):
+            if failure is not None:
+                raise failure
         return [result for result, _ in answers]
 
     def first(self, work: Callable[[], T]) -> T:

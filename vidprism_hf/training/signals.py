@@ -16,7 +16,9 @@ import threading
 import time
 from functools import partial
 from types import FrameType
+from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
@@ -24,6 +26,7 @@ from ..errors import first_line
 
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 WARNING = getattr(signal, "SIGUSR1", None)  # tells of an end to come: the one that follows is no second signal
+STOP = "vidprism/stop"  # in the store that the processes share
 SAME_SIGNAL_SECONDS = 1.0  # launchers pass a signal on to processes that have it already
 
 
@@ -38,6 +41,9 @@ class Stopped(SystemExit):
         super().__init__(128 + signum)
         self.signum = signum
 
+    def __reduce__(self):  # to be handed to other processes
+        return type(self), (self.signum,)
+
 
 class SignalWatch:
     """Takes note of signals.
@@ -51,14 +57,38 @@ class SignalWatch:
         self._time = 0.0
         self._multiple = False
         self._loud = True
+        self._what = ""
+        self._before: dict[int, Any] = {}  # handlers to be given back
 
-    def install(self, trainer: Trainer) -> None:
-        """Takes the signals over; Lightning gives them back when the trainer is done."""
+    def install(self, trainer: Trainer, what: str = "stopping after this step, with a checkpoint") -> None:
+        """Takes the signals over until `restore`.
+
+        Args:
+            trainer: Of the run.
+            what: What is said to happen when one comes.
+        """
         if threading.current_thread() is not threading.main_thread():
             return
-        self._multiple, self._loud = trainer.world_size > 1, trainer.is_global_zero
+        self._multiple, self._loud, self._what = trainer.world_size > 1, trainer.is_global_zero, what
+        self._before = self._before or {signum: signal.getsignal(signum) for signum in STOPPING}
         for signum in STOPPING:
             signal.signal(signum, self._note)
+
+    def restore(self) -> None:
+        """Gives the signals back, as Lightning does only where it has taken them before."""
+        if threading.current_thread() is threading.main_thread():
+            for signum, handler in self._before.items():
+                signal.signal(signum, handler)
+            self._before = {}
+
+    def agreed(self) -> int:
+        """Number of the signal that has asked for the end in any process, 0 if none has; waits for nobody."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return self.received
+        store = dist.distributed_c10d._get_default_store()
+        if self.received:
+            store.set(STOP, str(self.received))
+        return self.received or (int(store.get(STOP)) if store.check([STOP]) else 0)
 
     def leave_at_once(self, trainer: Trainer) -> None:
         """From now on the first signal ends the process: there is nothing to save. Ctrl-C stays with Lightning."""
@@ -73,7 +103,7 @@ class SignalWatch:
             self.received, self._time = signum, now
             if self._loud:  # not print: it may be what was interrupted
                 name = signal.Signals(signum).name
-                text = f"\n{name}: stopping after this step, with a checkpoint; a second signal ends at once\n"
+                text = f"\n{name}: {self._what}; a second signal ends at once\n"
                 os.write(2, text.encode())
         elif not (self._multiple and now - before < SAME_SIGNAL_SECONDS):
             _end(signum)
