@@ -170,7 +170,8 @@ def fit(trainer: Trainer, cli: FinetuneCLI, start: Start, argv: list[str]) -> No
     try:
         trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=start.checkpoint, weights_only=True)
     except Stopped:
-        print_once(f"Stopped after step {trainer.global_step}. Go on with: vidprism finetune {shlex.join(argv)}")
+        step = max(trainer.global_step, safeguard.saved_step)  # Lightning knows it when training begins
+        print_once(f"Stopped after step {step}. Go on with: vidprism finetune {shlex.join(argv)}")
         raise
     except TooManyBadClips as error:
         print_once(bad_clip_table(error.clips))
@@ -344,7 +345,7 @@ def check_checkpoint(name: str | None, output: Path) -> None:
 @rank_zero_only
 def begin_once(cli: FinetuneCLI, output: Path) -> Start:
     """Decides on the first process how the run begins, which its saved settings will not tell."""
-    resume, cli.config.resume = cli.config.resume, AUTO
+    resume, cli.config.resume = str(cli.config.resume), AUTO  # jsonargparse lets null pass
     start = begin(output, resume, yaml.safe_load(cli.parser.dump(cli.config, skip_none=False)))
     if start.checkpoint is not None:
         refuse_other_content(output / "export")  # now, not when the training has ended
