@@ -313,14 +313,19 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [cut, flip])
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(stopped, source, whole_run, capsys, harm):
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(stopped, capsys, harm):
     harm(stopped / "checkpoints" / "last.ckpt")
-    assert main(arguments(source, stopped, "--checkpoint.every_n_steps=1")) == 0
+    assert begin_again(stopped).checkpoint == str(stopped / "checkpoints" / "previous.ckpt")
     out = capsys.readouterr().out
     told = "is cut or altered" if harm is cut else "is altered (archive/data/"
     assert f"{stopped / 'checkpoints' / 'last.ckpt'} {told}" in out
     assert ": going on from the one before" in out
     assert "from step 6, epoch 2 (previous.ckpt)" in out
+
+
+def test_a_run_with_a_damaged_checkpoint_ends_the_same(stopped, source, whole_run):
+    cut(stopped / "checkpoints" / "last.ckpt")
+    assert main(arguments(source, stopped, "--checkpoint.every_n_steps=1")) == 0
     assert_same_runs(whole_run("--checkpoint.every_n_steps=1"), stopped)
 
 

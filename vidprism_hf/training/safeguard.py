@@ -113,15 +113,13 @@ class Safeguard(Checkpoint):
         self._signals.restore()
 
     def between_shards(self) -> None:
-        """To be called in long work before the training, by each process, where all that it has done is kept.
-
-        Processes need not call it equally often: a signal to one of them ends each where it calls this next.
+        """To be called in long work before the training, where all that was done is kept; the feature cache does.
 
         Raises:
-            Stopped: If a signal asks for the end.
+            Stopped: If this process was told to end. Whoever calls it ends the others with it (`Ranks.gather`).
         """
-        if signum := self._signals.agreed():
-            raise Stopped(signum)
+        if self._signals.received:
+            raise Stopped(self._signals.received)
 
     def on_sanity_check_start(self, trainer, pl_module):
         self._signals.install(trainer)

@@ -18,7 +18,6 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
-import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
@@ -26,7 +25,6 @@ from ..errors import first_line
 
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 WARNING = getattr(signal, "SIGUSR1", None)  # tells of an end to come: the one that follows is no second signal
-STOP = "vidprism/stop"  # in the store that the processes share
 SAME_SIGNAL_SECONDS = 1.0  # launchers pass a signal on to processes that have it already
 
 
@@ -80,15 +78,6 @@ class SignalWatch:
             for signum, handler in self._before.items():
                 signal.signal(signum, handler)
             self._before = {}
-
-    def agreed(self) -> int:
-        """Number of the signal that has asked for the end in any process, 0 if none has; waits for nobody."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return self.received
-        store = dist.distributed_c10d._get_default_store()
-        if self.received:
-            store.set(STOP, str(self.received))
-        return self.received or (int(store.get(STOP)) if store.check([STOP]) else 0)
 
     def leave_at_once(self, trainer: Trainer) -> None:
         """From now on the first signal ends the process: there is nothing to save. Ctrl-C stays with Lightning."""
