@@ -18,7 +18,7 @@ from vidprism_hf.data import VideoDataModule
 from vidprism_hf.errors import UserError
 from vidprism_hf.training import finetune, safeguard
 from vidprism_hf.training.checkpointing import SafeCheckpointIO
-from vidprism_hf.training.resuming import begin
+from vidprism_hf.training.resuming import Start, begin
 
 pytestmark = pytest.mark.slow
 TRAINING, VALIDATION = "training_step", "validation_step"
@@ -255,10 +255,16 @@ def test_a_finished_run_is_kept(stopped, capsys):
     assert f"is kept as {stopped}.1 (it is finished)" in capsys.readouterr().out
 
 
-def test_a_run_without_a_checkpoint_is_kept(stopped, capsys):
+@pytest.mark.parametrize("resume", ["auto", "none"])
+def test_a_run_without_a_checkpoint_begins_again(stopped, capsys, resume):
+    """In its folder, however often its job is put back into the queue; with other settings it is kept."""
     shutil.rmtree(stopped / "checkpoints")
-    assert begin_again(stopped).checkpoint is None
-    assert f"is kept as {stopped}.1 (it has no checkpoint)" in capsys.readouterr().out
+    assert begin_again(stopped, resume) == Start(begun=resume)
+    assert f"The run in {stopped} was stopped before its first checkpoint; it begins" in capsys.readouterr().out
+    assert not Path(f"{stopped}.1").exists()
+    assert begin_again(stopped, resume, data__seed=3).checkpoint is None
+    why = "it has no checkpoint" if resume == "auto" else "asked for"
+    assert f"is kept as {stopped}.1 ({why})" in capsys.readouterr().out
 
 
 def test_a_finished_run_can_be_made_longer(stopped, capsys):

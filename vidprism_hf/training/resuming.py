@@ -78,6 +78,10 @@ def begin(output: Path, resume: str, settings: dict[str, Any]) -> Start:
             return Start(begun=resume)
         if not (output / "config.yaml").is_file():
             raise UserError(f"output {output}: exists and is not a run's folder; choose another one")
+        if had_just_begun(output) and not changed_settings(output, settings):
+            _sweep(output)
+            print(f"The run in {output} was stopped before its first checkpoint; it begins again", flush=True)
+            return Start(begun=resume)
         return _anew(output, settings) if resume == NONE else _go_on(output, settings)
     except OSError as error:
         raise not_writable(output, error) from error
@@ -155,8 +159,7 @@ def _from_checkpoint(output: Path, checkpoint: Path, settings: dict[str, Any]) -
 
 
 def _start(output: Path, checkpoint: Path, content: dict[str, Any], begun: str | None = None) -> Start:
-    for unfinished in (*output.glob(f"*{UNFINISHED}"), *checkpoint.parent.glob(f"*{UNFINISHED}")):
-        unfinished.unlink()
+    _sweep(output)
     last = checkpoint.with_name(LAST)
     if checkpoint.name != LAST and last.exists():
         # The next one would make it previous.ckpt, which may be the one that is gone on from.
@@ -166,6 +169,17 @@ def _start(output: Path, checkpoint: Path, content: dict[str, Any], begun: str |
     where = f"step {content['global_step']}, epoch {epochs['current']['processed'] + 1}" if content else "its last step"
     print(f"Going on with the run in {output} from {where} ({checkpoint.name})", flush=True)
     return Start(str(checkpoint), begun, dict(content.get("VideoDataModule", {})))
+
+
+def _sweep(output: Path) -> None:
+    """Removes what a kill has left half-written."""
+    for unfinished in (*output.glob(f"*{UNFINISHED}"), *(output / "checkpoints").glob(f"*{UNFINISHED}")):
+        unfinished.unlink()
+
+
+def had_just_begun(output: Path) -> bool:
+    """Whether the run in a folder has left nothing that could be gone on from, or kept."""
+    return not (output / METRICS).is_file() and not any((output / "checkpoints").glob("*.ckpt"))
 
 
 def last_good(folder: Path) -> tuple[Path, dict[str, Any]] | None:
