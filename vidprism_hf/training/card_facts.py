@@ -81,7 +81,7 @@ class CardRecorder(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         loss = statistics.fmean(gathered(self._loss.item()))
         so_far = {"loss": loss, "batches": self._batches}
-        return {"epochs": self.epochs, "validations": self.validations, "seconds": self._seconds(), **so_far}
+        return {"epochs": self.epochs, "validations": self.validations, "seconds": self.elapsed(), **so_far}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # A test loads the best checkpoint, which knows less than this run does by then.
@@ -104,7 +104,7 @@ class CardRecorder(L.Callback):
             torch.cuda.reset_peak_memory_stats(pl_module.device)
 
     def on_fit_end(self, trainer, pl_module):
-        self.seconds, self._since = self._seconds(), None
+        self.seconds, self._since = self.elapsed(), None
         peak = torch.tensor(float(peak_memory(pl_module.device)), device=pl_module.device)
         self.peak_bytes = int(trainer.strategy.reduce(peak, reduce_op="max"))
 
@@ -170,7 +170,8 @@ class CardRecorder(L.Callback):
         count = torch.tensor(self._clips, device=trainer.strategy.root_device)
         return int(trainer.strategy.reduce(count, reduce_op="sum"))
 
-    def _seconds(self) -> float:
+    def elapsed(self) -> float:
+        """Seconds of training up to now; see `seconds`."""
         return self.seconds + (time.monotonic() - self._since if self._since is not None else 0.0)
 
 
@@ -319,7 +320,7 @@ def compute_facts(trainer: Trainer, module: VidPrismLightningModule, recorder: C
         "GMACs per view (counted)": f"{giga_macs_per_view(module.model.config):.4g}",
         "parameters": f"{parameters:.1f} M" + (f", {frozen:.1f} M of them frozen" if frozen else ""),
         "device": f"{trainer.world_size} x {device_name(trainer.strategy.root_device)}",
-        "wall time of training": duration(recorder._seconds()),
+        "wall time of training": duration(recorder.elapsed()),
         # Known once the training has ended.
         "peak memory": f"{recorder.peak_bytes / 2**30:.2f} GiB ({most})" if recorder.peak_bytes else None,
     }
