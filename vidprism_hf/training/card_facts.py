@@ -19,6 +19,7 @@ from ..data.bad_clips import BadClip, ClipCounts
 from ..data.benchmarks import BENCHMARKS
 from ..data.few_shot import clip_list_hash
 from ..data.hub_repository import stated_license
+from ..data.ranks import gathered
 from ..data.sources import DEMO, source_kind
 from ..evaluation.compute import giga_macs_per_view, million_parameters
 from ..evaluation.figures import curves, expert_weights
@@ -28,7 +29,6 @@ from .callbacks import BadClipReport
 from .module import VidPrismLightningModule
 from .optimization import clips_per_step, scaled_learning_rate
 from .origin import base_model, is_random, starting_point
-from .resuming import gathered
 
 METRICS = ("top1", "top5")
 

@@ -349,6 +349,8 @@ def begin_once(cli: FinetuneCLI, output: Path) -> Start:
     start = begin(output, resume, yaml.safe_load(cli.parser.dump(cli.config, skip_none=False)))
     if start.checkpoint is not None:
         refuse_other_content(output / "export")  # now, not when the training has ended
+    if start.data:
+        cli.datamodule.load_state_dict(start.data)  # now, before the lists of the run are written anew
     return start
 
 

@@ -21,9 +21,10 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 
 from ..data.bad_clips import TooManyBadClips
+from ..data.ranks import gathered
 from ..errors import UserError, printable
 from .checkpointing import LAST, CheckpointSettings
-from .resuming import gathered, random_states, set_random_states, settle_loops, settle_progress
+from .resuming import random_states, set_random_states, settle_loops, settle_progress
 from .signals import WARNING, SignalWatch, Stopped, requeue
 
 NAMED_CLIPS = 16  # in the message of a run that diverges
