@@ -19,12 +19,12 @@ from vidprism_hf.data.epoch_place import go_on
 CLIPS = 2 * STEPS
 
 
-def keys(clips: int, rank: int, world: int, batch_size: int, start: int = 0, end: int | None = None) -> list[int]:
+def keys(clips: int, rank: int, world: int, batch_size: int, start: int = 0, end: int | None = None, epoch: int = 3):
     """The clips that a process gets of an epoch's batches from start to end, but those that do not count."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dataset, "rank_and_world", lambda: (rank, world))
         sampler = ClipSampler(clips, training=True, batch_size=batch_size)
-        sampler.begin(3, start * batch_size)
+        sampler.begin(epoch, start * batch_size)
         found = list(sampler)[: None if end is None else (end - start) * batch_size]
         return [key[1] for key in found if len(key) == 2]
 
@@ -96,7 +96,7 @@ def seen(monkeypatch):
 
 def order() -> list[int]:
     """The clips of the second epoch."""
-    return keys(CLIPS, 0, 1, epoch=1)
+    return keys(CLIPS, 0, 1, 1, epoch=1)
 
 
 @pytest.mark.slow

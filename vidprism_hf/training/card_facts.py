@@ -270,27 +270,35 @@ def hyper_parameters(trainer: Trainer, cli: LightningCLI) -> dict[str, Any]:
     """What the training was set to."""
     data, hparams = cli.datamodule.hparams, cli.model.hparams
     epochs, planned = epochs_at(trainer, trainer.global_step), trainer.max_epochs
-    clips, accumulated = clips_per_step(trainer), trainer.accumulate_grad_batches
+    clips = clips_per_step(trainer)
     return {
         "epochs": epochs if planned in (None, -1, float(epochs)) else f"{epochs} of {planned}",
         "steps": trainer.global_step,
         "batches an epoch, by a limit": trainer.num_training_batches if trainer.limit_train_batches != 1.0 else None,
         "batch size (clips)": clips,
-        "gradient accumulation (batches)": accumulated if accumulated > 1 else None,
         "optimiser": "AdamW, betas 0.9 and 0.999, eps 1e-08",
         "learning rate": learning_rate(hparams, clips),
         "schedule": "linear warm-up, then cosine to zero, stepped every step",
         "warm-up steps": cli.model.warmup_steps,
-        "backbone": backbone_training(hparams),
         "weight decay": hparams.weight_decay,
-        "label smoothing": hparams.label_smoothing or None,
-        "gradient clipping": trainer.gradient_clip_val,
+        **switched_on(trainer, cli),
         "precision": trainer.precision,
         "seed": cli.config.seed_everything,
         "data seed": data.seed,
         "few-shot, clips a class": data.shots,
-        "weight averaging": f"exponential moving, decay {hparams.ema_decay}" if hparams.ema_decay else None,
         "weight-space ensembling": next((it.applied for it in trainer.callbacks if isinstance(it, WiseFT)), None),
+    }
+
+
+def switched_on(trainer: Trainer, cli: LightningCLI) -> dict[str, Any]:
+    """The settings of training that are off unless asked for; None where they are."""
+    hparams, accumulated = cli.model.hparams, trainer.accumulate_grad_batches
+    return {
+        "backbone": backbone_training(hparams),
+        "label smoothing": hparams.label_smoothing or None,
+        "gradient accumulation (batches)": accumulated if accumulated > 1 else None,
+        "gradient clipping": trainer.gradient_clip_val,
+        "weight averaging": f"exponential moving, decay {hparams.ema_decay}" if hparams.ema_decay else None,
     }
 
 
@@ -308,7 +316,8 @@ def backbone_training(hparams: Any) -> str:
     if hparams.freeze_backbone:
         return "frozen"
     layers = f", x {hparams.layer_decay} for each layer below the top" if hparams.layer_decay != 1 else ""
-    return f"learning rate x {hparams.backbone_lr_scale}{layers}"
+    frozen = f", embeddings and first {hparams.freeze_layers} layers frozen" if hparams.freeze_layers else ""
+    return f"learning rate x {hparams.backbone_lr_scale}{layers}{frozen}"
 
 
 def compute_facts(trainer: Trainer, module: VidPrismLightningModule, recorder: CardRecorder) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from ..hub.export import refuse_other_content
 from ..hub.licenses import check_license
 from .averaging import WiseFT
 from .callbacks import BadClipReport
-from .card_facts import CardRecorder, bad_clips, clip_counts, kept_by
+from .card_facts import CardRecorder, bad_clips, clip_counts, kept_by, switched_on
 from .checkpointing import BEST, LAST, PREVIOUS, CheckpointSettings, KeptCheckpoint, SafeCheckpointIO, damage
 from .exporting import TRAIN_LIST, ExportedCheckpoint, ExportSettings, export_best, export_kept, export_or_warn
 from .module import VidPrismLightningModule, check_frozen, read_checkpoint_config
@@ -167,6 +167,8 @@ def fit(trainer: Trainer, cli: FinetuneCLI, start: Start, argv: list[str]) -> No
         cli.datamodule.load_state_dict(start.data)
     safeguard = kept_by(trainer, Safeguard)
     safeguard.begun = start.begun
+    settings = {name: value for name, value in switched_on(trainer, cli).items() if value is not None}
+    print_once(f"Training: {'; '.join(f'{name} {value}' for name, value in settings.items())}")
     try:
         trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=start.checkpoint, weights_only=True)
     except Stopped:
@@ -270,6 +272,8 @@ def build_trainer(cli: FinetuneCLI, output: Path, more: Sequence[Callback] = ())
     for name in ("max_epochs", "max_steps"):
         if asked[name] == 0:
             raise UserError(f"trainer.{name}=0: nothing would be trained; set it to 1 or more")
+    if asked.accumulate_grad_batches < 1:
+        raise UserError(f"trainer.accumulate_grad_batches={asked.accumulate_grad_batches}: must be at least 1")
     if asked.default_root_dir is not None:
         raise UserError("trainer.default_root_dir: the run's folder is output; set that")
     logger = loggers if asked.logger in (None, True) else asked.logger

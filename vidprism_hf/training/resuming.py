@@ -149,6 +149,9 @@ def _from_checkpoint(output: Path, checkpoint: Path, settings: dict[str, Any]) -
         ) from error
     if not ours:
         raise UserError(f"resume {checkpoint}: not in {checkpoints}; set output to the folder of its run")
+    done, most = epochs_done(content), settings["trainer"].get("max_epochs")
+    if most is not None and 0 <= most < done:
+        raise UserError(f"trainer.max_epochs={most}: {checkpoint} has had {done} epochs; set it to more")
     if changes:
         print(f"With other settings than before: {'; '.join(changes)}", flush=True)
     if left := later(checkpoints, checkpoint.name, content):
@@ -164,10 +167,14 @@ def _start(output: Path, checkpoint: Path, content: dict[str, Any], begun: str |
         # The next one would make it previous.ckpt, which may be the one that is gone on from.
         os.replace(last, last.with_name(f"{LAST}.damaged"))
     (output / METRICS).unlink(missing_ok=True)  # the run is not finished any more
-    epochs = content.get("loops", {}).get("fit_loop", {}).get("epoch_progress")
-    where = f"step {content['global_step']}, epoch {epochs['current']['processed'] + 1}" if content else "its last step"
+    where = f"step {content['global_step']}, epoch {epochs_done(content) + 1}" if content else "its last step"
     print(f"Going on with the run in {output} from {where} ({checkpoint.name})", flush=True)
     return Start(str(checkpoint), begun, dict(content.get("VideoDataModule", {})))
+
+
+def epochs_done(content: dict[str, Any]) -> int:
+    """How many epochs a checkpoint has behind it; 0 where it does not tell."""
+    return content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"] if content else 0
 
 
 def _sweep(output: Path) -> None:
