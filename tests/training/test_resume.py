@@ -175,6 +175,24 @@ def test_the_plain_trainer_goes_on_too(source, tmp_path):
 # Which run is gone on with
 
 
+def test_fewer_epochs_than_a_checkpoint_has(stopped, source, capsys):
+    before = files_of(stopped)
+    content = torch.load(stopped / "checkpoints" / "last.ckpt", weights_only=True)
+    content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"] = 2
+    torch.save(content, stopped / "checkpoints" / "third.ckpt")
+    words = arguments(source, stopped, f"--resume={stopped / 'checkpoints' / 'third.ckpt'}", "--trainer.max_epochs=1")
+    assert main(words) == 1
+    assert "trainer.max_epochs=1: " in (line := complaint(capsys))
+    assert "has had 2 epochs" in line
+    (stopped / "checkpoints" / "third.ckpt").unlink()
+    assert files_of(stopped) == before
+
+
+def test_batches_that_never_end_a_step(source, tmp_path, capsys):
+    assert main(arguments(source, tmp_path / "run", "--trainer.accumulate_grad_batches=0")) == 1
+    assert complaint(capsys).startswith("vidprism finetune: trainer.accumulate_grad_batches=0: ")
+
+
 def test_other_settings_are_told_and_not_taken_silently(stopped, source, capsys):
     before = files_of(stopped)
     words = arguments(source, stopped, "--checkpoint.every_n_steps=1", "--model.learning_rate=0.5", "--data.seed=3")
