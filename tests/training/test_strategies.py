@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -68,6 +69,9 @@ def results(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("strategies")
     motion_folder(folder / "clips", train=4, val=3)
     (folder / "clips" / "val" / "growing" / "2.mp4").unlink()  # five held-out clips, of which processes get 3 and 2
+    for name, count in (("eleven", 6), ("nine", 5)):
+        motion_folder(folder / name, train=count, val=1)
+        (folder / name / "train" / "growing" / "0.mp4").unlink()
     run_all(folder)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     start([*launcher, str(Path(__file__).with_name("strategy_runs.py")), str(folder)])
@@ -107,7 +111,9 @@ exact = pytest.mark.parametrize("name", [name for name in RUNS if name != "half"
 @both
 @exact
 def test_two_processes_train_what_one_does(results, name, strategy):
-    """The same global batches: gradients, also clipped by their common norm, the balance of all clips, and AdamW."""
+    """The same global batches, uneven ones too: gradients, also clipped by their common norm, the balance of all clips,
+    and AdamW.
+    """
     alone, shared = (weights(results / f"{name}-{kind}.ckpt") for kind in ("auto", strategy))
     assert largest_difference(alone, shared) < 1e-5 < 1e-4 < largest_difference(alone, first_weights(name))
 
@@ -128,11 +134,14 @@ def test_half_precision_of_two_processes(results, strategy):
 @both
 @exact
 def test_two_processes_find_the_same_metrics(results, name, strategy):
-    """Of held-out clips that do not divide evenly: each counts once, in means as in accuracies."""
+    """Of held-out clips that do not divide evenly each counts once, in means as in accuracies; so in the last step's
+    losses.
+    """
     alone, shared = (json.loads((results / f"{name}-{kind}.json").read_text()) for kind in ("auto", strategy))
     for of_batches in ("val/gate_loss", "val/loss"):  # which are others
         alone.pop(of_batches), shared.pop(of_batches)
     assert {"val/top1", "val/classification_loss", "val/rank_loss", "val/expert_1_rate_4_weight"} <= alone.keys()
+    assert {"train/loss", "train/classification_loss", "train/gate_loss"} <= alone.keys()
     assert shared == pytest.approx(alone, abs=1e-4)
 
 
@@ -188,6 +197,9 @@ def test_a_launch_scripts_command(motion_clips, tmp_path, monkeypatch, script, n
     env = {**os.environ, **job, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "DEVICES": "2", "NODES": "3"}
     env |= {"RECIPE": str(ROOT / "recipes" / "folder.yaml")}
     subprocess.run(["bash", str(LAUNCH / script), f"--data.source={motion_clips}"], env=env, cwd=tmp_path, check=True)
+    if script == "slurm.sh":
+        options = re.findall(r"^#SBATCH (.*)", (LAUNCH / script).read_text(), flags=re.MULTILINE)
+        assert {"--signal=USR1@120", "--requeue", "--open-mode=append"} <= set(options)
     words = written.read_text().splitlines()
     cli = parse([*words[words.index("finetune") + 1 :], "--trainer.accelerator=cpu"])
     if script == "slurm.sh":
@@ -214,10 +226,29 @@ def test_deepspeed_that_is_not_installed(motion_clips, tmp_path, capsys):
     assert "pip install -U deepspeed" in complaint(capsys)
 
 
+def test_refuses_processes_whose_results_are_lost(motion_clips, tmp_path, capsys):
+    arguments = run_arguments(motion_clips, tmp_path / "run", "--trainer.strategy=ddp_spawn", "--trainer.devices=2")
+    assert main(arguments) == 1
+    assert "trainer.strategy=ddp_spawn: its processes keep their results to themselves; take ddp" in complaint(capsys)
+
+
 def test_fsdp_refuses_a_precision_that_it_has_not(motion_clips, tmp_path, capsys):
     more = ("--trainer.strategy=fsdp", "--trainer.precision=16-mixed")
     assert main(run_arguments(motion_clips, tmp_path / "run", *more)) == 1
     assert "Choose a different precision among: 32-true, bf16-mixed" in complaint(capsys)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_several_devices_take_ddp_by_themselves(motion_clips, tmp_path, accumulate):
+    """In the form in which it is asked for."""
+    more = ("--trainer.devices=2", f"--trainer.accumulate_grad_batches={accumulate}")
+    words = run_arguments(motion_clips, tmp_path / "run", *more)[1:]
+    auto, asked = (
+        parse([*words, f"--trainer.strategy={name}"]).instantiate_trainer(logger=False).strategy
+        for name in ("auto", "ddp")
+    )
+    assert type(auto) is type(asked) is DDPStrategy
+    assert auto._ddp_kwargs == asked._ddp_kwargs
 
 
 def test_strategies_by_name(motion_clips, tmp_path, capsys):

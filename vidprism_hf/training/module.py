@@ -16,15 +16,16 @@ from transformers import AutoConfig, get_cosine_schedule_with_warmup
 
 from ..data import normalize_clips
 from ..data.frame_encoder import FrameEncoder, tower_digest
-from ..errors import UserError, first_line
+from ..errors import UserError, first_line, why_not_loaded
 from ..model import VidPrismConfig, VidPrismForVideoClassification, VidPrismForVideoClassificationOutput
 from ..model.temporal_vidprism import gate_balance_loss
 from .averaging import WeightEMA
-from .callbacks import BadClipReport
+from .callbacks import BadClipReport, EpochPlace
 from .optimization import check_settings, clips_per_step, parameter_groups, scaled_learning_rate
 from .strategies import shard
 
 LOSS_PARTS = ("classification_loss", "rank_loss", "gate_loss", "diversity_loss")
+CLIP_LOSSES = ("classification_loss", "rank_loss", "diversity_loss")  # means over clips
 
 
 class VidPrismLightningModule(L.LightningModule):
@@ -150,7 +151,7 @@ class VidPrismLightningModule(L.LightningModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """The account of bad clips, and the average of the weights if asked for, unless the trainer has them."""
-        wanted: list[L.Callback] = [BadClipReport()]
+        wanted: list[L.Callback] = [BadClipReport(), EpochPlace()]
         if self.hparams.ema_decay is not None:
             wanted.append(WeightEMA(self.hparams.ema_decay))
         return [new for new in wanted if not any(isinstance(old, type(new)) for old in self.trainer.callbacks)]
@@ -169,11 +170,12 @@ class VidPrismLightningModule(L.LightningModule):
             labels = batch.get("soft_labels", batch["labels"])
             logits = output.logits.float()
             output.classification_loss = nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing)
-            output.loss = self.model.total_loss(*(output[part] for part in LOSS_PARTS))
+            output.loss = self._total_loss(output)
+        loss = output.loss
         if self.trainer.world_size > 1:
-            self._balance_over_ranks(output)
+            loss = self._balance_over_ranks(output, batch.get("num_counted", len(batch["labels"])))
         self._log_losses("train", output)
-        return output.loss
+        return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self._evaluate("val", batch)
@@ -194,12 +196,12 @@ class VidPrismLightningModule(L.LightningModule):
             rate = scaled_learning_rate(rate, clips, hparams.reference_batch_size)
             said = f"{hparams.learning_rate:g} x sqrt({clips} / {hparams.reference_batch_size} clips a step)"
             rank_zero_info(f"Learning rate: {rate:.4g} = {said}")
+        if hparams.layer_decay != 1 and hparams.freeze_backbone:
+            rank_zero_warn(f"model.layer_decay={hparams.layer_decay:g} changes nothing: the tower is frozen")
         groups = parameter_groups(
             self.model, rate, hparams.backbone_lr_scale, hparams.weight_decay, hparams.layer_decay
         )
-        # One kernel instead of a dozen passes over all weights; Lightning does not clip beside it where a scaler is.
-        fused = self.trainer.precision != "16-mixed"
-        optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.999), eps=1e-8, fused=fused)
+        optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.999), eps=1e-8, fused=self._fused())
         total = int(self.trainer.estimated_stepping_batches)
         steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         warmup = round(steps_per_epoch * hparams.warmup_epochs)
@@ -211,6 +213,20 @@ class VidPrismLightningModule(L.LightningModule):
         self.warmup_steps = warmup  # for the model card
         schedule = get_cosine_schedule_with_warmup(optimizer, warmup, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Fits what another run's settings have left in a checkpoint to this one that goes on."""
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        if self.hparams.ema_decay is None:  # the other one's average is not what its optimiser was moving
+            checkpoint["state_dict"] = checkpoint.get("current_model_state", checkpoint["state_dict"])
+        for state in checkpoint["optimizer_states"]:
+            for group in state["param_groups"]:
+                group["fused"] = self._fused()  # else that of the other precision would be restored
+
+    def _fused(self) -> bool:
+        """One kernel, not a dozen passes over all weights; Lightning does not clip beside it where a scaler is."""
+        return self.trainer.precision != "16-mixed"
 
     def frame_encoder(self) -> FrameEncoder:
         """The frozen tower as `data.feature_cache` needs it, in the trainer's precision.
@@ -250,11 +266,28 @@ class VidPrismLightningModule(L.LightningModule):
             self._log_mean(f"{stage}/expert_{index}_rate_{rate}_weight", weight, len(output.logits))
         return {"expert_weights": weights}
 
-    def _balance_over_ranks(self, output: VidPrismForVideoClassificationOutput) -> None:
-        """Replaces this rank's gate loss by that of the whole batch, over all ranks."""
-        mean = self.all_gather(output.expert_weights.float().mean(dim=0), sync_grads=True).mean(dim=0)
-        output.gate_loss = gate_balance_loss(mean)
-        output.loss = self.model.total_loss(*(output[part] for part in LOSS_PARTS))
+    def _balance_over_ranks(self, output: VidPrismForVideoClassificationOutput, num_clips: int) -> torch.Tensor:
+        """Replaces the losses of this rank's clips, of which so many count, by those of the clips of all ranks.
+
+        Returns:
+            What this rank minimises: its mean over the ranks, as strategies average gradients, is the loss of all
+            clips, however many each rank has.
+        """
+        losses = torch.stack([output[name].float() for name in CLIP_LOSSES])
+        experts = output.expert_weights.float().mean(dim=0)
+        count = losses.new_full((1,), num_clips)
+        sums = self.all_gather(torch.cat([count, count * losses.detach(), count * experts]), sync_grads=True).sum(dim=0)
+        _, means, experts = (sums / sums[0]).split([1, len(losses), len(experts)])
+        weight = count * self.trainer.world_size / sums[0]  # exactly 1 where all have as many
+        output.gate_loss = gate_balance_loss(experts)
+        for name, mean in zip(CLIP_LOSSES, means, strict=True):
+            output[name] = mean
+        output.loss = self._total_loss(output)
+        own = dict(zip(CLIP_LOSSES, losses * weight, strict=True))
+        return self.model.total_loss(gate_loss=output.gate_loss, **own)
+
+    def _total_loss(self, output: VidPrismForVideoClassificationOutput) -> torch.Tensor:
+        return self.model.total_loss(**{part: output[part] for part in LOSS_PARTS})
 
     def _log_losses(self, stage: str, output: VidPrismForVideoClassificationOutput) -> None:
         size = len(output.logits)
@@ -360,7 +393,9 @@ def read_checkpoint_config(name_or_path: str) -> VidPrismConfig:
     try:
         config = AutoConfig.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.checkpoint {name_or_path}: cannot be loaded ({first_line(error)})") from error
+        raise UserError(
+            f"model.checkpoint {name_or_path}: cannot be loaded ({why_not_loaded(name_or_path, error)})"
+        ) from error
     if not isinstance(config, VidPrismConfig):
         raise UserError(f"model.checkpoint {name_or_path}: a {config.model_type} model; give it as model.backbone")
     return config
