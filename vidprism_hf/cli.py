@@ -8,7 +8,7 @@ USAGE = """usage: vidprism VERB ...
   data prepare|check|show ...              fetch a benchmark, decode every clip once, look at a source
   finetune --config RECIPE [--key value]   train by a recipe, evaluate, export
   splits --config RECIPE [--splits 1 2 3]  finetune on several official splits, and the mean
-  evaluate MODEL --config RECIPE           held-out accuracy of an exported model
+  evaluate MODEL --config RECIPE           accuracy of any video classifier on held-out clips
   predict MODEL FILE [FILE ...]            top labels of video files
   push FOLDER --repo ORG/NAME              publish an export on the Hub
   convert CHECKPOINT OUT ...               an authors' checkpoint to the Hub's layout
@@ -31,7 +31,7 @@ def _splits(argv: list[str]) -> int:
 
 
 def _evaluate(argv: list[str]) -> int:
-    from .training.finetune import evaluate
+    from .evaluation.evaluate import evaluate
 
     evaluate(argv)
     return 0

@@ -204,6 +204,11 @@ class VideoDataModule(L.LightningDataModule):
             self._video_processor = load_processor(self.hparams.processor, self.hparams.num_frames)
         return self._video_processor
 
+    @video_processor.setter
+    def video_processor(self, processor: VidPrismVideoProcessor) -> None:
+        """Takes one of another model, which has to offer what is used of ours."""
+        self._video_processor = processor
+
     def prepare_data(self) -> None:
         """Renders the demo clips if they are needed and not there."""
         if self.hparams.source == DEMO:

@@ -3,6 +3,7 @@
 import platform
 import re
 import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import requires, version
@@ -58,6 +59,8 @@ class CardFacts:
         bad_clips: Clips that could not be decoded, with `split`, `name` and `cause`.
         metrics: Held-out metrics as shares, such as {"top1": 0.9}; empty where nothing was evaluated.
         num_evaluated: Clips that they are shares of; None gives no intervals.
+        mean_class_interval: The 95 % interval of `mean_class`, where that is among the metrics.
+        per_class: What was found of each class, as `evaluation_body` takes it.
         protocol: How they were measured.
         hyper_parameters: Of the training.
         augmentation: Of the training clips.
@@ -87,6 +90,8 @@ class CardFacts:
     bad_clips: list[Any] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     num_evaluated: int | None = None
+    mean_class_interval: tuple[float, float] | None = None
+    per_class: list[dict[str, Any]] = field(default_factory=list)
     protocol: str | None = None
     hyper_parameters: dict[str, Any] = field(default_factory=dict)
     augmentation: dict[str, Any] = field(default_factory=dict)
@@ -101,15 +106,18 @@ class CardFacts:
         return BASE_LICENSES.get(self.base_model or "", NOT_STATED)
 
     @property
-    def chance(self) -> dict[str, float]:
-        """What each metric would be for guesses, where all classes have as many clips."""
-        return {name: min(1.0, int(name.removeprefix("top")) / len(self.labels)) for name in self.metrics}
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """The 95 % interval of each metric, Wilson's of those that are shares of clips."""
+        clips = self.num_evaluated
+        shares = {name: value for name, value in self.metrics.items() if name in METRICS}
+        found = {name: wilson_interval(value, clips) for name, value in shares.items()} if clips else {}
+        return found | ({"mean_class": self.mean_class_interval} if self.mean_class_interval else {})
 
     @property
-    def intervals(self) -> dict[str, tuple[float, float]]:
-        """Wilson's 95 % interval of each metric."""
-        clips = self.num_evaluated
-        return {name: wilson_interval(value, clips) for name, value in self.metrics.items()} if clips else {}
+    def evaluation(self) -> str:
+        """What the card says of the evaluation."""
+        measured = self.metrics, self.intervals, self.num_evaluated
+        return evaluation_body(self.protocol or "", *measured, len(self.labels), self.per_class)
 
 
 def render_card(facts: CardFacts) -> ModelCard:
@@ -168,6 +176,58 @@ def cell(value: object) -> str:
     return " ".join(printable(str(value)).split()).replace("|", "\\|").replace("<!--", "<! --")
 
 
+def evaluation_body(
+    protocol: str,
+    metrics: Mapping[str, float],
+    intervals: Mapping[str, tuple[float, float]],
+    num_evaluated: int | None,
+    num_labels: int,
+    per_class: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """What a card says of an evaluation, in Markdown.
+
+    Args:
+        protocol: How it was done, in sentences.
+        metrics: `top1` and the like, `mean_class`, `ece`.
+        intervals: Of these, where they are known.
+        num_evaluated: Clips that they are shares of.
+        num_labels: Classes.
+        per_class: Of each class `label`, `clips`, `top1`, `low`, `high` and `taken_for`.
+    """
+    if not metrics:
+        return protocol
+    rows = ["| metric | value | 95 % interval | by guessing |", "| --- | --- | --- | --- |"]
+    for name, value in metrics.items():
+        guessed = (
+            None if name == "ece" else min(1.0, int(name.removeprefix("top") if name in METRICS else 1) / num_labels)
+        )
+        unknown = "not known" if name in METRICS else ""
+        interval = "{:.4f} to {:.4f}".format(*intervals[name]) if name in intervals else unknown
+        rows.append(f"| {name} | {value:.4f} | {interval} | {'' if guessed is None else f'{guessed:.4f}'} |")
+    said = []
+    if num_evaluated:
+        said.append(f"The interval (Wilson's) is that of {num_evaluated} clips drawn at random;")
+        said.append("it knows nothing of other seeds.")
+    if "mean_class" in intervals:
+        said.append("That of mean_class, the mean over the classes, puts theirs together (MOVER).")
+    if "ece" in metrics:
+        said.append("ece is the expected calibration error of the best label's score.")
+    parts = [protocol, "\n".join(rows), " ".join(said)]
+    if any(row["clips"] for row in per_class):
+        parts.append(class_details(per_class))
+    return "\n\n".join(part for part in parts if part)
+
+
+def class_details(per_class: Sequence[Mapping[str, Any]]) -> str:
+    """The table of the classes, folded."""
+    lines = ["| class | clips | top1 | 95 % interval | most often taken for |", "| --- | --- | --- | --- | --- |"]
+    for row in per_class:
+        label, other = (cell(plain(name or "")) for name in (row["label"], row["taken_for"]))
+        shares = f"{row['top1']:.4f} | {row['low']:.4f} to {row['high']:.4f}" if row["clips"] else " | "
+        lines.append(f"| {label} | {row['clips']} | {shares} | {other} |")
+    return "<details><summary>By class</summary>\n\n" + "\n".join(lines) + "\n\n</details>"
+
+
 def evaluation_results(facts: CardFacts) -> list[EvalResult]:
     """The metrics in the form of the Hub's model index."""
     return [
@@ -200,13 +260,32 @@ def eval_results_file(facts: CardFacts) -> dict[str, bytes]:
     """
     if not facts.dataset_id or not facts.metrics:
         return {}
+    return {eval_results_path(facts.dataset_id): eval_results(facts.dataset_id, facts.metrics, facts.protocol)}
+
+
+def eval_results_path(dataset_id: str) -> str:
+    """Where an export keeps the results on a dataset of the Hub."""
+    return f".eval_results/{dataset_id.replace('/', '--').replace('.', '-')}.yaml"
+
+
+def eval_results(dataset_id: str, metrics: Mapping[str, float], notes: str | None, existing: bytes = b"") -> bytes:
+    """The content of such a file.
+
+    Args:
+        dataset_id: Of the dataset.
+        metrics: Its `top1` and `top5` are told.
+        notes: How they were measured.
+        existing: The file that there is; its entries of other tasks stay.
+    """
     entries = [
-        EvalResultEntry(dataset_id=facts.dataset_id, task_id=name, value=rounded(value), notes=facts.protocol)
-        for name, value in facts.metrics.items()
+        EvalResultEntry(dataset_id=dataset_id, task_id=name, value=rounded(value), notes=notes)
+        for name, value in metrics.items()
         if name in METRICS
     ]
-    text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
-    return {f".eval_results/{facts.dataset_id.replace('/', '--').replace('.', '-')}.yaml": text.encode()}
+    tasks = {entry.task_id for entry in entries}
+    known = yaml.safe_load(existing) or []
+    kept = [entry for entry in known if entry.get("dataset", {}).get("task_id") not in tasks]
+    return yaml.safe_dump(kept + eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True).encode()
 
 
 @cache

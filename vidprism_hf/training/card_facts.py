@@ -21,7 +21,8 @@ from ..data.few_shot import clip_list_hash
 from ..data.hub_repository import stated_license
 from ..data.sources import DEMO, source_kind
 from ..evaluation.compute import giga_macs_per_view, million_parameters
-from ..evaluation.figures import curves, expert_weights
+from ..evaluation.figures import confusion_matrix, curves, expert_weights
+from ..evaluation.report import Evaluation
 from ..hub import CardFacts
 from .averaging import WiseFT
 from .callbacks import BadClipReport
@@ -37,14 +38,16 @@ class Measured(NamedTuple):
     """What is known of the accuracy of the weights that a card is for.
 
     Attributes:
-        metrics: `top1` and `top5` as shares; empty if these weights were not evaluated.
+        metrics: `top1` and the like; empty if these weights were not evaluated.
         clips: How many clips the metrics count, over all processes.
         protocol: How they were measured, in sentences; None if there is nothing to say.
+        evaluation: All that the final test found; None of what was measured in training.
     """
 
     metrics: dict[str, float]
     clips: int | None
     protocol: str | None
+    evaluation: Evaluation | None = None
 
 
 class CardRecorder(L.Callback):
@@ -220,6 +223,8 @@ def run_facts(trainer: Trainer, cli: LightningCLI, measured: Measured) -> CardFa
         bad_clips=bad_clips(trainer),
         metrics=measured.metrics,
         num_evaluated=measured.clips,
+        mean_class_interval=measured.evaluation and measured.evaluation.intervals["mean_class"],
+        per_class=measured.evaluation.classes if measured.evaluation else [],
         protocol=measured.protocol,
         hyper_parameters=hyper_parameters(trainer, cli),
         augmentation=data.augmentation,
@@ -227,11 +232,6 @@ def run_facts(trainer: Trainer, cli: LightningCLI, measured: Measured) -> CardFa
         expert_weights={f"rate {rate}": f"{weight:.4f}" for rate, weight in weights.items()},
         license=cli.config_init.export.license,
     )
-
-
-def views(num_frames: int, crops: int, clips: int) -> str:
-    """What of each video is evaluated: frames x crops x clips."""
-    return f"{num_frames} frames x {crops} crop{'s' * (crops > 1)} x {clips} clip{'s' * (clips > 1)}"
 
 
 def dataset_facts(data: L.LightningDataModule) -> dict[str, str]:
@@ -343,7 +343,9 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min {whole % 60:02} s" if hours else f"{minutes} min {whole % 60:02} s"
 
 
-def run_figures(recorder: CardRecorder, labels: list[str], rates: list[int]) -> dict[str, tuple[str, bytes]]:
+def run_figures(
+    recorder: CardRecorder, rates: list[int], labels: list[str], evaluation: Evaluation | None
+) -> dict[str, tuple[str, bytes]]:
     """The pictures of a run's card: caption and PNG by path."""
     drawn = {}
     if recorder.epochs:
@@ -351,4 +353,7 @@ def run_figures(recorder: CardRecorder, labels: list[str], rates: list[int]) -> 
     if recorder.class_weights is not None:
         picture = expert_weights(recorder.class_weights, labels, rates)
         drawn["figures/experts.png"] = ("Mean expert weights of the held-out clips, by class", picture)
+    if evaluation is not None:
+        picture = confusion_matrix(evaluation.metrics.confusion, labels)
+        drawn["figures/confusion.png"] = ("Labels given to the held-out clips, by class", picture)
     return drawn

@@ -15,11 +15,12 @@ from lightning.pytorch.cli import LightningCLI
 
 from ..data.few_shot import clip_list_hash
 from ..errors import one_line_or_traceback
+from ..evaluation.report import Evaluation, Protocol
 from ..hub import export_model, render_card
 from ..hub.card import eval_results_file
 from ..hub.export import MAX_SHARD_SIZE, Precision
 from .averaging import WeightEMA
-from .card_facts import METRICS, CardRecorder, Measured, bad_clips, kept_by, moment, run_facts, run_figures, views
+from .card_facts import METRICS, CardRecorder, Measured, bad_clips, kept_by, moment, run_facts, run_figures
 from .checkpointing import KeptCheckpoint
 
 TRAIN_LIST = "train_clips.txt"  # in the run's folder, where the clips were drawn or listed
@@ -102,26 +103,25 @@ def measured_in_training(trainer: Trainer, cli: LightningCLI, chosen: bool) -> M
         found = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         text = f"Not evaluated as they are, {moment(trainer, trainer.global_step)}."
         return Measured({}, None, f"{text} The last validation, {moment(trainer, step)}, found {found}.")
-    used = views(cli.model.model.config.num_frames, 1, 1)
+    used = Protocol(cli.model.model.config.num_frames)
     sentences = [f"Validation {moment(trainer, step)}; {used}.", *caveats(trainer, cli, clips)]
     if chosen:
         sentences.append("Kept as the best so far: the same clips choose the checkpoint, so the figure is optimistic.")
     return Measured(metrics, clips, " ".join(sentences))
 
 
-def export_best(trainer: Trainer, cli: LightningCLI, metrics: dict[str, float], folder: Path) -> Path:
+def export_best(trainer: Trainer, cli: LightningCLI, evaluation: Evaluation, folder: Path) -> Path:
     """Exports the best weights, which the test has loaded, with what it found."""
-    data, recorder = cli.datamodule.hparams, kept_by(trainer, CardRecorder)
-    step, clips, count = recorder.tested_step, recorder.tested_clips, len(recorder.validations)
+    recorder, clips = kept_by(trainer, CardRecorder), evaluation.evaluated
+    step, count = recorder.tested_step, len(recorder.validations)
     if count > 1:
         which = f"Best of {count} validated checkpoints by held-out top-1"
     else:  # there was nothing to choose from
         which = "Last checkpoint" if step == trainer.global_step else "The only validated checkpoint"
-    used = views(cli.model.model.config.num_frames, data.test_crops, data.test_clips)
-    sentences = [f"{which}, {moment(trainer, step)}; {used}.", *caveats(trainer, cli, clips)]
+    sentences = [f"{which}, {moment(trainer, step)}; {evaluation.protocol}.", *caveats(trainer, cli, clips)]
     if count > 1:
         sentences.append("The same clips chose the checkpoint: the figure is optimistic.")
-    export_run(trainer, cli, Measured(metrics, clips, " ".join(sentences)), folder)
+    export_run(trainer, cli, Measured(evaluation.values, clips, " ".join(sentences), evaluation), folder)
     return folder
 
 
@@ -173,7 +173,7 @@ def write_export(
     """Puts card, figures, recipe and split manifest together and exports."""
     settings: ExportSettings = cli.config_init.export
     facts = run_facts(trainer, cli, measured)
-    figures = run_figures(kept_by(trainer, CardRecorder), facts.labels, facts.rates)
+    figures = run_figures(kept_by(trainer, CardRecorder), facts.rates, facts.labels, measured.evaluation)
     facts.figures = {path: caption for path, (caption, _) in figures.items()}
     files = {path: picture for path, (_, picture) in figures.items()}
     files["recipe.yaml"] = portable_recipe(cli).encode()

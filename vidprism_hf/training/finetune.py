@@ -1,7 +1,7 @@
-"""`vidprism finetune` and `vidprism evaluate`: from a recipe to a trained, evaluated and exported model.
+"""`vidprism finetune`: from a recipe to a trained, evaluated and exported model.
 
-A run's folder (`output`) holds config.yaml, logs/, checkpoints/{best,last}.ckpt, export/ and, when it is finished,
-metrics.json. In push/ lie exports that a PushToHub of the recipe has not published.
+A run's folder (`output`) holds config.yaml, logs/, checkpoints/{best,last}.ckpt, export/, evaluation/ and, when it is
+finished, metrics.json. In push/ lie exports that a PushToHub of the recipe has not published.
 """
 
 import dataclasses
@@ -30,18 +30,21 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ..data import VideoDataModule, load_processor
-from ..data.bad_clips import BadClip, ClipCounts, TooManyBadClips, bad_clip_table
+from ..data.bad_clips import BadClip, TooManyBadClips, bad_clip_table
 from ..data.few_shot import save_clip_list
 from ..data.sources import source_kind
 from ..errors import UserError, first_line
+from ..evaluation.report import Evaluation, default_folder, rounded, write_evaluation
+from ..evaluation.scores import ScoreRecorder
+from ..evaluation.testing import EvaluationSettings, evaluate_held_out
 from ..hub.export import refuse_other_content
 from ..hub.licenses import check_license
 from .averaging import WiseFT
 from .callbacks import BadClipReport
-from .card_facts import CardRecorder, bad_clips, clip_counts
+from .card_facts import CardRecorder, bad_clips, clip_counts, dataset_facts
 from .checkpointing import BEST, LAST, PREVIOUS, CheckpointSettings, KeptCheckpoint, SafeCheckpointIO, damage
 from .exporting import TRAIN_LIST, ExportedCheckpoint, ExportSettings, export_best, export_kept, export_or_warn
-from .module import VidPrismLightningModule, check_frozen, read_checkpoint_config
+from .module import VidPrismLightningModule, check_frozen
 from .push_callback import PushToHub, push_open
 from .resuming import METRICS, Start, agreed, begin, free_name
 from .safeguard import Safeguard
@@ -71,6 +74,7 @@ class FinetuneCLI(LightningCLI):
         )
         parser.add_class_arguments(CheckpointSettings, "checkpoint")
         parser.add_class_arguments(ExportSettings, "export")
+        parser.add_class_arguments(EvaluationSettings, "evaluation")
         parser.link_arguments("model.num_frames", "data.num_frames")
         parser.link_arguments(
             ("model.backbone", "model.checkpoint"),
@@ -135,11 +139,13 @@ def finetune(argv: list[str]) -> None:
     with push_open(trainer) as publish:
         fit(trainer, cli, agreed(trainer, cli.model, start), argv)
         checkpoint = best_checkpoint(output)
-        metrics = held_out_accuracy(trainer, cli, str(checkpoint))
-        export = export_best(trainer, cli, metrics, output / "export")
-        finish(trainer, metrics, output)
+        evaluation = evaluate_held_out(
+            trainer, cli.model, cli.datamodule, str(output / "export"), dataset_facts(cli.datamodule), str(checkpoint)
+        )
+        export = export_best(trainer, cli, evaluation, output / "export")
+        finish(trainer, evaluation, output)
         print_bad_clips(bad_clips(trainer))
-        print_usage(export, metrics, clip_counts(trainer, "val"))
+        print_usage(export, evaluation)
         publish(export)
 
 
@@ -156,33 +162,6 @@ def fit(trainer: Trainer, cli: FinetuneCLI, start: Start, argv: list[str]) -> No
     except TooManyBadClips as error:
         print_once(bad_clip_table(error.clips))
         raise
-
-
-def evaluate(argv: list[str]) -> dict[str, float]:
-    """Evaluates an exported model on the held-out clips of a recipe's data.
-
-    Args:
-        argv: The model (folder or Hub id), then `--config` and any `--key value`.
-
-    Raises:
-        UserError: If the model's labels are not the data's.
-    """
-    if {"-h", "--help"}.intersection(argv):
-        print("usage: vidprism evaluate MODEL --config RECIPE [--key value], with the keys of vidprism finetune --help")
-        return {}
-    if not argv or argv[0].startswith("-"):
-        raise UserError("name the model first, then --config RECIPE")
-    # The model brings its configuration and number of frames; what the recipe says of them is for training.
-    num_frames = read_checkpoint_config(argv[0]).num_frames
-    own = ["--model.checkpoint", argv[0], "--model.config", "null", "--model.num_frames", str(num_frames)]
-    cli = parse([*argv[1:], *own])
-    trainer = cli.instantiate_trainer(logger=False, callbacks=progress_bars(cli))
-    metrics = held_out_accuracy(trainer, cli, checkpoint=None)
-    print_bad_clips(bad_clips(trainer, "val"))
-    print_once(f"{argv[0]} on {clip_counts(trainer, 'val').phrase('held-out clips')}")
-    for name, value in metrics.items():
-        print_once(f"  {name:<5} {value:.4f}")
-    return metrics
 
 
 def parse(argv: list[str]) -> FinetuneCLI:
@@ -237,6 +216,7 @@ def build_trainer(cli: FinetuneCLI, output: Path, more: Sequence[Callback] = ())
         Safeguard(checkpoints, cli.config_init.checkpoint, export_last if exported else None),
         BadClipReport(output),
         CardRecorder(),
+        ScoreRecorder(cli.config_init.evaluation.average_clips),
         *more,
         *progress_bars(cli),
     ]
@@ -285,20 +265,13 @@ def best_checkpoint(output: Path) -> Path:
     return last
 
 
-def held_out_accuracy(trainer: Trainer, cli: FinetuneCLI, checkpoint: str | None) -> dict[str, float]:
-    """Held-out top-1 and top-5 of a checkpoint, which stays loaded in the module, or of the module as it is."""
-    results = trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True, verbose=False)
-    if trainer.limit_test_batches != 1.0:
-        print_once(f"trainer.limit_test_batches={trainer.limit_test_batches}: not all held-out clips were evaluated")
-    return {name: results[0][f"test/{name}"] for name in ("top1", "top5") if f"test/{name}" in results[0]}
-
-
 @rank_zero_only
-def finish(trainer: Trainer, metrics: dict[str, float], output: Path) -> None:
-    """Writes metrics.json, by which the run is finished: the metrics, and what became of the clips."""
+def finish(trainer: Trainer, evaluation: Evaluation, output: Path) -> None:
+    """Writes what the evaluation found, and last metrics.json, by which the run is finished: metrics and counts."""
+    write_evaluation(evaluation, default_folder(evaluation.model) / evaluation.folder_name)
     counts = {split: dataclasses.asdict(clip_counts(trainer, split)) for split in ("train", "val")}
     beside = output / f"{METRICS}.tmp"
-    beside.write_text(json.dumps({**metrics, "clips": counts}, indent=2) + "\n")
+    beside.write_text(json.dumps({**rounded(evaluation.values), "clips": counts}, indent=2) + "\n")
     os.replace(beside, output / METRICS)
     (output / "checkpoints" / PREVIOUS).unlink(missing_ok=True)
 
@@ -360,10 +333,11 @@ def print_bad_clips(clips: list[BadClip]) -> None:
         print_once(bad_clip_table(clips))
 
 
-def print_usage(export: Path, metrics: dict[str, float], counts: ClipCounts) -> None:
+def print_usage(export: Path, evaluation: Evaluation) -> None:
     """The three lines that end a run."""
     classify = f"t.pipeline('video-classification', '{export}')('CLIP.mp4')"
     code = f"import vidprism_hf, transformers as t; print({classify})"
-    print_once(f"Held-out top-1 {metrics['top1']:.4f} on {counts.phrase('clips')}; exported to {export}")
+    top1, clips = evaluation.values["top1"], evaluation.counts.phrase("clips")
+    print_once(f"Held-out top-1 {top1:.4f} on {clips}; exported to {export}")
     print_once(f"  vidprism predict {export} CLIP.mp4")
     print_once(f'  python -c "{code}"')

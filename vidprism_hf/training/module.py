@@ -17,6 +17,7 @@ from transformers import AutoConfig, get_cosine_schedule_with_warmup
 from ..data import normalize_clips
 from ..data.frame_encoder import FrameEncoder, tower_digest
 from ..errors import UserError, first_line
+from ..evaluation.scores import ScoreRecorder
 from ..model import VidPrismConfig, VidPrismForVideoClassification, VidPrismForVideoClassificationOutput
 from ..model.temporal_vidprism import gate_balance_loss
 from .averaging import WeightEMA
@@ -92,7 +93,8 @@ class VidPrismLightningModule(L.LightningModule):
                 for name, k in top_k.items()
             }
         )
-        self.metrics = nn.ModuleDict({stage: metrics.clone(prefix=f"{stage}/") for stage in ("val", "test")})
+        # Of the validations; a ScoreRecorder has those of a test.
+        self.metrics = metrics.clone(prefix="val/")
 
     def configure_model(self) -> None:
         """Builds the model, once: Lightning may call this hook for each of fit and test.
@@ -149,8 +151,10 @@ class VidPrismLightningModule(L.LightningModule):
         return self.model(pixel_values_videos, labels=labels, frame_features=frame_features)
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """The account of bad clips, and the average of the weights if asked for, unless the trainer has them."""
-        wanted: list[L.Callback] = [BadClipReport()]
+        """The account of bad clips, the scores of a test, and the average of the weights if asked for, unless the
+        trainer has them.
+        """
+        wanted: list[L.Callback] = [BadClipReport(), ScoreRecorder()]
         if self.hparams.ema_decay is not None:
             wanted.append(WeightEMA(self.hparams.ema_decay))
         return [new for new in wanted if not any(isinstance(old, type(new)) for old in self.trainer.callbacks)]
@@ -179,7 +183,7 @@ class VidPrismLightningModule(L.LightningModule):
         self._evaluate("val", batch)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, torch.Tensor]:
-        """Gives `expert_weights` (B, N), means over each clip's views, to callbacks."""
+        """Gives `logits` (B, views, K) and `expert_weights` (B, N), means over each clip's views, to callbacks."""
         return self._evaluate("test", batch)
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -237,18 +241,24 @@ class VidPrismLightningModule(L.LightningModule):
             output = self(**{name: clips.flatten(0, 1)}, labels=labels.repeat_interleave(num_views))
         else:
             output = self(**{name: clips}, labels=labels)
-        logits = output.logits.float().unflatten(0, (-1, num_views)).mean(dim=1)
-        if "readable" in batch:
-            # A clip without pixels counts as wrong, whatever the model makes of zeros.
-            right = nn.functional.one_hot(labels, logits.shape[1]).bool()
-            logits = logits.masked_fill(right & ~batch["readable"][:, None], -torch.inf)
-        self.metrics[stage].update(logits, labels)
-        self.log_dict(self.metrics[stage], on_step=False, on_epoch=True, prog_bar=stage == "val")
+        logits = output.logits.float().unflatten(0, (-1, num_views))
+        if stage == "val":
+            self._validate(logits.mean(dim=1), batch)
         self._log_losses(stage, output)
         weights = output.expert_weights.float().unflatten(0, (-1, num_views)).mean(dim=1)
         for index, (rate, weight) in enumerate(zip(self.model.config.rates, weights.mean(0), strict=True)):
             self._log_mean(f"{stage}/expert_{index}_rate_{rate}_weight", weight, len(output.logits))
-        return {"expert_weights": weights}
+        return {"logits": logits, "expert_weights": weights}
+
+    def _validate(self, logits: torch.Tensor, batch: dict[str, Any]) -> None:
+        """Logs the accuracies of a batch, logits (B, K)."""
+        labels = batch["labels"]
+        if "readable" in batch:
+            # A clip without pixels counts as wrong, whatever the model makes of zeros.
+            right = nn.functional.one_hot(labels, logits.shape[1]).bool()
+            logits = logits.masked_fill(right & ~batch["readable"][:, None], -torch.inf)
+        self.metrics.update(logits, labels)
+        self.log_dict(self.metrics, on_step=False, on_epoch=True, prog_bar=True)
 
     def _balance_over_ranks(self, output: VidPrismForVideoClassificationOutput) -> None:
         """Replaces this rank's gate loss by that of the whole batch, over all ranks."""
