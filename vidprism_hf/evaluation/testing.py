@@ -47,13 +47,11 @@ def evaluate_held_out(
         checkpoint: Lightning checkpoint to test, which stays loaded; None tests the module as it is.
     """
     trainer.test(module, datamodule=data, ckpt_path=checkpoint, weights_only=True, verbose=False)
-    if trainer.is_global_zero and trainer.limit_test_batches != 1.0:
-        print(f"trainer.limit_test_batches={trainer.limit_test_batches}: not all held-out clips were evaluated")
     (recorder,) = (callback for callback in trainer.callbacks if isinstance(callback, ScoreRecorder))
     found, settings, id2label = recorder.result, data.hparams, data.id2label
     unreadable = [BadClip("val", name, id2label[label], cause) for name, (label, cause) in found.notes.items()]
     frames, crop = data.video_processor.num_frames, data.video_processor.crop_size
-    return Evaluation(
+    evaluation = Evaluation(
         model=model,
         dataset=facts["dataset"],
         dataset_id=facts.get("dataset_id"),
@@ -68,3 +66,6 @@ def evaluate_held_out(
         unreadable=unreadable,
         cost=cost(module.model.config, frames, (crop["height"], crop["width"])),
     )
+    if trainer.is_global_zero and evaluation.evaluated < evaluation.num_clips:
+        print(f"trainer.limit_test_batches={trainer.limit_test_batches}: not all held-out clips were evaluated")
+    return evaluation
