@@ -84,7 +84,7 @@ fewshot: $(READY)  ## K clips of each class: make fewshot DATASET=hmdb51 K=16
 prepare: $(READY)  ## fetch and verify a benchmark: make prepare DATASET=ucf101
 	$(BIN)/vidprism data prepare $(DATASET) $(call option,--root,$(DATA_ROOT))
 
-evaluate: $(READY)  ## held-out accuracy: make evaluate MODEL=runs/demo/export
+evaluate: $(READY)  ## any video classifier on the held-out clips: make evaluate MODEL=runs/demo/export
 	$(NEEDS_MODEL)$(BIN)/vidprism evaluate "$(MODEL)" --config $(RECIPE) $(OPTIONS)
 
 predict: $(READY)  ## top labels of files: make predict MODEL=runs/demo/export FILES="a.mp4 b.mp4"

@@ -131,12 +131,16 @@ def test_what_is_a_persons_alone_stays(export, source, capsys):
     assert main(["evaluate", *arguments(export, source)]) == 0
     assert (export / "README.md").read_text() == "# Mine\n"
     assert "README.md: left as it is" in capsys.readouterr().out
+    (export / "README.md").unlink()
+    before = files_of(export)
+    assert main(["evaluate", *arguments(export, source)]) == 0
+    assert files_of(export) == before
 
 
 def test_a_part_of_the_clips_is_not_for_the_card(export, source, tmp_path, capsys):
     before = files_of(export)
     assert main(["evaluate", *arguments(export, source, "--trainer.limit_test_batches=1")]) == 0
-    assert "not all held-out clips were evaluated" in capsys.readouterr().out
+    assert "on 5 held-out clips of clips; only 2 were evaluated\n" in capsys.readouterr().out
     assert results(tmp_path / "model" / "evaluation" / "clips-8x1x1")["clips"]["evaluated"] == 2
     assert files_of(export) == before
 

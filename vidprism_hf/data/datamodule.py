@@ -78,7 +78,7 @@ class VideoDataModule(L.LightningDataModule):
         feature_cache_limit: Size that the folder may come to, such as 50GB; above it the run does not start.
         frame_stride: Frames between those of a clip (dense sampling); null takes one frame from each of num_frames
             equal segments of the whole video: at random in training, the middle one in evaluation.
-        test_clips: Clips taken from each video in the final evaluation and by evaluate; their logits are averaged.
+        test_clips: Clips taken from each video in the final evaluation and by evaluate; what they say is averaged.
         test_crops: Crops of each such clip, 1 (centre) or 3 along the longer side.
         min_crop_scale: Smallest area of a training crop as a share of the picture, above 0 and at most 1.
         horizontal_flip: Whether to mirror half of the training clips; null does unless a label speaks of

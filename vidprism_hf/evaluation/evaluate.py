@@ -71,7 +71,7 @@ def prepare(name: str, settings: list[str]) -> tuple[FinetuneCLI, L.LightningMod
         UserError: If the model cannot be loaded, or its labels are not the data's.
     """
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{name}: cannot be loaded ({first_line(error)})") from error
     # The model brings its configuration and number of frames; what the recipe says of them is for training.
@@ -122,21 +122,25 @@ def refresh_export(evaluation: Evaluation, export: Path) -> list[str]:
         return []
     files = {}
     try:
-        readme = (export / README).read_bytes().decode()
+        readme = existing(export / README).decode()
         title = f"On {plain(evaluation.dataset)} ({plain(evaluation.split)}), {evaluation.protocol}"
         refreshed = with_evaluation(readme, title, card_body(evaluation))
         if refreshed != readme:
             files[README] = refreshed.encode()
         if evaluation.dataset_id:
             path = eval_results_path(evaluation.dataset_id)
-            existing = (export / path).read_bytes() if (export / path).exists() else b""
             notes = f"By vidprism evaluate: {evaluation.protocol}."
-            files[path] = eval_results(evaluation.dataset_id, evaluation.values, notes, existing)
+            files[path] = eval_results(evaluation.dataset_id, evaluation.values, notes, existing(export / path))
         for path, content in files.items():
             replace_file(export, path, content)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{export}: its card cannot be refreshed ({first_line(error)})") from error
     return list(files)
+
+
+def existing(file: Path) -> bytes:
+    """The content of a file; nothing where there is none."""
+    return file.read_bytes() if file.exists() else b""
 
 
 def card_body(evaluation: Evaluation) -> str:

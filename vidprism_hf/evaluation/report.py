@@ -206,7 +206,9 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
 
 def print_evaluation(evaluation: Evaluation) -> None:
     """Prints what a person wants to know of it."""
-    print(f"{evaluation.model} on {evaluation.counts.phrase('held-out clips')} of {printable(evaluation.dataset)}")
+    part = f"; only {evaluation.evaluated} were evaluated" if evaluation.evaluated < evaluation.num_clips else ""
+    used = evaluation.counts.phrase("held-out clips")
+    print(f"{evaluation.model} on {used} of {printable(evaluation.dataset)}{part}")
     print(f"{evaluation.protocol}; {printable(evaluation.split)}")
     for table in (accuracy_table(evaluation.metrics), cost_table(evaluation), class_table(evaluation.classes)):
         text = io.StringIO()
