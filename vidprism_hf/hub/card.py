@@ -198,12 +198,11 @@ def evaluation_body(
         return protocol
     rows = ["| metric | value | 95 % interval | by guessing |", "| --- | --- | --- | --- |"]
     for name, value in metrics.items():
-        guessed = (
-            None if name == "ece" else min(1.0, int(name.removeprefix("top") if name in METRICS else 1) / num_labels)
-        )
         unknown = "not known" if name in METRICS else ""
         interval = "{:.4f} to {:.4f}".format(*intervals[name]) if name in intervals else unknown
-        rows.append(f"| {name} | {value:.4f} | {interval} | {'' if guessed is None else f'{guessed:.4f}'} |")
+        guesses = int(name.removeprefix("top")) if name in METRICS else 1
+        chance = "" if name == "ece" else f"{min(1.0, guesses / num_labels):.4f}"
+        rows.append(f"| {name} | {value:.4f} | {interval} | {chance} |")
     said = []
     if num_evaluated:
         said.append(f"The interval (Wilson's) is that of {num_evaluated} clips drawn at random;")

@@ -20,7 +20,7 @@ from ..data.benchmarks import BENCHMARKS
 from ..data.few_shot import clip_list_hash
 from ..data.hub_repository import stated_license
 from ..data.sources import DEMO, source_kind
-from ..evaluation.compute import giga_macs_per_view, million_parameters
+from ..evaluation.compute import cost, million_parameters
 from ..evaluation.figures import confusion_matrix, curves, expert_weights
 from ..evaluation.report import Evaluation
 from ..hub import CardFacts
@@ -58,7 +58,6 @@ class CardRecorder(L.Callback):
         validations: Global step to what the validation there found, those before a resumption among them: `top1`,
             `top5`, and `clips`, the number that these count over all processes.
         tested_step: Global step of the checkpoint that the last test has loaded; None if it loaded none.
-        tested_clips: Number of clips that the metrics of the last test count, over all processes.
         base_model: Hub id of the checkpoint that the tower comes from; None if it has none.
         seconds: Of training with its validations, those before a resumption among them.
         peak_bytes: Of the process or GPU that took most.
@@ -71,7 +70,6 @@ class CardRecorder(L.Callback):
         self.epochs: dict[int, dict[str, float]] = {}
         self.validations: dict[int, dict[str, float]] = {}
         self.tested_step: int | None = None
-        self.tested_clips: int | None = None
         self.base_model: str | None = None
         self.seconds = 0.0
         self.peak_bytes = 0
@@ -79,7 +77,7 @@ class CardRecorder(L.Callback):
         self.mean_weights: np.ndarray | None = None
         self._since: float | None = None
         self._loss, self._batches = torch.zeros(()), 0  # of the epoch so far
-        self._clips = 0  # of the evaluation that goes on, in this process
+        self._clips = 0  # of the validation that goes on, in this process
 
     def state_dict(self) -> dict[str, Any]:
         loss = statistics.fmean(gathered(self._loss.item()))
@@ -141,19 +139,16 @@ class CardRecorder(L.Callback):
         self.validations[trainer.global_step] = {"clips": self._all_clips(trainer), **metrics}
 
     def on_test_epoch_start(self, trainer, pl_module):
-        self._clips = 0
         shape = (pl_module.model.config.num_labels, len(pl_module.model.config.rates))
         self._sums = torch.zeros(shape, device=pl_module.device)
         self._counts = torch.zeros(shape[0], device=pl_module.device)
 
     def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
-        self._clips += len(batch["labels"])
         known = batch.get("readable", torch.ones_like(batch["labels"], dtype=torch.bool)).float()
         self._sums.index_add_(0, batch["labels"], outputs["expert_weights"].float() * known[:, None])
         self._counts.index_add_(0, batch["labels"], known)
 
     def on_test_epoch_end(self, trainer, pl_module):
-        self.tested_clips = self._all_clips(trainer)
         sums = trainer.strategy.reduce(self._sums, reduce_op="sum").cpu().numpy()
         counts = trainer.strategy.reduce(self._counts, reduce_op="sum").cpu().numpy()
         with np.errstate(invalid="ignore"):
@@ -169,7 +164,7 @@ class CardRecorder(L.Callback):
             self.epochs.setdefault(trainer.current_epoch, {})["train_loss"] = loss / batches
 
     def _all_clips(self, trainer: Trainer) -> int:
-        """The clips of this evaluation, of all processes."""
+        """The clips of this validation, of all processes."""
         count = torch.tensor(self._clips, device=trainer.strategy.root_device)
         return int(trainer.strategy.reduce(count, reduce_op="sum"))
 
@@ -228,7 +223,7 @@ def run_facts(trainer: Trainer, cli: LightningCLI, measured: Measured) -> CardFa
         protocol=measured.protocol,
         hyper_parameters=hyper_parameters(trainer, cli),
         augmentation=data.augmentation,
-        compute=compute_facts(trainer, cli.model, recorder),
+        compute=compute_facts(trainer, cli.model, recorder, measured.evaluation),
         expert_weights={f"rate {rate}": f"{weight:.4f}" for rate, weight in weights.items()},
         license=cli.config_init.export.license,
     )
@@ -308,13 +303,18 @@ def backbone_training(hparams: Any) -> str:
     return f"learning rate x {hparams.backbone_lr_scale}{layers}"
 
 
-def compute_facts(trainer: Trainer, module: VidPrismLightningModule, recorder: CardRecorder) -> dict[str, Any]:
+def compute_facts(
+    trainer: Trainer, module: VidPrismLightningModule, recorder: CardRecorder, evaluation: Evaluation | None
+) -> dict[str, Any]:
     """What the model and the run cost."""
     parameters, frozen = million_parameters(module.model), not_trained(module.model)
+    config = module.model.config
+    counted = evaluation.cost if evaluation else cost(config, config.num_frames)
     where = "GPU, allocated" if trainer.strategy.root_device.type == "cuda" else "process, resident"
     most = f"{where}{', the highest of all' if trainer.world_size > 1 else ''}"
     return {
-        "GMACs per view (counted)": f"{giga_macs_per_view(module.model.config):.4g}",
+        "GMACs per view (counted)": f"{counted.giga_macs:.4g}",
+        "GMACs per view (the paper's)": counted.paper_giga_macs and f"{counted.paper_giga_macs:.4g}",
         "parameters": f"{parameters:.1f} M" + (f", {frozen:.1f} M of them frozen" if frozen else ""),
         "device": f"{trainer.world_size} x {device_name(trainer.strategy.root_device)}",
         "wall time of training": duration(recorder._seconds()),
