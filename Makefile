@@ -56,6 +56,9 @@ RUN = $(or $(strip $(OUT)),$(shell sed -nE 's/^output: *([^ ]+).*/\1/p' $(RECIPE
 EXPORT = $(or $(strip $(MODEL)),$(shell test -d "$(RUN)/export" && echo "$(RUN)/export"),$(error \
 	$(RUN)/export is not there: train first, or name an export, such as MODEL=runs/demo/export))
 
+# A test a core: their models are too small to share two.
+TESTED = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+
 .DEFAULT_GOAL := help
 .PHONY: help setup finetune fewshot prepare evaluate predict push cards bench profile test test-fast lint format \
 	clean
@@ -108,10 +111,10 @@ $(SUITE): $(READY) tests/transformers_suite.py
 	@touch $@
 
 test: $(READY) $(SUITE)  ## all tests, with the slow ones
-	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+	$(TESTED) -m "slow or not slow" $(ARGS)
 
 test-fast: $(READY) $(SUITE)  ## the tests that take a few minutes in all
-	$(BIN)/python -m pytest $(ARGS)
+	$(TESTED) $(ARGS)
 
 lint: $(READY)  ## check style and format
 	$(BIN)/ruff check .

@@ -1,9 +1,10 @@
 """Claim: the temporal head is many times faster than its formulas as loops, and next to nothing beside the tower.
 
 The loops are the tests' reference, tests/model/slow_reference.py: clips, windows, frames and taps one after the other.
-Head and loops take the same features and weights, run forward without gradients in turn, and must agree; ratios are
-medians over the rounds. Beside that the head's step (forward, all losses, backward), plain and compiled, the operations
-that a step starts, and its counted share of the tower's multiply-adds.
+Head and loops take the same features and weights, run forward without gradients in turn, and must agree; both work out
+the rank loss, the head the other losses too. Ratios are medians over the rounds. Beside that the head's step (forward,
+all losses, backward), plain and compiled, the operations that a step starts, and its counted share of the tower's
+multiply-adds.
 
     python benchmarks/head.py                                          # on the CPU
     python benchmarks/head.py --device cuda --output benchmarks/results/head_cuda.md
@@ -73,14 +74,16 @@ def measure(tower, frames, batch, args):
 
     def loops():
         with torch.inference_mode():
-            return slow_reference.temporal_model(state, config, features, dtype=torch.float32)[0]
+            return slow_reference.temporal_model(state, config, features, dtype=torch.float32)
 
     def head():
         with torch.inference_mode():
-            return model(features)
+            return model(features, output_losses=True)
 
-    slow = torch.stack([clip["pooled"] for clip in loops()])
-    torch.testing.assert_close(head().pooler_output, slow, rtol=1e-3, atol=1e-3)
+    (clips, rank_loss), found = loops(), head()
+    for name, key in (("pooler_output", "pooled"), ("gates", "gates"), ("expert_weights", "weights")):
+        torch.testing.assert_close(found[name], torch.stack([clip[key] for clip in clips]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.rank_loss, rank_loss, rtol=1e-3, atol=1e-3)
     rivals = {"loops": loops, "head": head, "step": lambda: step(model, features)}
     if args.compiled:
         torch.compiler.reset()

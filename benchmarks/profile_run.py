@@ -35,13 +35,14 @@ MARK = "part: "
 NOTES = (
     "What could be avoided and was:",
     "1. The tower's last layer was computed for all patches, of which nothing is read: 7 % of ViT-B/16's multiply-adds "
-    "and 4 % of ViT-L/14's. Now it is computed for the class token (`tower_vidprism.py`).",
+    "and 3.5 % of ViT-L/14's. Now it is computed for the class token (`tower_vidprism.py`).",
     "2. Elementwise passes over memory, which no product hides: quick-GELU took 21 passes over the widest tensor of "
     "each layer, forward and backward, and kept three of its size; as SiLU it takes 13 and keeps two. AdamW took a "
-    "dozen passes over all weights; in one kernel it takes about a sixth of the time (ViT-B/16 on this CPU).",
-    "3. Operations that cost what it costs to start them: RgSTA and DBI ran stream by stream and edge by edge, 486 "
-    "operations forward and 586 backward at four streams; all streams at once they are 241 and 329. The constants of "
-    "the normalisation were copied to the device for each batch, which waits for its queue; they are kept there.",
+    "dozen passes over all weights; in one kernel it takes about a fifth of the time (on this CPU).",
+    "3. Operations that cost what it costs to start them: RgSTA and DBI ran stream by stream and edge by edge, the "
+    "head in 445 operations forward and 1107 a step, losses and backward pass too; all streams at once it takes 193 "
+    "and 609 (`head.py`: 32 clips, 32 frames, four streams). The constants of the normalisation were copied to "
+    "the device for each batch, which waits for its queue; they are kept there.",
     "No custom kernel: beside the tower's products nothing that is left is large enough to pay for one.",
 )
 # What Lightning calls its actions, and the part of a step that each is; the first that fits counts.

@@ -5,14 +5,16 @@ reads, see tower_vidprism.py), each with a linear classifier on the mean of the 
 in turn, round by round; the ratios are medians over the rounds, each of two times of one round. Weights are random,
 which costs the same. bf16 is autocast, as `precision=bf16-mixed` trains.
 
-    python benchmarks/step.py                                          # on the CPU: B/16 at 32 frames
+    python benchmarks/step.py                                          # on the CPU: what a CPU does in half an hour
     python benchmarks/step.py --device cuda --output benchmarks/results/step_cuda.md     # all of it on a GPU
 
-Without options a GPU measures the whole grid, most of the time compiling; each option picks a part of it, such as
-`--modes eager`, or `--modes compiled --frames 32 --batch_sizes 32 --precisions bf16`.
+Without options a GPU measures the whole grid, most of the time compiling, and a CPU the parts of GRIDS. Options replace
+values of the first part and the others are left out, such as with `--modes eager`, or `--modes compiled --frames 32
+--batch_sizes 32 --precisions bf16`.
 """
 
 import argparse
+import itertools
 import statistics
 
 import torch
@@ -25,23 +27,41 @@ from vidprism_hf import VidPrismConfig, VidPrismForVideoClassification
 from vidprism_hf.model.tower_vidprism import VidPrismVisionTower
 
 NUM_CLASSES = 400
+MODELS = ["CLIP", "tower", "VidPrism"]
+ALONE = ["tower", "VidPrism"]  # CLIP takes longer than either
+# What is measured by default: grids, one after another.
 GRIDS = {
-    "cuda": {
-        "towers": ["b16", "l14"],
-        "frames": [8, 16, 32],
-        "batch_sizes": [1, 8, 32],
-        "modes": ["eager", "compiled"],
-        "precisions": ["fp32", "bf16"],
-        "rounds": 10,
-    },
-    "cpu": {
-        "towers": ["b16"],
-        "frames": [32],
-        "batch_sizes": [1],
-        "modes": ["eager"],
-        "precisions": ["fp32"],
-        "rounds": 5,
-    },
+    "cuda": [
+        {
+            "towers": ["b16", "l14"],
+            "frames": [8, 16, 32],
+            "batch_sizes": [1, 8, 32],
+            "modes": ["eager", "compiled"],
+            "precisions": ["fp32", "bf16"],
+            "models": MODELS,
+            "rounds": 10,
+        }
+    ],
+    "cpu": [
+        {
+            "towers": [tower],
+            "frames": [frames],
+            "batch_sizes": [batch],
+            "modes": modes,
+            "precisions": precisions,
+            "models": models,
+            "rounds": rounds,
+        }
+        for tower, frames, batch, modes, precisions, models, rounds in (
+            ("b16", 32, 1, ["eager"], ["fp32"], MODELS, 3),
+            ("b16", 8, 1, ["eager"], ["fp32", "bf16"], ALONE, 3),
+            ("b16", 8, 2, ["eager"], ["bf16"], ALONE, 2),
+            ("b16", 16, 1, ["eager"], ["fp32"], ALONE, 2),
+            ("b16", 32, 1, ["eager"], ["bf16"], ALONE, 2),
+            ("l14", 8, 1, ["eager"], ["bf16"], ALONE, 2),
+            ("b16", 8, 1, ["compiled"], ["fp32"], ALONE, 3),
+        )
+    ],
 }
 
 
@@ -81,17 +101,18 @@ class VidPrism(nn.Module):
         return output.logits if labels is None else output.loss
 
 
-def build(tower, frames, device):
-    """The three models by name."""
+def build(tower, frames, names, device):
+    """The models by name."""
     config = VidPrismConfig.from_preset(
         tower, num_frames=frames, id2label={index: str(index) for index in range(NUM_CLASSES)}
     )
-    models = {
-        "CLIP": OnTheMean(ClipTower(config), config),
-        "tower": OnTheMean(VidPrismVisionTower(config), config),
-        "VidPrism": VidPrism(config),
+    makers = {
+        "CLIP": lambda: OnTheMean(ClipTower(config), config),
+        "tower": lambda: OnTheMean(VidPrismVisionTower(config), config),
+        "VidPrism": lambda: VidPrism(config),
     }
-    return {name: model.to(device).train() for name, model in models.items()}
+    models = {name: makers[name]().to(device).train() for name in names}
+    return models, config.vision_config.image_size
 
 
 def passes(model, compiled, pixels, labels, precision):
@@ -113,7 +134,7 @@ def passes(model, compiled, pixels, labels, precision):
     return {"forward": forward, "forward + backward": step}
 
 
-def measure(models, size, mode, precision, args):
+def measure(models, size, mode, precision, rounds, args):
     """Rows of the table for one batch size, mode and precision: one for each pass."""
     device = torch.device(args.device)
     batch, frames, edge = size
@@ -128,17 +149,30 @@ def measure(models, size, mode, precision, args):
     for what in args.passes:
         runs = {name: rival[what] for name, rival in rivals.items()}
         try:
-            seconds = in_turn(runs, args.rounds, device, args.clock)
+            seconds = in_turn(runs, rounds, device, args.clock)
             peaks = {name: peak_memory(run, device) for name, run in runs.items()}
         except torch.OutOfMemoryError:
             for model in models.values():
                 model.zero_grad()
             torch.cuda.empty_cache()
-            rows.append([what, *["out of memory"] * 3, *["-"] * 5])
+            rows.append([what, "out of memory", *["-"] * 7])
             continue
-        times = [f"{1e3 * statistics.median(seconds[name]):.1f}" for name in models]
-        ratios = [f"{median_ratio(seconds, 'VidPrism', base):.3f}" for base in ("tower", "CLIP")]
-        rows.append([what, *times, *ratios, *(gigabytes(peaks[name]) for name in models)])
+        times = [f"{1e3 * statistics.median(seconds[name]):.1f}" if name in models else "-" for name in MODELS]
+        rivals_of = [base if {base, "VidPrism"} <= models.keys() else None for base in ("tower", "CLIP")]
+        ratios = [f"{median_ratio(seconds, 'VidPrism', base):.3f}" if base else "-" for base in rivals_of]
+        rows.append([what, *times, *ratios, *(gigabytes(peaks.get(name)) for name in MODELS)])
+    return rows
+
+
+def measure_grid(grid, args):
+    """Rows of the table for all of a grid, printed as they are found."""
+    rows = []
+    for tower, frames in itertools.product(grid["towers"], grid["frames"]):
+        models, edge = build(tower, frames, grid["models"], torch.device(args.device))
+        for batch, mode, precision in itertools.product(grid["batch_sizes"], grid["modes"], grid["precisions"]):
+            found = measure(models, (batch, frames, edge), mode, precision, grid["rounds"], args)
+            rows += [[tower, str(frames), str(batch), mode, precision, str(grid["rounds"]), *row] for row in found]
+            print(*rows[-len(found) :], sep="\n", flush=True)
     return rows
 
 
@@ -151,31 +185,22 @@ def main():
     parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"])
     parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"])
     parser.add_argument("--passes", nargs="+", default=["forward", "forward + backward"])
+    parser.add_argument("--models", nargs="+", choices=MODELS)
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="process: what others use is left out")
     add_report_options(parser)
     args = parser.parse_args()
-    for name, value in GRIDS[args.device].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-
-    rows = []
-    for tower in args.towers:
-        for frames in args.frames:
-            models = build(tower, frames, torch.device(args.device))
-            edge = models["VidPrism"].model.config.vision_config.image_size
-            for batch in args.batch_sizes:
-                for mode in args.modes:
-                    for precision in args.precisions:
-                        found = measure(models, (batch, frames, edge), mode, precision, args)
-                        rows += [[tower, str(frames), str(batch), mode, precision, *row] for row in found]
-                        print(*rows[-len(found) :], sep="\n", flush=True)
-    header = ["tower", "frames", "clips", "mode", "precision", "pass", "CLIP, ms", "tower, ms", "VidPrism, ms"]
+    first = GRIDS[args.device][0]
+    chosen = {name: getattr(args, name) for name in first if getattr(args, name) is not None}
+    grids = [first | chosen] if chosen else GRIDS[args.device]
+    rows = [row for grid in grids for row in measure_grid(grid, args)]
+    header = ["tower", "frames", "clips", "mode", "precision", "rounds", "pass"]
+    header += ["CLIP, ms", "tower, ms", "VidPrism, ms"]
     header += ["VidPrism / tower", "VidPrism / CLIP", "CLIP, GB", "tower, GB", "VidPrism, GB"]
     about = (
         f"On {describe_device(torch.device(args.device))}: a pass of CLIP's own tower and of ours, each with a linear "
         f"classifier on the mean, and of VidPrism (all losses). Times ({args.clock} clock) are medians, ratios medians "
-        f"of the ratios within each of {args.rounds} rounds; GB is what a pass needs at its peak beside weights and "
+        "of the ratios within each round; GB is what a pass needs at its peak beside weights and "
         "pixels."
     )
     if args.device == "cpu":

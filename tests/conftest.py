@@ -11,6 +11,8 @@ import pytest
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of a job in the background: tests of Ctrl-C need it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "ARGS"):  # of `make test`: not for the commands of its tests
+    os.environ.pop(name, None)
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).parent))  # `from clips import ...`

@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import yaml
+from hub_server import Hub
 from small import complaint, files_of, run_arguments, tiny_export
 
 from vidprism_hf import VidPrismModel
@@ -235,6 +237,34 @@ def test_predict_without_a_model(tmp_path, capsys, three_files):
     assert "cannot be loaded" in refuse(capsys, ["predict", str(tmp_path / "nowhere"), *three_files])
     assert "cannot be loaded" in refuse(capsys, ["predict", "nowhere/at_all", *three_files])
     assert "cannot be loaded" in refuse(capsys, ["predict", str(tmp_path), *three_files])
+
+
+@pytest.mark.parametrize("name", ["runs/dmo/export", "./dmo", "/dmo"])
+def test_predict_with_a_folder_that_is_not_there(capsys, three_files, name):
+    said = refuse(capsys, ["predict", name, *three_files])
+    assert said == f"vidprism predict: {name}: cannot be loaded (no such folder)"
+
+
+def test_the_folder_of_a_run_for_its_export(tmp_path, capsys, exported, three_files):
+    shutil.copytree(exported, tmp_path / "export")
+    hint = f"{tmp_path}: cannot be loaded (a run's folder; did you mean {tmp_path / 'export'}?)"
+    assert refuse(capsys, ["predict", str(tmp_path), *three_files]).endswith(hint)
+    assert refuse(capsys, ["evaluate", str(tmp_path), "--config", "recipes/demo.yaml"]).endswith(hint)
+
+
+@pytest.mark.parametrize(("gated", "told"), [(False, "or a private one: check the name, or "), (True, "it is gated: ")])
+def test_predict_with_a_model_that_needs_a_token(tmp_path, monkeypatch, capsys, exported, three_files, gated, told):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    with Hub() as hub:
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        hub.add_model("org/m", exported, private=not gated, gated=gated)
+        said = refuse(capsys, ["predict", "org/m", *three_files])
+    assert told in said
+    assert said.endswith("run `hf auth login` or set HF_TOKEN)")
 
 
 def test_predict_with_damaged_weights(tmp_path, capsys, three_files):

@@ -1,6 +1,5 @@
 """The README's promises: its commands run as written, in order, in a copy of the tree, and do what it says."""
 
-import os
 import re
 import subprocess
 import sys
@@ -12,13 +11,10 @@ from small import LABELS, motion_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-MAKE = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "ARGS")
 BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
 def run(command, folder, env=None):
-    # As a user's shell: what `make test` was told is not for the commands of its tests.
-    env = {name: value for name, value in (env or os.environ).items() if name not in MAKE}
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=1200)
 
 

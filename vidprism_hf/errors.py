@@ -1,6 +1,12 @@
 """The errors that a person can mend: the command line shows them as one line, without a traceback."""
 
 import traceback
+from pathlib import Path
+
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+LOG_IN = "run `hf auth login` or set HF_TOKEN"
 
 
 class UserError(ValueError):
@@ -10,6 +16,28 @@ class UserError(ValueError):
 def first_line(error: BaseException) -> str:
     """The first line of a library's message, which tells the cause; what follows are its hints."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def why_not_loaded(name: str, error: Exception) -> str:
+    """Why a model could not be loaded.
+
+    Args:
+        name: Of the model as the user gave it: a folder or a Hub id.
+        error: What transformers raised.
+    """
+    folder, cause = Path(name), error.__cause__
+    if folder.exists():
+        is_run = not (folder / "config.json").exists() and (folder / "export" / "config.json").exists()
+        return f"a run's folder; did you mean {folder / 'export'}?" if is_run else first_line(error)
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return "no such folder"
+    if isinstance(cause, GatedRepoError):
+        return f"it is gated: ask for access on its page, and {LOG_IN}"
+    if isinstance(cause, RepositoryNotFoundError):
+        return f"no such folder, and no such model on the Hub or a private one: check the name, or {LOG_IN}"
+    return first_line(error)
 
 
 def one_line_or_traceback(error: BaseException) -> str:

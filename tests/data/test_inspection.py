@@ -193,11 +193,11 @@ def act(video: str) -> str:
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_every_clip_has_one_outcome(parts, workers):
-    outcomes = list(read_clips(parts, all_clips(parts), act, workers, time_limit=0.5))
+    outcomes = list(read_clips(parts, all_clips(parts), act, workers, time_limit=2))
     assert {(outcome.part, outcome.index): (outcome.result, outcome.cause) for outcome in outcomes} == {
         (0, 0): ("good", None),
         (0, 1): (None, "crashed the decoder (exit status 3)"),
-        (0, 2): (None, "took longer than 0.5 s"),
+        (0, 2): (None, "took longer than 2 s"),
         (0, 3): (None, "crashed the decoder (Segmentation fault)"),
         (0, 4): ("good", None),
         (1, 0): (None, "MemoryError: no room"),
@@ -247,7 +247,7 @@ def test_interrupt(work, copied):
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     # A writer can open the pipe once the worker waits in opening it.
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         try:
             writer = os.open(copied / "train" / LABELS[0] / "hangs.avi", os.O_WRONLY | os.O_NONBLOCK)
@@ -255,7 +255,7 @@ def test_interrupt(work, copied):
         except OSError:
             time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all processes of the command
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=120)
     os.close(writer)
     assert process.returncode == 130
     assert (out, err) == ("", "vidprism data: stopped\n")

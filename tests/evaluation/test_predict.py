@@ -5,12 +5,15 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
-from small import complaint
+from small import LABELS, complaint, tiny_export
 
 from vidprism_hf.cli import main
 from vidprism_hf.evaluation.predict import default_workers, list_files, load, predict
+
+pytest_plugins = ["hub_server.fixtures"]
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +99,7 @@ def test_folders_and_standard_input(monkeypatch, capsys, exported, motion_clips,
         (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
         (["--workers", "-1"], "--workers -1: must be at least 0"),
         (["--top-k", "0"], "--top-k 0: must be at least 1"),
+        (["--device", "abacus"], "--device abacus: "),
         (["-"], "-: holds no videos"),
         (["empty"], "empty: holds no videos"),
     ],
@@ -106,6 +110,31 @@ def test_bad_arguments(monkeypatch, tmp_path, capsys, exported, arguments, messa
     monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
     assert main(["predict", str(exported), "clip.mp4", *arguments]) == 1
     assert message in complaint(capsys)
+
+
+def test_a_revision(monkeypatch, tmp_path, capsys, hub, exported, motion_clips):
+    """Model and processor come from the branch or commit that is named."""
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    names = {"ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_CACHE": str(tmp_path / "cache")}
+    for name, value in (names | {"HF_HUB_OFFLINE": False}).items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    other = tiny_export(tmp_path / "other", labels=("up", "down", "left"))
+    repository = hub.add_model("org/model", exported)
+    hub.add_model("org/model", other, revision="other")
+    first = repository.commit("main").oid
+    hub.add_model("org/model", other)
+    clip = str(motion_clips / "val" / "growing" / "0.mp4")
+
+    def labels(*options):
+        assert main(["predict", "org/model", clip, "--json", *options]) == 0
+        return set(json.loads(capsys.readouterr().out)["labels"])
+
+    assert labels() == labels("--revision", "other") == {"up", "down", "left"}
+    assert labels("--revision", first) == set(LABELS)
+    assert main(["predict", "org/model", clip, "--revision", "none"]) == 1
+    assert complaint(capsys).startswith("vidprism predict: org/model at none: cannot be loaded (")
+    assert main(["predict", str(exported), clip, "--revision", "main"]) == 1
+    assert f"--revision main: {exported} is a folder" in complaint(capsys)
 
 
 def test_workers_without_being_asked():

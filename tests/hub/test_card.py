@@ -201,15 +201,20 @@ def test_snippets_run_from_the_hub(exported, motion_clips, tmp_path, monkeypatch
     assert any((tmp_path / "cache").rglob("model.safetensors"))
 
 
+@pytest.mark.parametrize(
+    ("facts", "name"), [({}, "model_name: "), ({"metrics": {"top1": 0.5}}, "- name: ")], ids=["bare", "evaluated"]
+)
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
-def test_addresses_the_snippets_and_nothing_else(newline):
-    mine = 'Mine:\n\n```python\nmodel_id = "."\n```\n'
+def test_addresses_title_and_snippets_and_nothing_else(newline, facts, name):
+    mine = 'Mine:\n\n# small\n\n```python\nmodel_id = "."\n```\n'
     label = "vidprism predict . clip.mp4"  # of strangers, and as a paragraph of its own on the card
-    text = (str(render_card(card_facts(labels=(label,)))) + "\n\n" + mine).replace("\n", newline)
+    text = (str(render_card(card_facts(labels=(label, "# small"), **facts))) + "\n\n" + mine).replace("\n", newline)
     there = addressed(text, "alice/moves")
     changed = [new for old, new in zip(text.split("\n"), there.split("\n"), strict=True) if old != new]
     end = newline.removesuffix("\n")
     assert changed == [
+        f"{name}moves{end}",
+        f"# moves{end}",
         f'model_id = "alice/moves"{end}',
         f'model_id = "alice/moves"{end}',
         f"vidprism predict alice/moves clip.mp4{end}",
@@ -217,6 +222,32 @@ def test_addresses_the_snippets_and_nothing_else(newline):
     assert addressed(there, "alice/moves") == there
     assert addressed(there, "org/other") == addressed(text, "org/other")
     assert judge(there, "model") == ([], [])
+
+
+@pytest.mark.parametrize("change", [("# small", "# My own"), ("model_name: small", "model_name: My own")])
+def test_a_persons_own_title_stays(change):
+    text = str(render_card(card_facts())).replace(*change)
+    there = addressed(text, "alice/moves")
+    assert change[1] in there.splitlines()
+    assert "moves" not in there.replace("alice/moves", "")
+
+
+@pytest.mark.parametrize("name", ["123", "yes", "1.0", "a: b", "ü"])
+def test_names_that_look_like_something_else(name):
+    text = str(render_card(card_facts(model_name=name)))
+    assert front_matter(text)["model_name"] == name
+    there = addressed(text, "alice/2024")
+    assert front_matter(there)["model_name"] == "2024"
+    assert "# 2024" in there.splitlines()
+    assert addressed(there, "alice/m") == addressed(text, "alice/m")
+
+
+def test_card_of_a_training_from_random_weights():
+    text = str(render_card(card_facts(from_scratch=True)))
+    assert "an image tower built as CLIP's are, but not pre-trained, with a heterogeneous mixture" in text
+    assert "a CLIP image tower" not in text
+    assert "biases of the data they were trained on" in text
+    assert "| backbone | none: it started from random weights |" in text.splitlines()
 
 
 @pytest.mark.parametrize("marks", [0, 2])

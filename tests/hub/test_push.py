@@ -269,6 +269,27 @@ def test_names_that_are_none(hub, api, exported, name):
     assert "--repo" in refusal(hub, api.token, exported, repo=name)
 
 
+def test_a_folder_that_is_not_there(hub, api, tmp_path):
+    with pytest.raises(PushError, match="dmo/export: no such folder"):
+        push(hub, api.token, tmp_path / "dmo" / "export")
+
+
+def test_the_folder_of_a_run(hub, api, folder):
+    told = refusal(hub, api.token, folder.parent)
+    assert told.endswith(f"did you mean {folder}?")
+    assert hub.count() == {}
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_a_commit_that_cannot_be_tagged(hub, api, exported, published):
+    if not published:
+        push(hub, api.token, exported)
+    hub.fault("tag", status=403, times=None)
+    told = refusal(hub, api.token, exported, tag="v1")
+    commit = repo_of(hub).commit("main").oid
+    assert f"{'published' if published else 'there already'} as commit {commit}, but not tagged v1" in told
+
+
 def test_a_card_that_the_hub_refuses(hub, api, folder):
     (folder / "README.md").write_text("---\nlicense: nonsense\n---\n")
     told = refusal(hub, api.token, folder)
@@ -303,6 +324,7 @@ def test_the_last_line_is_the_url_and_the_commit(hub, command, exported, capsys)
     lines = capsys.readouterr().out.splitlines()
     commit = repo_of(hub).commit("main")
     assert lines[-1] == f"{hub.url}/alice/m {commit.oid}"
+    assert "Tagged: v1" in lines
     assert commit.title == "Mine"
     assert repo_of(hub).private
     for name, content in as_published(exported).items():

@@ -9,6 +9,8 @@ from small import files_of, tiny_export
 
 pytest_plugins = ["hub_server.fixtures"]
 
+REPLACE = "to have the local one instead, delete README.md on the Hub and push again"
+DIFFERS = f"README.md: differs from the local one, and stays on the Hub as it is: {{}}; {REPLACE}"
 OUTSIDE = "its text outside the generated section"
 BEGIN, END = "<!-- vidprism:generated begin", "<!-- vidprism:generated end -->"
 
@@ -73,7 +75,7 @@ def test_the_generated_section_is_refreshed_and_a_persons_words_of_the_hub_stay(
     assert states(result)["README.md"] == "changed"
     assert files_of(newer) == before
     # The new card has neither words nor a licence to lose; its tags are others.
-    assert result.notes == ["README.md: differs from the local one, and stays on the Hub as it is: tags"]
+    assert result.notes == [DIFFERS.format("tags")]
 
 
 def test_a_persons_words_go_up_where_the_hub_has_none(hub, api, folder, newer):
@@ -102,11 +104,23 @@ def test_what_stays_on_the_hub_in_spite_of_the_local_readme_is_told(hub, api, fo
     edit(tmp_path / "there", **there)
     edit(folder, **here)
     notes = push(hub, api.token, folder).notes
-    assert notes == ([f"README.md: differs from the local one, and stays on the Hub as it is: {told}"] if told else [])
+    assert notes == ([DIFFERS.format(told)] if told else [])
     text, local = on_the_hub(hub), (folder / "README.md").read_text()
     assert there.get("words", here.get("words", "")) in text.partition(END)[2]
     stated = [front_matter(each)["license"] for each in ((tmp_path / "there" / "README.md").read_text(), local)]
     assert front_matter(text)["license"] == (stated[0] if stated[0] != "unknown" else stated[1])
+
+
+@pytest.mark.parametrize("mine", ["# Mine\n", None], ids=["a person's", "with other words"])
+def test_how_the_local_readme_can_win(hub, api, folder, tmp_path, mine):
+    edit(shutil.copytree(folder, tmp_path / "there"), words="Theirs.\n")
+    hub.add_model("alice/m", with_bytes(tmp_path / "there", {"README.md": mine.encode()} if mine else {}))
+    edit(folder, words="Mine.\n")
+    (note,) = push(hub, api.token, folder).notes
+    assert note.endswith(f"; {REPLACE}")
+    api.delete_file("README.md", "alice/m")
+    assert push(hub, api.token, folder).notes == []
+    assert on_the_hub(hub) == as_published(folder)["README.md"].decode()
 
 
 def test_a_local_readme_without_a_generated_section(hub, api, folder, newer):

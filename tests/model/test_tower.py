@@ -79,12 +79,39 @@ def test_a_frozen_tower_stores_nothing(checkpointing):
     assert stored(lambda: vision_tower(pixels)) == 0
     features = model.vidprism.get_frame_features(pixels)
     assert not features.requires_grad
+    assert not features.is_inference()
     # The step from pixels keeps what the step from finished features keeps.
     from_pixels = stored(lambda: model(pixels, labels=labels).loss)
     assert from_pixels == stored(lambda: model(frame_features=features, labels=labels).loss)
     model(pixels, labels=labels).loss.backward()
     assert all(parameter.grad is None for parameter in vision_tower.parameters())
     assert all(parameter.grad is not None for parameter in model.vidprism.temporal_model.parameters())
+
+
+def test_a_frozen_tower_runs_in_inference_mode():
+    frozen, inside = tower(), []
+    for layer in frozen.vision_model.encoder.layers:
+        layer.register_forward_hook(lambda _, __, output: inside.append(output.is_inference()))
+    expected = frozen(clips())
+    frozen.freeze()
+    features = frozen(clips())
+    assert inside == [False] * LAYERS + [True] * LAYERS
+    torch.testing.assert_close(features, expected.detach())
+
+
+def test_a_frozen_tower_is_compiled_and_exported():
+    """As a whole graph, below a layer that trains, and after a plain run."""
+    frozen = tower(num_hidden_layers=1)
+    frozen.freeze()
+    model, pixels = torch.nn.Sequential(frozen, torch.nn.Linear(VISION["projection_dim"], 2)), clips()
+    plain = model(pixels)
+    plain.sum().backward()
+    gradient, model[1].weight.grad = model[1].weight.grad, None
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(pixels)
+    torch.testing.assert_close(compiled, plain)
+    compiled.sum().backward()
+    torch.testing.assert_close(model[1].weight.grad, gradient)
+    torch.testing.assert_close(torch.export.export(model, (pixels,)).module()(pixels), plain)
 
 
 def tower_gradients(model) -> dict[str, torch.Tensor]:

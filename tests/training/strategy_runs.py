@@ -30,6 +30,10 @@ RUNS = {
     "frozen": ({"learning_rate": 0.1, "freeze_backbone": True}, {"max_epochs": 2}),
     "half": ({"learning_rate": 0.1}, {"limit_train_batches": 1, "precision": "bf16-mixed"}),
     "adamw": ({"learning_rate": 1e-3}, {"limit_train_batches": 1}),
+    "adamw-partly": (
+        {"learning_rate": 1e-3, "freeze_layers": 1, "layer_decay": 0.5},
+        {"limit_train_batches": 1},
+    ),
     "adamw-resumed": ({"learning_rate": 1e-3}, {"max_epochs": 2}),  # from the single process's adamw
 }
 # By the command line, with weights that stay as they are.

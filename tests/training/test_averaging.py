@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -81,6 +82,15 @@ def fit(folder, model, callbacks, max_epochs=2, accumulate=1, validate=True, **s
     return run
 
 
+class Stop(L.Callback):
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == self.epoch:
+            raise RuntimeError("stop")
+
+
 def test_average_is_validated_kept_and_tested(tmp_path):
     model, record = module(), Steps()
     run = fit(tmp_path, model, [record, last(tmp_path)], accumulate=2)
@@ -117,12 +127,6 @@ def test_buffers_are_no_averages(tmp_path):
 
 def test_training_goes_on_with_its_own_weights_and_the_average(tmp_path):
     """Stopped and resumed is the same as run at once; and the average does not change what is trained."""
-
-    class Stop(L.Callback):
-        def on_train_epoch_start(self, trainer, pl_module):
-            if trainer.current_epoch == 2:
-                raise RuntimeError("stop")
-
     record = Steps()
     fit(tmp_path, module(), [record, last(tmp_path / "whole")], max_epochs=3)
     without = Steps()
@@ -130,7 +134,7 @@ def test_training_goes_on_with_its_own_weights_and_the_average(tmp_path):
     for one, other in zip(record.steps, without.steps, strict=True):
         assert_equal(one, other, rtol=0, atol=0)
     with pytest.raises(RuntimeError, match="stop"):
-        fit(tmp_path, module(), [last(tmp_path / "halved"), Stop()], max_epochs=3)
+        fit(tmp_path, module(), [last(tmp_path / "halved"), Stop(2)], max_epochs=3)
     fit(
         tmp_path,
         module(),
@@ -142,6 +146,17 @@ def test_training_goes_on_with_its_own_weights_and_the_average(tmp_path):
     whole, halved = (torch.load(tmp_path / name / "last.ckpt", weights_only=True) for name in ("whole", "halved"))
     for part in ("state_dict", "current_model_state", "averaging_state"):
         assert_equal(whole[part], halved[part], rtol=0, atol=0)
+
+
+def test_training_goes_on_without_the_average_from_the_weights_in_training(tmp_path):
+    plain, later = Steps(), Steps()
+    fit(tmp_path, module(ema_decay=None), [plain], max_epochs=2)
+    with pytest.raises(RuntimeError, match="stop"):
+        fit(tmp_path, module(), [last(tmp_path), Stop(1)], max_epochs=2)
+    fit(tmp_path, module(ema_decay=None), [later], 2, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert len(later.steps) == 3
+    for one, other in zip(plain.steps[3:], later.steps, strict=True):
+        assert_equal(one, other, rtol=0, atol=0)
 
 
 def test_a_checkpoint_written_during_validation_has_both_in_their_places(tmp_path, monkeypatch):
@@ -204,6 +219,8 @@ def test_base_of_a_run_from_a_checkpoint_is_that_checkpoints_tower(exported, tmp
     WiseFT(0.5, "tiny", str(exported))
     with pytest.raises(UserError, match="cannot be loaded again"):
         base_tower(str(tmp_path))
+    with pytest.raises(UserError, match=r"export\.wise_ft_alpha: a frozen tower"):
+        WiseFT(0.5, "b16").setup(SimpleNamespace(strategy=None), module(freeze_backbone=True), "test")
 
 
 @pytest.fixture(scope="module")

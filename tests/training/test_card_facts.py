@@ -19,7 +19,7 @@ from vidprism_hf import VidPrismLightningModule
 from vidprism_hf.data.hub_repository import Repository
 from vidprism_hf.hub import render_card
 from vidprism_hf.training.card_facts import CardRecorder, dataset_facts, duration, epochs_at
-from vidprism_hf.training.origin import base_model, starting_point
+from vidprism_hf.training.origin import base_model, is_random, starting_point
 
 
 def module(**settings) -> VidPrismLightningModule:
@@ -234,6 +234,14 @@ def test_base_model_is_looked_up_before_the_run(exported, tmp_path, monkeypatch)
 )
 def test_starting_point(checkpoint, backbone, words):
     assert starting_point(checkpoint, backbone, base_model(checkpoint or backbone)) == words
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "backbone", "random"),
+    [(None, "tiny", True), (None, "b16", False), ("org/model", "tiny", False), (None, "org/clip", False)],
+)
+def test_random_start(checkpoint, backbone, random):
+    assert is_random(checkpoint, backbone) == random
 
 
 def test_starting_point_of_a_folder_whose_card_names_its_base():

@@ -1,5 +1,6 @@
 """Pushing during training: the best weights, in the background, and no failure that stops or slows the run."""
 
+import os
 import re
 import signal
 import threading
@@ -124,7 +125,7 @@ def test_each_improvement_is_pushed(tmp_path, capsys):
         callbacks=[Until(lambda epoch: len(pushes.done) == wanted.get(epoch, 0))],
     )
     assert pushes.done == ["0", "1", "3"]
-    assert list((tmp_path / "push").iterdir()) == []
+    assert not (tmp_path / "push").exists()
     assert "Pushed: https://hub/org/m 3" in capsys.readouterr().out
 
 
@@ -144,7 +145,7 @@ def test_a_slow_push_holds_nothing_up_and_the_newest_wins(tmp_path):
 
     fit(tmp_path, [0.1, 0.2, 0.3, 0.4], pushes, callbacks=[Until(lambda epoch: not epoch or pushes.tried), Open()])
     assert pushes.done == ["0", "3"]
-    assert list((tmp_path / "push").iterdir()) == []
+    assert not (tmp_path / "push").exists()
 
 
 def test_the_best_of_some_epochs_is_pushed_at_their_end(tmp_path):
@@ -185,7 +186,7 @@ def test_a_failed_push_is_superseded_and_its_cause_told_once(tmp_path, caplog):
     pushes = Pushes(fail=2)
     fit(tmp_path, [0.1, 0.2, 0.3], pushes, callbacks=[Until(lambda epoch: len(pushes.tried) == epoch)])
     assert pushes.tried == ["0", "1", "2"]
-    assert list((tmp_path / "push").iterdir()) == []
+    assert not (tmp_path / "push").exists()
     assert caplog.text.count("Not pushed") == 1
 
 
@@ -285,7 +286,7 @@ def test_the_final_export_is_pushed_behind_the_training_and_stays(tmp_path, caps
     assert pushes.done == ["whole"]
     assert capsys.readouterr().out.splitlines()[-1] == "Pushed: https://hub/org/m whole"
     assert (tmp_path / "export" / "epoch").is_file()
-    assert list((tmp_path / "push").iterdir()) == []
+    assert not (tmp_path / "push").exists()
 
 
 def test_a_failure_behind_the_training_ends_the_push(tmp_path, caplog):
@@ -333,20 +334,10 @@ def test_a_resumed_run_pushes_only_what_is_better_than_before(tmp_path):
     run([0.5], before)
     run([0.5, 0.3, 0.5, 0.6, 0.4], after, resume=tmp_path / "checkpoints" / "last.ckpt")
     assert (before.done, after.done) == (["0"], ["3"])
-
-
-def test_a_resumed_run_pushes_what_waited_for_its_turn(tmp_path, monkeypatch):
-    (tmp_path / "push" / "epoch-7").mkdir(parents=True)
-    (tmp_path / "push" / "epoch-7" / "epoch").write_text("7")
-    pushes, init = Pushes(), PushToHub.__init__
-
-    def resumed(callback, *args, **settings):
-        init(callback, *args, **settings)
-        callback.load_state_dict({"best": 0.5, "ready": "epoch-7"})
-
-    monkeypatch.setattr(PushToHub, "__init__", resumed)
-    fit(tmp_path, [0.1, 0.2], pushes, every_n_epochs=2)
-    assert pushes.done == ["7"]
+    written(tmp_path / "push" / "epoch-9-step-9", "left")  # by a run that was killed
+    last = Pushes()
+    run([0.5, 0.3, 0.5, 0.6, 0.4, 0.1], last, resume=tmp_path / "checkpoints" / "last.ckpt")
+    assert last.done == ["left"]
 
 
 def test_settings_that_make_no_sense(tmp_path):
@@ -355,6 +346,57 @@ def test_settings_that_make_no_sense(tmp_path):
             PushToHub("org/m", **wrong)
     with pytest.raises(MisconfigurationException, match="export is not set"):
         fit(tmp_path, [0.1], Pushes(), export=None)
+
+
+def test_a_resumed_run_takes_over_what_a_killed_one_left(tmp_path, caplog):
+    def left_behind():
+        for number, epoch in enumerate(("1", "2")):
+            os.utime(written(tmp_path / "push" / f"epoch-{epoch}-step-{epoch}", epoch), (number, number))
+
+    def run(scores, best):
+        pushes = Pushes()
+        callback = callback_of(pushes)
+        if best is not None:
+            callback.load_state_dict({"best": best})
+        trainer_of(tmp_path, len(scores), [callback]).fit(Scored(scores))
+        return pushes.done
+
+    left_behind()
+    assert run([0.1], best=0.5) == ["2"]
+    assert not (tmp_path / "push").exists()
+    assert f"Not pushed before: {tmp_path / 'push' / 'epoch-2-step-2'}; tried again at the end" in caplog.text
+    left_behind()
+    assert run([0.6], best=0.5) == ["0"]  # which is newer
+    assert not (tmp_path / "push").exists()
+    left_behind()
+    assert run([0.6], best=None) == ["0"]  # a run of its own lets them lie
+    assert sorted(path.name for path in (tmp_path / "push").iterdir()) == ["epoch-1-step-1", "epoch-2-step-2"]
+
+
+def test_commits_tell_the_epoch_and_the_score(tmp_path, monkeypatch):
+    commands = []
+
+    class Answered:
+        returncode = 0
+
+        def __init__(self, command, **_):
+            commands.append(command)
+
+        def communicate(self, timeout):
+            return "https://hub/org/m 1", ""
+
+    monkeypatch.setattr("vidprism_hf.training.push_callback.subprocess.Popen", Answered)
+    callback = PushToHub("org/m", export=write_epoch)
+    trainer = trainer_of(tmp_path, 2, [callback, Until(lambda epoch: len(commands) == epoch)])
+    with push_open(trainer) as publish:
+        trainer.fit(Scored([0.25, 0.5]))
+        trainer.callback_metrics["test/top1"] = torch.tensor(0.75)
+        publish(written(tmp_path / "export", "whole"))
+    messages = [command[command.index("--message") + 1] for command in commands]
+    first, *_, last = messages
+    assert first == "Epoch 1, step 2: val/top1 0.2500"
+    assert last == "Final export: held-out top-1 0.7500"
+    assert set(messages[1:-1]) <= {"Epoch 2, step 4: val/top1 0.5000"}
 
 
 def test_no_token_is_told_at_the_start(tmp_path, caplog, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -58,8 +59,11 @@ def test_a_run_is_published_as_it_goes_and_at_its_end(hub, motion_clips, tmp_pat
     during = read(first)
     assert b"Kept as the best so far" in during["README.md"]
     assert "figures/curves.png" in during
+    top1 = json.loads((tmp_path / "run" / "metrics.json").read_text())["top1"]
+    assert repo.commit("main").title == f"Final export: held-out top-1 {top1:.4f}"
+    assert re.fullmatch(r"Epoch [12], step [24]: val/top1 \d\.\d{4}", first.title)
     assert load(during["model.safetensors"]).keys() == load(export["model.safetensors"]).keys()
-    assert list((tmp_path / "run" / "push").iterdir()) == []
+    assert not (tmp_path / "run" / "push").exists()
     repo.private = False
     clip = str(next((motion_clips / "val" / "growing").iterdir()))
     stranger = hub.environment(tmp_path / "elsewhere") | {"OMP_NUM_THREADS": "1"}

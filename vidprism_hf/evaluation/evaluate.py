@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from transformers import AutoConfig
 
 from ..data.bad_clips import bad_clip_table
-from ..errors import UserError, first_line
+from ..errors import UserError, first_line, why_not_loaded
 from ..hub.card import eval_results, eval_results_path, evaluation_body, plain
 from ..hub.card_merge import with_evaluation
 from ..hub.export import README, is_vidprism_config
@@ -73,7 +73,7 @@ def prepare(name: str, settings: list[str]) -> tuple[FinetuneCLI, L.LightningMod
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"{name}: cannot be loaded ({first_line(error)})") from error
+        raise UserError(f"{name}: cannot be loaded ({why_not_loaded(name, error)})") from error
     # The model brings its configuration and number of frames; what the recipe says of them is for training.
     own = {"model.checkpoint": name, "model.config": "null"}
     if isinstance(config, VidPrismConfig):

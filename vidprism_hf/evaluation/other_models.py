@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.image_utils import SizeDict
 
-from ..errors import UserError, first_line
+from ..errors import UserError, why_not_loaded
 
 FRAME_FIELDS = ("num_frames", "frames_per_clip")  # what configurations call the number of frames
 MOST_NAMES = 3  # of labels that do not match, in the message
@@ -112,7 +112,7 @@ def load_other(name: str, config: PreTrainedConfig) -> tuple[PreTrainedModel, Ot
         model, info = AutoModelForVideoClassification.from_pretrained(name, output_loading_info=True, **settings)
         processor = AutoVideoProcessor.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{name}: cannot be evaluated ({first_line(error)})") from error
+        raise UserError(f"{name}: cannot be evaluated ({why_not_loaded(name, error)})") from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{name}: not a whole classifier, {len(missing)} weights are missing ({missing[0]})")
     return model.eval(), OtherProcessor(processor, frames_of(name, config))

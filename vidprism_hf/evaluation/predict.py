@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
-from ..errors import UserError, first_line, printable
+from ..errors import UserError, first_line, printable, why_not_loaded
 from ..model import VideoDecodeError, VidPrismForVideoClassification, VidPrismVideoProcessor
 
 STDIN = "-"
@@ -121,6 +121,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "files", nargs="+", metavar="FILE", help="video file, URL, folder of videos, or - for a list on standard input"
     )
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub (main)")
     parser.add_argument("--top-k", type=int, default=5, help="labels per file (5)")
     parser.add_argument("--json", action="store_true", help="one JSON object a file and line instead of a table")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -133,9 +134,13 @@ def main(argv: list[str]) -> int:
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # no such kind, or none here
+        raise UserError(f"--device {args.device}: {first_line(error)}") from error
 
     files = list_files(args.files)
-    model, processor = load(args.model)
+    model, processor = load(args.model, args.revision)
     workers = default_workers(len(files), args.batch_size) if args.workers is None else args.workers
     model = model.to(args.device).eval()
     predictions = predict(model, processor, files, args.top_k, args.batch_size, workers)
@@ -206,17 +211,28 @@ def default_workers(num_files: int, batch_size: int) -> int:
     return 0 if batches <= 1 else min(cores, batches, MOST_WORKERS)
 
 
-def load(name_or_path: str) -> tuple[VidPrismForVideoClassification, VidPrismVideoProcessor]:
+def load(
+    name_or_path: str, revision: str | None = None
+) -> tuple[VidPrismForVideoClassification, VidPrismVideoProcessor]:
     """Loads a published classifier and its processor.
+
+    Args:
+        name_or_path: Exported folder or Hub id.
+        revision: Branch, tag or commit on the Hub; main if None.
 
     Raises:
         UserError: If there is no such model, it is no VidPrism, or some of its weights are not there.
     """
+    if revision is not None and os.path.isdir(name_or_path):
+        raise UserError(f"--revision {revision}: {name_or_path} is a folder, which has none; leave it out")
     try:
-        model, info = AutoModelForVideoClassification.from_pretrained(name_or_path, output_loading_info=True)
-        processor = AutoVideoProcessor.from_pretrained(name_or_path)
+        model, info = AutoModelForVideoClassification.from_pretrained(
+            name_or_path, revision=revision, output_loading_info=True
+        )
+        processor = AutoVideoProcessor.from_pretrained(name_or_path, revision=revision)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{name_or_path}: cannot be loaded ({first_line(error)})") from error
+        place = name_or_path if revision is None else f"{name_or_path} at {revision}"
+        raise UserError(f"{place}: cannot be loaded ({why_not_loaded(name_or_path, error)})") from error
     if not isinstance(model, VidPrismForVideoClassification):
         raise UserError(f"{name_or_path}: a {model.config.model_type} model, not a VidPrism")
     if missing := sorted(info["missing_keys"]):  # transformers has filled them with random numbers

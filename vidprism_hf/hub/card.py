@@ -29,6 +29,9 @@ UNKNOWN = "unknown"  # the Hub's id where nobody has stated a licence
 # Where the snippets of the template name the model: see `addressed`.
 SNIPPET = re.compile(r"^```(?:python|bash)\r?\n.*?^```", re.DOTALL | re.MULTILINE)
 ADDRESS = re.compile(r'^(?P<python>model_id = )"[^\r\n]*|^(?P<bash>vidprism predict )\S+', re.MULTILINE)
+# What a generated card calls the model, in its metadata and as its title.
+NAME = re.compile(r"^(?P<key>model_name: |model-index:\r?\n- name: )(?P<name>[^\r\n]+)", re.MULTILINE)
+TITLE = re.compile(rf"(?P<begin>{re.escape(BEGIN)}[^\n]*\n\s*# )(?P<name>[^\r\n]+)")
 # Licence of a backbone's weights, by Hub id. Source: github.com/openai/CLIP (LICENSE); the Hub's pages state none.
 BASE_LICENSES = {f"openai/clip-vit-{size}": "MIT" for size in ("base-patch32", "base-patch16", "large-patch14")}
 TAGS = ("vidprism", "video-classification", "action-recognition", "mixture-of-experts")
@@ -45,6 +48,7 @@ class CardFacts:
         rates: Of the streams.
         origin: One sentence on where the weights come from.
         base_model: Hub id of the tower's checkpoint; None where it is no Hub id.
+        from_scratch: Whether the training started from random weights.
         backbone: What the training started from, in words.
         dataset: Title or folder name of the data.
         dataset_id: Its id on the Hub, if it has one.
@@ -76,6 +80,7 @@ class CardFacts:
     rates: list[int]
     origin: str
     base_model: str | None = None
+    from_scratch: bool = False
     backbone: str | None = None
     dataset: str | None = None
     dataset_id: str | None = None
@@ -102,7 +107,9 @@ class CardFacts:
 
     @property
     def base_license(self) -> str:
-        """Licence of the tower's weights."""
+        """Licence of the weights that the tower started from."""
+        if self.from_scratch:
+            return "none: it started from random weights"
         return BASE_LICENSES.get(self.base_model or "", NOT_STATED)
 
     @property
@@ -140,11 +147,11 @@ def render_card(facts: CardFacts) -> ModelCard:
 
 
 def addressed(card_text: str, repo_id: str) -> str:
-    """The card with snippets that name the model by its id on the Hub: what a push publishes.
+    """The card that names the model as the Hub does: what a push publishes.
 
     A generated card names it as `.`, the folder that it lies in, in lines `model_id = "."` and `vidprism predict .`
-    of its snippets. These lines are replaced, whichever model they name, and nothing else; of a card without exactly
-    one generated part nothing is.
+    of its snippets. These lines are replaced, whichever model they name; so is its title, unless a person has changed
+    that, and nothing else. Of a card without exactly one generated part nothing is.
 
     Args:
         card_text: The README.
@@ -158,7 +165,20 @@ def addressed(card_text: str, repo_id: str) -> str:
         return SNIPPET.sub(lambda snippet: ADDRESS.sub(name, snippet[0]), section[0])
 
     is_ours = len(SECTION.findall(card_text)) == 1 == card_text.count(BEGIN)
-    return SECTION.sub(readdress, card_text) if is_ours else card_text
+    return titled(SECTION.sub(readdress, card_text), repo_id.rpartition("/")[2]) if is_ours else card_text
+
+
+def titled(card_text: str, name: str) -> str:
+    """The card with this name as title and in the metadata, if the two agree: else one of them is a person's own."""
+
+    def scalar(text: str) -> str:  # in quotes, where it would be a number
+        return yaml.safe_dump(text, allow_unicode=True).splitlines()[0]
+
+    stated, title = NAME.search(card_text), TITLE.search(card_text)
+    if not stated or not title or stated["name"] != scalar(title["name"]):
+        return card_text
+    renamed = NAME.sub(lambda found: found["key"] + scalar(name), card_text, count=1)
+    return TITLE.sub(lambda found: found["begin"] + name, renamed, count=1)
 
 
 def plain(text: object) -> str:

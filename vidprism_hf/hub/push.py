@@ -17,17 +17,18 @@ from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
-from ..errors import UserError, first_line
+from ..errors import LOG_IN, UserError, first_line
 from .card import addressed
 from .card_merge import is_kept, left_out, merge_card, states_license
 from .pushed_files import RESULTS, WRITTEN, LocalFile, read_export
-from .refusals import LOG_IN, PushError, explain
+from .refusals import PushError, explain
 from .remote import MAIN, README, Remote
 from .retries import MOVED_STATUS, HubError, Patience, bounded_client, read_failure, safe
 
 MESSAGE = "Upload a VidPrism model"
 COMMIT = "the commit"
 SENT = ("new", "changed")
+TO_REPLACE = f"to have the local one instead, delete {README} on the Hub and push again"
 # Pushes of others that we let go first; each of them has a pause of its own.
 MOVES = 20
 
@@ -145,12 +146,13 @@ def merge_readme(present: bytes, local: str) -> tuple[str, bool, list[str]]:
     else:
         kept = is_kept(text, local)
     if kept:
-        return text, True, [f"{README}: a person's on the Hub, and stays as it is; the local one is not published"]
+        told = f"{README}: a person's on the Hub, and stays as it is; the local one is not published; {TO_REPLACE}"
+        return text, True, [told]
     # A licence that the run was told stands in the generated part too: the metadata must not say another.
     merged = merge_card(text, local, anew={"license"} if states_license(local) else ())
     parts = ", ".join(left_out(local, merged))
-    told = [f"{README}: differs from the local one, and stays on the Hub as it is: {parts}"] if parts else []
-    return merged, False, told
+    told = f"{README}: differs from the local one, and stays on the Hub as it is: {parts}; {TO_REPLACE}"
+    return merged, False, [told] if parts else []
 
 
 def push_export(
@@ -277,7 +279,8 @@ def publish(remote: Remote, files: dict[str, LocalFile], ask: Ask) -> PushResult
             remote.tag(ask.tag, commit)
         except Exception as error:
             told = explain(error, remote.step, remote.api.endpoint, remote.account) or first_line(error)
-            raise PushError(f"published as commit {commit}, but not tagged {ask.tag}: {told}") from error
+            done = "published" if plan.operations else "there already"
+            raise PushError(f"{done} as commit {commit}, but not tagged {ask.tag}: {told}") from error
     return PushResult(url, commit, plan.files, plan.notes, plan.card)
 
 
@@ -373,18 +376,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="send nothing; list the files and print the card")
     settings = vars(parser.parse_args(argv))
     result = push_export(settings.pop("folder"), settings.pop("repo"), **settings)
-    print_result(result, settings["dry_run"])
+    print_result(result, settings["dry_run"], settings["tag"])
     return 0
 
 
-def print_result(result: PushResult, dry_run: bool) -> None:
-    """Files and notes; the card for a dry run; URL and commit."""
+def print_result(result: PushResult, dry_run: bool, tag: str | None) -> None:
+    """Files, notes and tag; the card for a dry run; URL and commit."""
     for file in result.files:
         print(f"{file.state:<9} {file.size:>13,} bytes  {file.path}")
     for note in result.notes:
         print(f"note: {note}")
     total = sum(result.uploaded.values())
     print(f"{'To send' if dry_run else 'Sent'}: {len(result.uploaded)} files, {total:,} bytes")
+    if tag:
+        print(f"{'To tag' if dry_run else 'Tagged'}: {tag}")
     if dry_run:
         print(f"\n{result.card}\n")
     print(result.url, result.commit or "(no commit yet)")

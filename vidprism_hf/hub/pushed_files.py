@@ -59,7 +59,11 @@ def read_export(folder: Path) -> tuple[dict[str, LocalFile], list[str]]:
     Raises:
         PushError: If it is none, or not whole.
     """
+    if not folder.is_dir():
+        raise PushError(f"{folder}: no such folder; give a run's export folder")
     if not is_vidprism_config(folder / "config.json"):
+        if is_vidprism_config(folder / "export" / "config.json"):
+            raise PushError(f"{folder}: a run's folder, not its export; did you mean {folder / 'export'}?")
         raise PushError(f"{folder}: not an exported model (no config.json of a VidPrism); give a run's export folder")
     found, others = {}, []
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):

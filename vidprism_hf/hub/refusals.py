@@ -11,11 +11,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ..errors import UserError
+from ..errors import LOG_IN, UserError
 from .retries import MOVED_STATUS, GaveUp, LongWait, read_failure, root
 
 NO_ROOM_STATUS = frozenset({402, 413, 507})
-LOG_IN = "run `hf auth login` or set HF_TOKEN"
 
 
 class PushError(UserError):

@@ -112,6 +112,8 @@ class WiseFT(L.Callback):
             raise UserError(
                 "export.wise_ft_alpha: not with DeepSpeed; set trainer.strategy to ddp or fsdp, or it to null"
             )
+        if pl_module.hparams.freeze_backbone:
+            raise UserError("export.wise_ft_alpha: a frozen tower is its own start; set it to null")
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         tower = pl_module.model.vidprism.vision_tower

@@ -28,7 +28,7 @@ from .averaging import WiseFT
 from .callbacks import BadClipReport
 from .module import VidPrismLightningModule
 from .optimization import clips_per_step, scaled_learning_rate
-from .origin import base_model, starting_point
+from .origin import base_model, is_random, starting_point
 from .resuming import gathered
 
 METRICS = ("top1", "top5")
@@ -201,13 +201,15 @@ def run_facts(trainer: Trainer, cli: LightningCLI, measured: Measured) -> CardFa
     """The facts of a run, for the card of the weights that were measured."""
     model, data = cli.model.model, cli.datamodule
     recorder = kept_by(trainer, CardRecorder)
+    from_scratch = is_random(cli.model.hparams.checkpoint, cli.model.hparams.backbone)
     weights = {} if recorder.mean_weights is None else dict(zip(model.config.rates, recorder.mean_weights, strict=True))
     return CardFacts(
         model_name=Path(cli.config.output).name,
         labels=[model.config.id2label[index] for index in range(model.config.num_labels)],
         num_frames=model.config.num_frames,
         rates=model.config.rates,
-        origin="It was fine-tuned with `vidprism finetune`.",
+        origin=f"It was {'trained from random weights' if from_scratch else 'fine-tuned'} with `vidprism finetune`.",
+        from_scratch=from_scratch,
         base_model=recorder.base_model,
         backbone=starting_point(cli.model.hparams.checkpoint, cli.model.hparams.backbone, recorder.base_model),
         **dataset_facts(data),

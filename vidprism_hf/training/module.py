@@ -16,7 +16,7 @@ from transformers import AutoConfig, get_cosine_schedule_with_warmup
 
 from ..data import normalize_clips
 from ..data.frame_encoder import FrameEncoder, tower_digest
-from ..errors import UserError, first_line
+from ..errors import UserError, first_line, why_not_loaded
 from ..evaluation.scores import ScoreRecorder
 from ..model import VidPrismConfig, VidPrismForVideoClassification, VidPrismForVideoClassificationOutput
 from ..model.temporal_vidprism import gate_balance_loss
@@ -201,9 +201,7 @@ class VidPrismLightningModule(L.LightningModule):
         groups = parameter_groups(
             self.model, rate, hparams.backbone_lr_scale, hparams.weight_decay, hparams.layer_decay
         )
-        # One kernel instead of a dozen passes over all weights; Lightning does not clip beside it where a scaler is.
-        fused = self.trainer.precision != "16-mixed"
-        optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.999), eps=1e-8, fused=fused)
+        optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.999), eps=1e-8, fused=self._fused())
         total = int(self.trainer.estimated_stepping_batches)
         steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         warmup = round(steps_per_epoch * hparams.warmup_epochs)
@@ -215,6 +213,20 @@ class VidPrismLightningModule(L.LightningModule):
         self.warmup_steps = warmup  # for the model card
         schedule = get_cosine_schedule_with_warmup(optimizer, warmup, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Fits what another run's settings have left in a checkpoint to this one that goes on."""
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        if self.hparams.ema_decay is None:  # the other one's average is not what its optimiser was moving
+            checkpoint["state_dict"] = checkpoint.get("current_model_state", checkpoint["state_dict"])
+        for state in checkpoint["optimizer_states"]:
+            for group in state["param_groups"]:
+                group["fused"] = self._fused()  # else that of the other precision would be restored
+
+    def _fused(self) -> bool:
+        """One kernel, not a dozen passes over all weights; Lightning does not clip beside it where a scaler is."""
+        return self.trainer.precision != "16-mixed"
 
     def frame_encoder(self) -> FrameEncoder:
         """The frozen tower as `data.feature_cache` needs it, in the trainer's precision.
@@ -370,7 +382,9 @@ def read_checkpoint_config(name_or_path: str) -> VidPrismConfig:
     try:
         config = AutoConfig.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.checkpoint {name_or_path}: cannot be loaded ({first_line(error)})") from error
+        raise UserError(
+            f"model.checkpoint {name_or_path}: cannot be loaded ({why_not_loaded(name_or_path, error)})"
+        ) from error
     if not isinstance(config, VidPrismConfig):
         raise UserError(f"model.checkpoint {name_or_path}: a {config.model_type} model; give it as model.backbone")
     return config

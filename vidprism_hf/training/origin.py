@@ -28,6 +28,11 @@ def starting_point(checkpoint: str | None, backbone: str, base_model: str | None
     return f"a {kind} in a folder, {Path(name).name}" + (f", which comes from {base_model}" if base_model else "")
 
 
+def is_random(checkpoint: str | None, backbone: str) -> bool:
+    """Whether a training starts from random weights: that of a preset without a checkpoint of its own."""
+    return not checkpoint and backbone in VISION_PRESETS and VISION_PRESETS[backbone]["name_or_path"] is None
+
+
 def base_model(name: str) -> str | None:
     """The Hub id of the checkpoint that a tower's weights come from, by the name that they are about to be loaded by.
 

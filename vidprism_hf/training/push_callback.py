@@ -38,8 +38,8 @@ class PushToHub(L.Callback):
     """Pushes the best weights in the background; a push that fails is told, and tried again when training ends.
 
     No failure stops the run or holds it up. Where several exports wait, the newest is pushed. An export goes when it
-    is published; one that is not published stays in `<run's folder>/push`. `vidprism finetune` pushes its final
-    export too, which stays.
+    is published; one that is not published stays in `<run's folder>/push`, where a resumed run finds it. `vidprism
+    finetune` pushes its final export too, which stays.
 
     Args:
         repo: `org/name`; made if it is not there.
@@ -79,28 +79,27 @@ class PushToHub(L.Callback):
         self.export, self.wait, self.stays_open = export, wait, False
         self.options = ["--repo", repo, *(["--private"] if private else [])]
         self.options += ["--revision", revision] if revision else []
-        self.push = PushProcess(self.options, limit)
+        self.messages: dict[Path, str] = {}  # of the commits, by export
+        self.push = PushProcess(self.options, limit, self.messages)
         self.best: float | None = None
         self._ready: Path | None = None  # exported, and not yet due
-        self._resumed: str | None = None  # the name of what was that when the run was stopped
         self._uploader: Uploader | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "ready": self._ready.name if self._ready else None}
+        return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
-        self._resumed = state_dict.get("ready")
 
     def on_fit_start(self, trainer, pl_module):
-        if self._resumed and (folder := Path(trainer.default_root_dir) / FOLDER / self._resumed).is_dir():
-            self._ready = folder
         if self.export is None:
             raise MisconfigurationException("PushToHub: export is not set")
         if trainer.is_global_zero:
             if isinstance(self.push, PushProcess) and get_token() is None:
                 logger.warning("No token: pushes to %s will fail; run `hf auth login` or set HF_TOKEN", self.repo)
             self._uploader = Uploader(self.push, Path(trainer.default_root_dir) / FOLDER, self.options)
+            if self.best is not None:  # a resumed run
+                self._uploader.take_over()
 
     def on_validation_end(self, trainer, pl_module):
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
@@ -113,6 +112,8 @@ class PushToHub(L.Callback):
             # After an export that failed the next one need only beat what was exported.
             if trainer.strategy.broadcast(self._export(trainer, pl_module, folder)):
                 self.best = better
+                what = f"Epoch {epoch + 1}, step {trainer.global_step}"
+                self.messages[folder] = f"{what}: {self.monitor} {better:.4f}"
         if self._ready is not None and (epoch + 1) % self.every_n_epochs == 0:
             self._submit()
 
@@ -145,6 +146,8 @@ class PushToHub(L.Callback):
             raise SystemExit(1) from None
         if not ended:
             logger.warning("The push to %s goes on while the run does", self.repo)
+        elif self._uploader.folder.is_dir() and not any(self._uploader.folder.iterdir()):
+            self._uploader.folder.rmdir()
 
     def stop(self) -> None:
         """Ends a push at once; what was not published stays, and it is told where."""
@@ -193,7 +196,9 @@ def push_open(trainer: L.Trainer) -> Iterator[Callable[[Path], None]]:
         callback.stays_open = True
 
     def publish(export: Path) -> None:
+        top1 = trainer.callback_metrics.get("test/top1")
         for callback in callbacks:
+            callback.messages[export] = "Final export" + ("" if top1 is None else f": held-out top-1 {top1:.4f}")
             callback.finish(export)
 
     try:
@@ -210,16 +215,18 @@ class PushProcess:
     Args:
         options: Of `vidprism push`, but the folder.
         limit: Seconds that a push may take.
+        messages: Of the commits, by export; any other has the usual one.
     """
 
-    def __init__(self, options: list[str], limit: float):
-        self.options, self.limit = options, limit
+    def __init__(self, options: list[str], limit: float, messages: dict[Path, str] | None = None):
+        self.options, self.limit, self.messages = options, limit, {} if messages is None else messages
         self._process: subprocess.Popen | None = None
         self._noted: set[str] = set()  # each once, not with each push
 
     def __call__(self, folder: Path) -> str:
         """Pushes, and gives the last line: URL and commit."""
         command = [sys.executable, "-m", "vidprism_hf.hub.push", str(folder), *self.options]
+        command += ["--message", self.messages[folder]] if folder in self.messages else []
         environment = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "CUDA_VISIBLE_DEVICES": ""}
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         # A session of its own: Ctrl-C ends the run, which then ends this.
@@ -268,6 +275,15 @@ class Uploader:
         self._closed = self._stopped = False
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None  # while there is something to push
+
+    def take_over(self) -> None:
+        """Takes the newest export that a stopped run has left, as one whose push has failed; older ones go."""
+        left = sorted(self.folder.glob("epoch-*-step-*"), key=lambda path: path.stat().st_mtime_ns)
+        for old in left[:-1]:
+            self._remove(old)
+        if left:
+            self._failed = left[-1]
+            logger.warning("Not pushed before: %s; tried again at the end of training", self._failed)
 
     def submit(self, export: Path) -> None:
         """Takes an export over; an older one that still waits, or has failed, goes."""

@@ -30,10 +30,12 @@ def named_strategy(name: str | Strategy, accumulates: bool = False) -> str | Str
         accumulates: Whether gradients are accumulated over several batches.
 
     Raises:
-        UserError: If it is one whose weights cannot be exported.
+        UserError: If it is one whose weights cannot be exported, or that leaves nothing to evaluate.
     """
     if isinstance(name, str) and name.startswith("deepspeed_stage_3"):
         raise UserError(f"trainer.strategy={name}: leaves no whole weights to export; take fsdp, or deepspeed")
+    if isinstance(name, str) and name.startswith(("ddp_spawn", "ddp_fork", "ddp_notebook")):
+        raise UserError(f"trainer.strategy={name}: its processes keep their results to themselves; take ddp")
     if name == "ddp":
         # Every trained parameter gets a gradient in every step, which is all that a static graph asks for; but torch
         # does not support one whose first step has no communication.
@@ -76,10 +78,13 @@ class FullyShardedStrategy(ModelParallelStrategy):
         weights_only = True if weights_only is None else weights_only
         path = self.broadcast(checkpoint_path)
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
-        strict = self.lightning_module.strict_loading
+        strict, weights = self.lightning_module.strict_loading, checkpoint["state_dict"]
+        goes_on = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        if goes_on:  # of a run that kept an average, which this strategy does not
+            weights = checkpoint.get("current_model_state", weights)
         options = StateDictOptions(full_state_dict=True, strict=strict)
-        set_model_state_dict(self.model, dict(checkpoint["state_dict"]), options=options)
-        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+        set_model_state_dict(self.model, dict(weights), options=options)
+        if goes_on:
             for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
                 optimizer.load_state_dict(shared_state(optimizer, state))
         return checkpoint
