@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import lightning as L
+import yaml
 from lightning.pytorch.utilities import rank_zero_only
 from transformers import AutoConfig
 
@@ -133,7 +134,7 @@ def refresh_export(evaluation: Evaluation, export: Path) -> list[str]:
             files[path] = eval_results(evaluation.dataset_id, evaluation.values, notes, existing(export / path))
         for path, content in files.items():
             replace_file(export, path, content)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{export}: its card cannot be refreshed ({first_line(error)})") from error
     return list(files)
 

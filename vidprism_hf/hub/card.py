@@ -295,6 +295,9 @@ def eval_results(dataset_id: str, metrics: Mapping[str, float], notes: str | Non
         metrics: Its `top1` and `top5` are told.
         notes: How they were measured.
         existing: The file that there is; its entries of other tasks stay.
+
+    Raises:
+        ValueError: If that is no list of results.
     """
     entries = [
         EvalResultEntry(dataset_id=dataset_id, task_id=name, value=rounded(value), notes=notes)
@@ -303,7 +306,9 @@ def eval_results(dataset_id: str, metrics: Mapping[str, float], notes: str | Non
     ]
     tasks = {entry.task_id for entry in entries}
     known = yaml.safe_load(existing) or []
-    kept = [entry for entry in known if entry.get("dataset", {}).get("task_id") not in tasks]
+    if not isinstance(known, list) or not all(isinstance(entry, dict) for entry in known):
+        raise ValueError(f"{eval_results_path(dataset_id)} is no list of results")
+    kept = [entry for entry in known if (entry.get("dataset") or {}).get("task_id") not in tasks]
     return yaml.safe_dump(kept + eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True).encode()
 
 
