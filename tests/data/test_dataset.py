@@ -2,7 +2,6 @@
 
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from clips import greys, index_of, render
@@ -17,6 +16,7 @@ from vidprism_hf.data import (
     FileTable,
     load_processor,
 )
+from vidprism_hf.data.dataset import collate, example
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,15 @@ def test_evaluation_example_is_what_the_processor_makes_of_the_file(table, proce
         assert torch.equal(pixels, dataset[(7, index)]["pixel_values_videos"])
 
 
+def test_a_clip_that_fills_up_a_batch_does_not_count(table, processor, augmentation):
+    dataset = ClipDataset(table, ClipReader(processor, augmentation))
+    first, again = collate([dataset[(1, 0)]]), collate([dataset[(1, 0, False)]])
+    assert torch.equal(first["pixel_values_videos"], again["pixel_values_videos"])
+    assert (first["num_counted"], again["num_counted"]) == (1, 0)
+    lost = example(dataset.reader, None, 0, 0, [("0.mp4", 2, "is empty")], counts=False)
+    assert collate([lost])["num_unreadable"] == 0
+
+
 # --- order
 
 
@@ -105,20 +114,24 @@ def test_evaluation_takes_every_clip_once(num_clips, world, epoch):
 
 
 @settings(deadline=None)
-@given(**sizes, seed=st.integers(0, 99))
-def test_training_takes_every_clip_and_gives_all_processes_as_many(num_clips, world, epoch, seed):
-    sampler = ClipSampler(num_clips, training=True, seed=seed)
+@given(**sizes, seed=st.integers(0, 99), batch_size=st.integers(1, 5))
+def test_training_takes_every_clip_once_and_gives_all_processes_as_many_batches(
+    num_clips, world, epoch, seed, batch_size
+):
+    sampler = ClipSampler(num_clips, training=True, seed=seed, batch_size=batch_size)
     sampler.set_epoch(epoch)
     shares = [keys(sampler, rank, world) for rank in range(world)]
-    assert {len(share) for share in shares} == {-(-num_clips // world)}
-    assert {key[0] for share in shares for key in share} == {epoch}
-    counts = np.bincount([index for share in shares for _, index in share], minlength=num_clips)
-    assert counts.min() >= 1
+    batches = [[share[at : at + batch_size] for at in range(0, len(share), batch_size)] for share in shares]
+    alone = keys(sampler, 0, 1)
+    assert sorted(alone) == [(epoch, index) for index in range(num_clips)]
+    for step, together in enumerate(zip(*batches, strict=True)):
+        # Step by step the processes take together what one process would take alone, and what does not count.
+        counted = [key for batch in together for key in batch if len(key) == 2]
+        size = batch_size * world
+        assert sorted(counted) == sorted(alone[step * size : (step + 1) * size])
+        assert all(len(batch) == 1 for batch in together for key in batch if len(key) == 3)
     if num_clips >= world:
-        assert counts.max() <= 2
-    # Step by step the processes take together what one process would take alone.
-    together = [key for step in zip(*shares, strict=True) for key in step]
-    assert together[:num_clips] == keys(sampler, 0, 1)
+        assert all((*share[0], False) == key for share in shares for key in share if len(key) == 3)
 
 
 @settings(deadline=None)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,22 @@ import torch
 from clips import greys, render
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small import tiny_model, tiny_processor
+from small import files_of, tiny_model, tiny_processor
 
-from vidprism_hf.data import ClipAugmentation, ClipDataset, ClipReader, DataError, FileTable, normalize_clips
+from vidprism_hf.data import (
+    ClipAugmentation,
+    ClipDataset,
+    ClipReader,
+    DataError,
+    FileTable,
+    feature_shards,
+    normalize_clips,
+)
 from vidprism_hf.data import clip_contents as contents
 from vidprism_hf.data import feature_cache as module
 from vidprism_hf.data.feature_cache import FeatureCache, parse_size
 from vidprism_hf.data.frame_encoder import FrameEncoder, tower_digest
+from vidprism_hf.model import VideoDecodeError, decode_video
 
 LABELS = [0, 1, 0, 1, 0]
 
@@ -77,6 +87,10 @@ def cached(folder, tower, clips, limit="1GB", **more):
 
 def rows(clips, views=2):
     return torch.stack([clips[view, index]["frame_features"] for view in range(views) for index in range(len(clips))])
+
+
+def fail(error):
+    raise error
 
 
 def shards(folder):
@@ -254,7 +268,7 @@ def test_a_memo_that_is_damaged_costs_time_only(table, folder, model):
 
 
 def test_a_clip_that_changes_while_it_is_read_is_bad(table, folder, model, monkeypatch):
-    monkeypatch.setattr(module, "signature", lambda path: None)
+    monkeypatch.setattr("vidprism_hf.data.feature_part.signature", lambda path: None)
     items = cached(folder, Tower(model), evaluation(table))
     assert items[0]["bad_clips"] == [("0.mp4", 0, "changes while it is read")]
     assert not items[0]["readable"]
@@ -285,6 +299,71 @@ def test_a_shard_that_is_cut_off_is_found(table, folder, model, size):
     shard.write_bytes(shard.read_bytes()[:size])
     with pytest.warns(UserWarning, match="is damaged"):
         assert torch.equal(rows(cached(folder, Tower(model), evaluation(table)), 1), first)
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), PermissionError(13, "Permission denied")])
+@pytest.mark.parametrize("where", ["_keys", "file_hash"])
+def test_a_shard_that_cannot_be_read_is_kept(table, folder, model, monkeypatch, error, where):
+    cached(folder, Tower(model), evaluation(table))
+    (shard,) = shards(folder)
+    content = shard.read_bytes()
+    monkeypatch.setattr(feature_shards, where, lambda path: fail(error))
+    with pytest.raises(DataError, match=rf"{shard}: cannot be read \({error.strerror}\); look at the disk"):
+        cached(folder, Tower(model), evaluation(table))
+    assert shard.read_bytes() == content
+
+
+def test_a_shard_that_another_process_has_removed_is_no_damaged_one(table, folder, model, monkeypatch, recwarn):
+    first = rows(cached(folder, Tower(model), evaluation(table)), 1)
+    (shard,) = shards(folder)
+    monkeypatch.setattr(feature_shards, "file_hash", lambda path: shard.unlink() or fail(FileNotFoundError(2, "gone")))
+    tower = Tower(model)
+    assert torch.equal(rows(cached(folder, tower, evaluation(table)), 1), first)
+    assert tower.clips == len(table) + 1
+    assert not [warning for warning in recwarn if "damaged" in str(warning.message)]
+
+
+def test_only_shards_with_rows_that_are_needed_are_read(table, folder, model, monkeypatch):
+    monkeypatch.setattr(module, "SHARD_SECONDS", 0.0)
+    FeatureCache(folder, "1GB", Tower(model).encoder, batch_size=1).cached({"part": evaluation(table)})
+    assert len(shards(folder)) == len(table)
+    whole, read = feature_shards.file_hash, []
+    monkeypatch.setattr(feature_shards, "file_hash", lambda path: read.append(path.name) or whole(path))
+    tower = Tower(model)
+    drawn = cached(folder, tower, evaluation(table.select([4, 2])))
+    assert tower.clips == 0
+    assert len(read) == 3  # theirs, and that of the clip of zeros
+    assert torch.equal(rows(drawn, 1), rows(cached(folder, tower, evaluation(table)), 1)[[4, 2]])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_it_may_be_stopped_between_shards(table, folder, model, monkeypatch, workers):
+    monkeypatch.setattr(module, "SHARD_SECONDS", 0.0)
+    calls = []
+
+    def stop():
+        calls.append(len(shards(folder)))
+        if len(calls) == 2:
+            raise SystemExit(143)
+
+    with pytest.raises(SystemExit) as ended:
+        cached(folder, Tower(model), training(table), num_workers=workers, between_shards=stop)
+    assert ended.value.code == 143
+    assert calls == [1, 2]
+    assert not list(folder.rglob(".*.tmp"))
+    tower = Tower(model)
+    resumed = rows(cached(folder, tower, training(table)))
+    assert tower.clips == 2  # ten rows in batches of four
+    fresh = rows(cached(folder.with_name("fresh"), Tower(model), training(table)))
+    torch.testing.assert_close(resumed, fresh, rtol=1e-5, atol=1e-6)
+
+
+def test_it_may_be_stopped_while_another_run_fills_the_folder(table, folder, model, monkeypatch):
+    monkeypatch.setattr(module, "WAIT_SECONDS", 0.05)
+    folder.mkdir()
+    with module.FileLock(folder / ".lock"), pytest.raises(SystemExit):
+        cached(folder, Tower(model), evaluation(table), between_shards=lambda: fail(SystemExit(138)))
+    cached(folder, Tower(model), evaluation(table))
 
 
 @pytest.mark.parametrize("locked", [True, False])
@@ -364,7 +443,72 @@ def test_bad_clips_are_as_without_it(table, folder, model):
             assert one == two
         tower = Tower(model)
         cached(folder, tower, clips)
-        assert tower.clips <= 2 * 2  # the bad ones are tried again
+        assert tower.clips == 0
+
+
+@pytest.mark.parametrize("make", [training, evaluation])
+def test_what_is_known_to_be_bad_is_not_tried_again(table, folder, model, no_videos, monkeypatch, make):
+    """The folder may be read-only: nothing is locked or written."""
+    Path(table.video(2)).write_bytes(b"no video")
+    first = cached(folder, Tower(model), make(table))
+    before = files_of(folder)
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    no_videos()
+    monkeypatch.setattr(module, "FileLock", refuse)
+    monkeypatch.setattr(contents, "FileLock", refuse)
+    again = cached(folder, Tower(model), make(table))
+    assert files_of(folder) == before
+    for index in range(len(table)):
+        one, two = first[index], again[index]
+        assert torch.equal(one.pop("frame_features"), two.pop("frame_features"))
+        assert one == two
+    ((name, label, cause),) = again[2]["bad_clips"]
+    assert (name, label) == ("2.mp4", 0)
+    assert cause.startswith("is not a video")
+    with pytest.raises(DataError, match=r"cannot be used \(Permission denied\)"):
+        cached(folder, Tower(model, digest="other"), make(table))
+
+
+def test_known_bad_content_that_is_mended(table, folder, model):
+    whole = Path(table.video(2)).read_bytes()
+    Path(table.video(2)).write_bytes(b"no video")
+    assert not cached(folder, Tower(model), evaluation(table))[2]["readable"]
+    Path(table.video(2)).write_bytes(whole)
+    tower = Tower(model)
+    assert cached(folder, tower, evaluation(table))[2]["readable"]
+    assert tower.clips == 1
+
+
+@pytest.mark.parametrize("passing", ["time", "disk", "decoder"])
+def test_what_may_be_otherwise_next_time_is_tried_again(table, folder, model, monkeypatch, passing):
+    decode = decode_video
+
+    def failing(video, *args, **kwargs):
+        if video != table.video(2):
+            return decode(video, *args, **kwargs)
+        if passing == "time":
+            time.sleep(1.1)
+        try:
+            raise ValueError if passing != "disk" else OSError(5, "Input/output error")
+        except (ValueError, OSError) as error:
+            raise VideoDecodeError(f"{video}: bad", video, "bad") from error
+
+    clips = evaluation(table)
+    clips.reader.time_limit = 1.0
+    with monkeypatch.context() as patch:
+        patch.setattr("vidprism_hf.data.dataset.decode_video", failing)
+        assert cached(folder, Tower(model), clips)[2]["bad_clips"] == [("2.mp4", 0, "bad")]
+    if passing == "decoder":
+        tower = Tower(model)
+        assert not cached(folder, tower, evaluation(table))[2]["readable"]
+        assert tower.clips == 0
+        monkeypatch.setattr("vidprism_hf.data.feature_part.DECODER", "another")
+    tower = Tower(model)
+    assert cached(folder, tower, evaluation(table))[2]["readable"]
+    assert tower.clips == 1
 
 
 def test_an_unreadable_clip_has_the_features_of_zeros(table, folder, model):

@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc-per-node 2 strategy_runs.py FOLDER
 
-FOLDER holds `clips` and what a single process has left of the same runs.
+FOLDER holds `clips`, `eleven`, `nine`, and what a single process has left of the same runs.
 """
 
 import json
@@ -23,7 +23,8 @@ from vidprism_hf.data import VideoDataModule
 from vidprism_hf.training.strategies import named_strategy
 
 STRATEGIES = ("ddp", "fsdp")
-# Settings of the module and of the trainer. Eight clips, four a step; plain gradient descent where it is not adamw.
+# Settings of the module and of the trainer. Eight clips, or as many as are in FOLDERS, four a step; plain gradient
+# descent where it is not adamw.
 RUNS = {
     "step": ({"learning_rate": 1.0, "config": {"gate_loss_weight": 5.0}}, {"accumulate_grad_batches": 2}),
     "clipped": ({"learning_rate": 1.0}, {"limit_train_batches": 1, "gradient_clip_val": 0.1}),
@@ -35,7 +36,11 @@ RUNS = {
         {"limit_train_batches": 1},
     ),
     "adamw-resumed": ({"learning_rate": 1e-3}, {"max_epochs": 2}),  # from the single process's adamw
+    # Two processes have two clips and one in the last step, or one and none.
+    "uneven": ({"learning_rate": 0.3, "label_smoothing": 0.1, "config": {"gate_loss_weight": 5.0}}, {}),
+    "none-left": ({"learning_rate": 0.3, "config": {"gate_loss_weight": 5.0}}, {}),
 }
+FOLDERS = {"uneven": "eleven", "none-left": "nine"}
 # By the command line, with weights that stay as they are.
 STILL = (
     "--model.learning_rate=0",
@@ -88,11 +93,11 @@ def run(name: str, folder: Path, strategy: str = "auto", devices: int = 1, start
     """Does one of RUNS, with more settings of the trainer.
 
     Returns:
-        Its checkpoint; beside it, as .json, are the metrics of the last validation.
+        Its checkpoint; beside it, as .json, are the metrics of the last validation and the losses of the last step.
     """
     settings = {"max_epochs": 1, **RUNS[name][1], **more}
     data = VideoDataModule(
-        str(folder / "clips"),
+        str(folder / FOLDERS.get(name, "clips")),
         processor="tiny",
         num_frames=NUM_FRAMES,
         batch_size=4 // devices,
@@ -119,7 +124,7 @@ def run(name: str, folder: Path, strategy: str = "auto", devices: int = 1, start
     left = folder / f"{name}-{strategy}.ckpt"
     trainer.save_checkpoint(left)
     if trainer.is_global_zero:
-        metrics = {key: value.item() for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
+        metrics = {key: value.item() for key, value in trainer.callback_metrics.items()}
         left.with_suffix(".json").write_text(json.dumps(metrics))
     return left
 

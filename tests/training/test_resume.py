@@ -192,7 +192,7 @@ def test_settings_that_change_no_training_are_taken(stopped):
     changes = {"data__num_workers": 7, "data__max_bad_fraction": 0.5, "trainer__log_every_n_steps": 3}
     start = begin_again(stopped, **changes)
     assert start.checkpoint == str(stopped / "checkpoints" / "last.ckpt")
-    assert start.data == {"epoch": 1, "batches": 2, "bad": False}
+    assert start.data.items() >= {"epoch": 1, "batches": 2, "bad": False}.items()
     # The order of a stream depends on its readers.
     with pytest.raises(UserError, match=r"data\.num_workers 0, now 7"):
         begin_again(stopped, data__num_workers=7, data__streaming=True)

@@ -68,6 +68,9 @@ def results(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("strategies")
     motion_folder(folder / "clips", train=4, val=3)
     (folder / "clips" / "val" / "growing" / "2.mp4").unlink()  # five held-out clips, of which processes get 3 and 2
+    for name, count in (("eleven", 6), ("nine", 5)):
+        motion_folder(folder / name, train=count, val=1)
+        (folder / name / "train" / "growing" / "0.mp4").unlink()
     run_all(folder)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     start([*launcher, str(Path(__file__).with_name("strategy_runs.py")), str(folder)])
@@ -107,7 +110,9 @@ exact = pytest.mark.parametrize("name", [name for name in RUNS if name != "half"
 @both
 @exact
 def test_two_processes_train_what_one_does(results, name, strategy):
-    """The same global batches: gradients, also clipped by their common norm, the balance of all clips, and AdamW."""
+    """The same global batches, uneven ones too: gradients, also clipped by their common norm, the balance of all clips,
+    and AdamW.
+    """
     alone, shared = (weights(results / f"{name}-{kind}.ckpt") for kind in ("auto", strategy))
     assert largest_difference(alone, shared) < 1e-5 < 1e-4 < largest_difference(alone, first_weights(name))
 
@@ -128,11 +133,14 @@ def test_half_precision_of_two_processes(results, strategy):
 @both
 @exact
 def test_two_processes_find_the_same_metrics(results, name, strategy):
-    """Of held-out clips that do not divide evenly: each counts once, in means as in accuracies."""
+    """Of held-out clips that do not divide evenly each counts once, in means as in accuracies; so in the last step's
+    losses.
+    """
     alone, shared = (json.loads((results / f"{name}-{kind}.json").read_text()) for kind in ("auto", strategy))
     for of_batches in ("val/gate_loss", "val/loss"):  # which are others
         alone.pop(of_batches), shared.pop(of_batches)
     assert {"val/top1", "val/classification_loss", "val/rank_loss", "val/expert_1_rate_4_weight"} <= alone.keys()
+    assert {"train/loss", "train/classification_loss", "train/gate_loss"} <= alone.keys()
     assert shared == pytest.approx(alone, abs=1e-4)
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import printable
+from .clip_contents import write_whole
 from .tables import DataError
 
 FILE_NAME = "bad_clips.csv"
@@ -104,13 +104,12 @@ class ClipCounts:
 
 def write_bad_clips(clips: Iterable[BadClip], path: Path) -> None:
     """Writes the list as CSV: split, name, label, cause."""
-    beside = path.with_name(path.name + ".tmp")
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(("split", "name", "label", "cause"))
+    writer.writerows((clip.split, clip.name, clip.label, clip.cause) for clip in clips)
     # File names may hold bytes that are no text.
-    with open(beside, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(("split", "name", "label", "cause"))
-        writer.writerows((clip.split, clip.name, clip.label, clip.cause) for clip in clips)
-    os.replace(beside, path)
+    write_whole(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def bad_clip_table(clips: list[BadClip], most: int = 20) -> str:

@@ -30,6 +30,7 @@ from filelock import FileLock
 
 from .benchmark_lists import Absent, Lists, find_hmdb51, find_k400, find_ssv2, find_ucf101
 from .benchmark_parts import DOWNLOADS, HubPart, Part, WebArchives, WebFiles, fetch_part, hmdb51_lists, unfinished
+from .clip_contents import write_whole
 from .download import say
 from .folder import VIDEO_EXTENSIONS
 from .lists import scan_lists
@@ -290,12 +291,7 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8", errors="surrogateescape")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_whole(path, text.encode("utf-8", "surrogateescape"))
 
 
 _UCF101_HUB = {"repo": "quchenyuan/UCF101-ZIP"}

@@ -3,12 +3,11 @@
 import inspect
 import re
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig
@@ -17,7 +16,10 @@ from ..errors import first_line
 from ..model import VISION_PRESETS, VidPrismConfig, VidPrismVideoProcessor
 from .dataset import ClipDataset, ClipReader, ClipSampler, collate
 from .demo import DEMO_CLASSES, demo_folder
-from .feature_cache import CachedClips, FeatureCache, parse_size
+from .epoch_place import check_same_clips, fingerprint, go_on
+from .feature_cache import FeatureCache, parse_size
+from .feature_part import CachedClips
+from .ranks import gathered
 from .sources import DEMO, check_source, describe_split, open_source, source_name
 from .streamed_clips import StreamedClips
 from .tables import ClipSplits, ClipTable, DataError, stable_hash
@@ -37,10 +39,10 @@ MIRROR_WORDS = frozenset(
 class VideoDataModule(L.LightningDataModule):
     """Clips of any source as batches for training and evaluation.
 
-    Batches are dicts of `pixel_values_videos` (B, T, 3, H, W), `labels` (B,), `clip_index` (B,), `readable` (B,)
-    and `bad_clips`, a list of notes: see ClipDataset. Pixels are uint8 until they are on the device and
-    become normalised floats there. In testing with several views pixels are (B, views, T, 3, H, W). With mixup or
-    cutmix training batches also hold `soft_labels` (B, K).
+    Batches are dicts of `pixel_values_videos` (B, T, 3, H, W), `labels` (B,), `clip_index` (B,), `readable` (B,),
+    `bad_clips`, a list of notes, and two numbers, of clips that count and of unreadable ones: see ClipDataset and
+    collate. Pixels are uint8 until they are on the device and become normalised floats there. In testing with several
+    views pixels are (B, views, T, 3, H, W). With mixup or cutmix training batches also hold `soft_labels` (B, K).
 
     Args:
         source: Folder with train/<class>/ and val/<class>/, or with <class>/ and a rule that holds clips out; the
@@ -232,32 +234,56 @@ class VideoDataModule(L.LightningDataModule):
         epoch = self.trainer.fit_loop.epoch_progress.current.processed if self.trainer is not None else 0
         begin, self._begin = self._begin, None
         if begin is None or begin["epoch"] < epoch:
-            begin = {"epoch": epoch, "batches": 0, "bad": False}
+            begin = {"epoch": epoch, "batches": 0, "bad": False, "divided": self._divided}
+        batches, said, exact = self._go_on(begin)
+        if said:
+            (rank_zero_info if exact else rank_zero_warn)(said)
         if self.hparams.streaming:
-            loader.dataset.begin(begin["epoch"], begin["batches"], again=begin["bad"])
+            loader.dataset.begin(begin["epoch"], batches, again=begin["bad"])
             self._bad_epoch = begin["epoch"] if begin["bad"] else -1
         else:
-            loader.sampler.begin(begin["epoch"], begin["batches"] * self.hparams.batch_size)
+            loader.sampler.begin(begin["epoch"], batches * self.hparams.batch_size)
         return loader
 
     def state_dict(self) -> dict[str, Any]:
         """Where the training is: the epoch, how many of its batches each process has had, and whether a clip was bad
-        among them.
+        among them; and by what a run finds out whether that is the same place for it.
         """
         loop = self.trainer.fit_loop
         epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current.processed
         within = epochs.started > epochs.processed
-        bad = within and self._bad_epoch == epochs.processed
-        if dist.is_available() and dist.is_initialized():
-            told = [None] * dist.get_world_size()
-            dist.all_gather_object(told, bad)
-            bad = any(told)
-        return {"epoch": epochs.processed, "batches": batches if within else 0, "bad": bad}
+        bad = any(gathered(within and self._bad_epoch == epochs.processed))
+        place = {"epoch": epochs.processed, "batches": batches if within else 0, "bad": bad}
+        return {**place, "divided": self._divided, **self._fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Lets the next training begin there; a test, which loads checkpoints too, changes nothing."""
+        """Lets the next training begin there; a test, which loads checkpoints too, changes nothing.
+
+        Raises:
+            DataError: If the labels or the training clips are others.
+        """
         if self.trainer is None or self.trainer.state.fn == "fit":
+            check_same_clips(self.hparams.source, state_dict, self._fingerprint)
             self._begin = state_dict
+
+    def batches_had(self, state_dict: dict[str, Any]) -> int:
+        """How many batches, as this run makes them, each process leaves out of the epoch in which a run was stopped."""
+        return self._go_on(state_dict)[0]
+
+    def _go_on(self, place: dict[str, Any]) -> tuple[int, str, bool]:
+        harmless = () if self.hparams.streaming else ("processes", "batch_size")
+        return go_on(place["batches"], place["divided"], self._divided, self.num_clips["train"], harmless)
+
+    @property
+    def _divided(self) -> dict[str, int]:
+        """How an epoch is divided, and what its order depends on."""
+        world = self.trainer.world_size if self.trainer is not None else 1
+        names = ("batch_size", "seed", *(["num_workers"] if self.hparams.streaming else []))
+        return {"processes": world} | {name: self.hparams[name] for name in names}
+
+    @cached_property
+    def _fingerprint(self) -> dict[str, Any]:
+        return fingerprint(self.splits)
 
     def val_dataloader(self) -> DataLoader:
         """Every held-out clip once, in one view, as the processor makes it."""
@@ -357,7 +383,7 @@ class VideoDataModule(L.LightningDataModule):
             clips, sampler = StreamedClips(getattr(self.splits, split), self._reader(part)), None
         else:
             clips = self._clips(part)
-            sampler = ClipSampler(len(clips), training=split == "train", seed=hparams.seed)
+            sampler = ClipSampler(len(clips), split == "train", hparams.seed, hparams.batch_size)
         if hparams.feature_cache:
             clips, workers = self._cached_clips(part), 0  # to hand features over would take longer than to read them
         return DataLoader(
@@ -389,8 +415,11 @@ class VideoDataModule(L.LightningDataModule):
         if (*key, part) not in self._cached:
             parts = ("train", "val", "test")[: 2 + several] if self.trainer.state.fn == "fit" else (part,)
             settings = hparams.feature_cache_limit, encoder, hparams.batch_size, hparams.num_workers
-            found = FeatureCache(hparams.feature_cache, *settings).cached({name: self._clips(name) for name in parts})
-            self._cached = {(*key, name): clips for name, clips in found.items()}
+            # A callback that takes note of signals may end the run in between.
+            callbacks = (getattr(callback, "between_shards", None) for callback in self.trainer.callbacks)
+            cache = FeatureCache(hparams.feature_cache, *settings, next(filter(None, callbacks), None))
+            found = cache.cached({name: self._clips(name) for name in parts})
+            self._cached |= {(*key, name): clips for name, clips in found.items()}
         return self._cached[(*key, part)]
 
 

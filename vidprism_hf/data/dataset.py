@@ -4,6 +4,7 @@ What an example looks like follows from the seed, the epoch and the clip's name 
 number of workers or processes and whichever clips share its batch.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.utils.data import Dataset, default_collate
 from torch.utils.data.distributed import DistributedSampler
 
 from ..model import VideoDecodeError, VidPrismVideoProcessor, decode_video
 from .bad_clips import Note
+from .ranks import rank_and_world
 from .sampling import FrameSampling
 from .tables import ClipTable, stable_hash
 from .time_limit import TimeLimit
@@ -103,13 +104,14 @@ class ClipReader:
 
 
 class ClipDataset(Dataset):
-    """Map-style dataset of clips, keyed by (epoch, index) or by index, which means epoch 0.
+    """Map-style dataset of clips, keyed as `ClipSampler` does it, or by index, which means epoch 0.
 
     Items are dicts of
     - `pixel_values_videos`: uint8 of the reader's shape;
     - `labels`: the class index;
     - `clip_index`: the row of the table that the pixels are from;
     - `readable`: False where there are no pixels but zeros;
+    - `counts`: False where the key says that the clip only fills up a batch;
     - `bad_clips`: what could not be decoded on the way, as (name, class index, cause).
 
     In training a clip that cannot be decoded is replaced by another of its class, which seed, epoch and index
@@ -128,12 +130,13 @@ class ClipDataset(Dataset):
         self.train_views = train_views
         # Of this process: a clip that hangs is not tried anew each epoch.
         self._causes: dict[int, str] = {}
+        self._lasting: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
+    def __getitem__(self, key: int | tuple) -> dict[str, Any]:
+        epoch, index, *counts = key if isinstance(key, tuple) else (0, key)
         training = self.reader.augmentation is not None
         view = (epoch % self.train_views if self.train_views else epoch) if training else 0
         pixels, bad, chosen = None, [], index
@@ -142,17 +145,25 @@ class ClipDataset(Dataset):
             if pixels is not None:
                 break
         shown = index if pixels is None else chosen
-        return example(self.reader, pixels, int(self.table.labels[index]), int(shown), bad)
+        return example(self.reader, pixels, int(self.table.labels[index]), int(shown), bad, all(counts))
 
     def read(self, index: int, view: int, bad: list[Note]) -> torch.Tensor | None:
         """The pixels of a clip, or None and an entry in `bad`."""
         if index not in self._causes:
+            start = time.monotonic()
             try:
                 return self._load(index, view)
             except VideoDecodeError as error:
                 self._causes[index] = error.cause or str(error)
+                limit, elsewhere = self.reader.time_limit, isinstance(error.__context__, (OSError, MemoryError))
+                if not elsewhere and (limit is None or time.monotonic() - start < limit):
+                    self._lasting.add(index)
         bad.append((self.table.name(index), int(self.table.labels[index]), self._causes[index]))
         return None
+
+    def is_lasting(self, index: int) -> bool:
+        """Whether what was bad about a clip is its content, not the time that it took, the disk or the memory."""
+        return index in self._lasting
 
     def _load(self, index: int, view: int) -> torch.Tensor:
         # By name: a clip looks the same in a few-shot draw or another fold, where it has another index.
@@ -168,7 +179,12 @@ class ClipDataset(Dataset):
 
 
 def example(
-    reader: ClipReader, pixels: torch.Tensor | None, label: int, clip_index: int, bad: list[Note]
+    reader: ClipReader,
+    pixels: torch.Tensor | None,
+    label: int,
+    clip_index: int,
+    bad: list[Note],
+    counts: bool = True,
 ) -> dict[str, Any]:
     """One item of a dataset; zeros take the place of pixels that are not there."""
     return {
@@ -176,37 +192,46 @@ def example(
         "labels": label,
         "clip_index": clip_index,
         "readable": pixels is not None,
+        "counts": counts,
         "bad_clips": bad,
     }
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Batches items; `bad_clips` of all of them become one list, and `num_unreadable` a number on the host."""
+    """Batches items; `bad_clips` of all of them become one list.
+
+    Numbers on the host are `num_counted`, the clips that count, and `num_unreadable`, those of them without pixels.
+    """
     bad = [entry for item in items for entry in item["bad_clips"]]
-    unreadable = sum(not item["readable"] for item in items)
-    batch = default_collate([{key: value for key, value in item.items() if key != "bad_clips"} for item in items])
-    return batch | {"bad_clips": bad, "num_unreadable": unreadable}
+    counted = [item for item in items if item["counts"]]
+    unreadable = sum(not item["readable"] for item in counted)
+    of_batch = ("bad_clips", "counts")
+    batch = default_collate([{key: value for key, value in item.items() if key not in of_batch} for item in items])
+    return batch | {"bad_clips": bad, "num_counted": len(counted), "num_unreadable": unreadable}
 
 
 # A DistributedSampler by type, so that Lightning never divides an already divided order once more.
 class ClipSampler(DistributedSampler):
     """Yields the (epoch, index) keys of this process.
 
-    In training the order is shuffled anew each epoch and wrapped to a multiple of the number of processes, as
-    all must take the same number of steps. In evaluation each clip comes exactly once over all processes, in
-    order, so their shares may differ by one clip. Rank and number of processes are read when they are needed:
-    they are not known yet when a data module is built.
+    Each clip comes exactly once over all processes, so their shares may differ by one clip: in evaluation in the
+    table's order, in training in one that is shuffled anew each epoch. There all processes take the same number of
+    batches. One that would have none where others have their last gets its first clip once more, as (epoch, index,
+    False): it does not count. Rank and number of processes are read when they are needed: they are not known yet
+    when a data module is built.
 
     Args:
         num_clips: Clips in the dataset.
-        training: Whether to shuffle and wrap.
+        training: Whether to shuffle, and to give each process as many batches.
         seed: Seed of the shuffle.
+        batch_size: Clips that the loader makes a batch of.
     """
 
-    def __init__(self, num_clips: int, training: bool, seed: int = 0):
+    def __init__(self, num_clips: int, training: bool, seed: int = 0, batch_size: int = 1):
         super().__init__(range(num_clips), num_replicas=1, rank=0, shuffle=training, seed=seed)
         self.num_clips = num_clips
         self.training = training
+        self.batch_size = batch_size
         self._begun = (0, 0)
 
     def begin(self, epoch: int, keys: int = 0) -> None:
@@ -215,23 +240,20 @@ class ClipSampler(DistributedSampler):
         self._begun = (epoch, keys)
 
     def __len__(self) -> int:
-        rank, world = _rank_and_world()
+        rank, world = rank_and_world()
+        return len(range(rank, self.num_clips, world)) + self._lacks_a_batch(rank, world)
+
+    def __iter__(self) -> Iterator[tuple]:
+        rank, world = rank_and_world()
+        order, epoch = np.arange(self.num_clips), self.epoch
         if self.training:
-            return -(-self.num_clips // world)
-        return len(range(rank, self.num_clips, world))
+            order = np.random.default_rng(stable_hash("order", self.seed, epoch)).permutation(order)
+        keys: list[tuple] = [(epoch, index) for index in order[rank::world].tolist()]
+        if self._lacks_a_batch(rank, world):
+            keys.append((epoch, int(order[rank % self.num_clips]), False))
+        return iter(keys[self._begun[1] if epoch == self._begun[0] else 0 :])
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        rank, world = _rank_and_world()
-        order = np.arange(self.num_clips)
-        if self.training:
-            order = np.random.default_rng(stable_hash("order", self.seed, self.epoch)).permutation(order)
-            order = np.resize(order, len(self) * world)  # repeats from the start
-        epoch = self.epoch
-        first = self._begun[1] if epoch == self._begun[0] else 0
-        return ((epoch, index) for index in order[rank::world][first:].tolist())
-
-
-def _rank_and_world() -> tuple[int, int]:
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+    def _lacks_a_batch(self, rank: int, world: int) -> bool:
+        """Whether this process's clips make fewer batches of training than those of the first, which has most."""
+        own, most = (len(range(first, self.num_clips, world)) for first in (rank, 0))
+        return self.training and own < most and own % self.batch_size == 0

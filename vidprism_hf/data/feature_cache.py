@@ -8,45 +8,47 @@ anew, and the old rows stay for whoever still has use for them:
     <folder>/contents.json               hashes of files, remembered (clip_contents.py)
     <folder>/train-<hash>/about.json     what its rows have in common, to be read by people
     <folder>/train-<hash>/*.safetensors  rows (feature_shards.py)
+    <folder>/train-<hash>/bad.json       clips that cannot be decoded (feature_part.py)
     <folder>/test-<hash>/...
 
-Runs may use one folder at the same time: one fills it while others wait. The processes of a run fill it together.
-Clips that cannot be decoded are not kept: each run tries them once more. A clip of which one view cannot be decoded
-counts as bad in all.
+Runs may use one folder at the same time: one fills it while others wait. The processes of a run fill it together,
+shard by shard, and may be stopped after each. Clips whose content cannot be decoded are known from then on; those that
+took too long, or could not be read, are tried once more by each run. A clip of which one view cannot be decoded counts
+as bad in all.
 """
 
-import hashlib
 import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from .bad_clips import Note
-from .clip_contents import ContentHashes, Signature, signature, write_whole
-from .dataset import ClipDataset, collate, example
+from .clip_contents import ContentHashes, Signature, write_whole
+from .dataset import ClipDataset, collate
+from .feature_part import BLANK, CHANGES, CachedClips, Part, Pixels, row_hash
 from .feature_shards import SUFFIX, ShardFolder
 from .frame_encoder import FrameEncoder
 from .ranks import Ranks
 from .tables import DataError
+from .workers import shield_worker
 
 # To be raised by whoever changes what the tower sees of a clip: decoding, sampling of frames, transforms.
 FORMAT = 1
 # A shard is written when it has come to this size or age.
 SHARD_BYTES = 64 * 2**20
-SHARD_SECONDS = 60.0
-# The key of a clip of zeros, whose features stand for those of a clip that cannot be decoded.
-BLANK = "blank"
+SHARD_SECONDS = 20.0  # no more: clusters give a job 30 seconds to leave
+WAIT_SECONDS = 5.0  # for another run, before the signals are looked at
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -68,111 +70,18 @@ def size_text(size: int) -> str:
     return f"{size / UNITS[unit]:.4g} {unit}"
 
 
-class CachedClips(ClipDataset):
-    """The examples of a `ClipDataset`, with `frame_features` in the place of pixels: (T', D), or (views, T', D).
-
-    Args:
-        clips: The examples with pixels.
-        shards: Where the features are.
-        places: Shard and row for each view and clip, (views, N, 2).
-        blank: Features of a clip of zeros.
-        causes: Why clips are bad, by index; they have no places.
-    """
-
-    def __init__(
-        self, clips: ClipDataset, shards: ShardFolder, places: np.ndarray, blank: torch.Tensor, causes: dict[int, str]
-    ):
-        super().__init__(clips.table, clips.reader, clips.train_views)
-        self._shards, self._places, self._blank, self._causes = shards, places, blank, causes
-
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
-        item = super().__getitem__(key)
-        features = item.pop("pixel_values_videos")
-        return item | {"frame_features": features if item["readable"] else self._blank}
-
-    def _load(self, index: int, view: int) -> torch.Tensor:
-        return self._shards.row(*self._places[view, index].tolist())
-
-
-@dataclass
-class Part:
-    """Clips of a run, in the views that it takes of them.
+class Computed(NamedTuple):
+    """What a process has computed.
 
     Attributes:
-        clips: The clips.
-        about: What all rows have in common.
-        shards: Where the rows are.
-        contents: Hash and signature of each clip.
-        keys: Key of each clip's rows, one for each training view; the views of an evaluation are in one row. None
-            where the clip cannot be read.
-        places: Shard and row of each key that is there.
-        whole: Shards that have been checked.
+        shard: Where the rows are; None if there are none.
         causes: Why clips are bad, by index.
+        lasting: The causes that lie in what clips hold, by the keys of the rows.
     """
 
-    clips: ClipDataset
-    about: dict[str, Any]
-    shards: ShardFolder
-    contents: list[tuple[str | None, Signature | None]]
-    keys: list[list[str | None]] = field(init=False)
-    places: dict[str, tuple[int, int]] = field(default_factory=dict)
-    whole: set[str] = field(default_factory=set)
-    causes: dict[int, str] = field(default_factory=dict)
-
-    def __post_init__(self):
-        self.keys = [
-            [content and _hash(content, *drawn) for drawn in self._draws(index)]
-            for index, (content, _) in enumerate(self.contents)
-        ]
-
-    def _draws(self, index: int) -> list[tuple]:
-        """What tells the rows of a clip from each other."""
-        reader = self.clips.reader
-        if reader.augmentation is None:
-            return [()]
-        return [(reader.seed, view, self.clips.table.name(index)) for view in range(self.clips.train_views)]
-
-    def missing(self) -> list[tuple[int, int]]:
-        """Clips and views to compute, the views of a clip one after the other."""
-        return [
-            (index, view)
-            for index, keys in enumerate(self.keys)
-            for view, key in enumerate(keys)
-            if key not in self.places
-        ]
-
-    def cached(self) -> CachedClips:
-        """The clips with features, which must be there."""
-        places = np.full((len(self.keys[0]), len(self.keys), 2), -1, dtype=np.int32)
-        for index, keys in enumerate(self.keys):
-            if index not in self.causes:
-                places[:, index] = [self.places[key] for key in keys]
-        return CachedClips(self.clips, self.shards, places, self.shards.row(*self.places[BLANK]), self.causes)
-
-
-def _hash(*parts: object) -> str:
-    text = "\0".join(map(str, parts)).encode("utf-8", "surrogateescape")
-    return hashlib.blake2b(text, digest_size=16).hexdigest()
-
-
-class _Pixels(Dataset):
-    """Pixels of the clips and views whose features are to be computed."""
-
-    def __init__(self, part: Part, rows: Sequence[tuple[int, int]]):
-        self.clips = part.clips
-        self.rows = [(*row, *part.contents[row[0]]) for row in rows]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        index, view, content, found = self.rows[number]
-        table, bad = self.clips.table, list[Note]()
-        pixels, label = self.clips.read(index, view, bad), int(table.labels[index])
-        # What was hashed must be what was decoded.
-        if pixels is not None and (content is None or (found and signature(table.video(index)) != found)):
-            pixels, bad = None, [(table.name(index), label, "changes while it is read")]
-        return example(self.clips.reader, pixels, label, index, bad)
+    shard: str | None
+    causes: dict[int, str]
+    lasting: dict[str, str]
 
 
 class FeatureCache:
@@ -184,6 +93,8 @@ class FeatureCache:
         encoder: The tower.
         batch_size: Videos of one view that go through the tower together.
         num_workers: Processes that decode.
+        between_shards: Called on each process when all have written a shard, and on the first now and then while
+            another run fills the folder. It may raise SystemExit, which ends all processes and leaves the folder whole.
     """
 
     def __init__(
@@ -193,9 +104,11 @@ class FeatureCache:
         encoder: FrameEncoder,
         batch_size: int,
         num_workers: int = 0,
+        between_shards: Callable[[], None] | None = None,
     ):
         self.folder, self.limit, self.encoder = Path(folder), limit, encoder
         self.batch_size, self.num_workers = batch_size, num_workers
+        self._between_shards = between_shards or (lambda: None)
 
     def cached(self, wanted: dict[str, ClipDataset]) -> dict[str, CachedClips]:
         """The examples of some parts of a run with features; those that are not there are computed.
@@ -207,6 +120,7 @@ class FeatureCache:
 
         Raises:
             DataError: If the folder cannot be used, or would outgrow its limit.
+            SystemExit: If `between_shards` does.
         """
         try:
             with Ranks.running() as ranks:
@@ -224,14 +138,18 @@ class FeatureCache:
     def _part(self, clips: ClipDataset, ranks: Ranks) -> Part:
         about = self._about(clips)
         kind = "train" if clips.reader.augmentation else "test"
-        folder = self.folder / f"{kind}-{_hash(json.dumps(about, sort_keys=True))}"
+        folder = self.folder / f"{kind}-{row_hash(json.dumps(about, sort_keys=True))}"
         hashes = ContentHashes(self.folder / "contents.json", clips.reader.time_limit)
+        contents: list[tuple[str | None, Signature | None]] = [(None, None)] * len(clips)
         share = ranks.share(range(len(clips)))
-        contents: list[Any] = [None] * len(clips)
         for rank, found in enumerate(ranks.gather(lambda: [hashes(clips.table.video(index)) for index in share])):
             contents[rank :: ranks.world] = found
         hashes.save()
-        return Part(clips, about, ShardFolder(folder), contents)
+        unread = [index for index in share if contents[index][0] is None]
+        causes: dict[int, str] = {}
+        for told in ranks.gather(lambda: {index: _why_unread(clips, index) for index in unread}):
+            causes |= told
+        return Part(clips, about, ShardFolder(folder), contents, causes)
 
     def _about(self, clips: ClipDataset) -> dict[str, Any]:
         """All that decides about features but the clips and what is drawn for each."""
@@ -256,16 +174,19 @@ class FeatureCache:
         return all(BLANK in part.places and not part.missing() for part in parts.values())
 
     def _open(self, part: Part, ranks: Ranks) -> None:
-        """Checks the shards that are new, opens the whole ones and removes the others."""
-        names = [name for name in ranks.first(part.shards.names) if name not in part.whole]
-        share = ranks.share(names)
-        whole = set().union(*ranks.gather(lambda: {name for name in share if part.shards.is_whole(name)}))
-        damaged = sorted(set(names) - whole)
+        """Opens the new shards with rows that are needed, and removes those of them that are damaged."""
+        part.learn(ranks.first(part.known_causes))
+        names = [name for name in ranks.first(part.shards.names) if name not in part.seen]
+        share, needed = ranks.share(names), part.needed()
+        checks: dict[str, bool | None] = {}
+        for told in ranks.gather(lambda: {name: part.shards.check(name, needed) for name in share}):
+            checks |= told
+        damaged = sorted(name for name, whole in checks.items() if whole is False)
         for name in damaged:
             rank_zero_warn(f"Feature cache: {part.shards.folder / name} is damaged; what it held is computed anew")
         ranks.first(lambda: part.shards.remove(damaged))
-        part.places |= part.shards.open(sorted(whole))
-        part.whole |= whole
+        part.places |= part.shards.open(sorted(name for name, whole in checks.items() if whole))
+        part.seen |= checks.keys() - set(damaged)
 
     def _fill(self, parts: dict[str, Part], ranks: Ranks) -> None:
         """Computes what is missing, while no other run does."""
@@ -286,7 +207,10 @@ class FeatureCache:
             lock.acquire(timeout=0)
         except Timeout:
             rank_zero_info(f"Feature cache {self.folder}: another run fills it; waiting")
-            lock.acquire()
+        while not lock.is_locked:
+            self._between_shards()
+            with suppress(Timeout):
+                lock.acquire(timeout=WAIT_SECONDS)
 
     def _blank(self, part: Part) -> torch.Tensor:
         if BLANK in part.places:
@@ -328,10 +252,13 @@ class FeatureCache:
         """Computes the rows that a part lacks, each process its share."""
         ranks.first(lambda: self._prepare(part))
         new = {BLANK: blank} if ranks.rank == 0 and BLANK not in part.places else {}
-        share = ranks.share(part.missing())
-        for names, causes in ranks.gather(lambda: self._compute(name, part, share, new)):
-            part.places |= part.shards.open(names)
-            part.causes |= causes
+        with closing(self._compute(name, part, ranks.share(part.missing()), new)) as shards:
+            while any(told := ranks.gather(lambda: next(shards, None))):
+                for computed in filter(None, told):
+                    part.places |= part.shards.open(filter(None, [computed.shard]))
+                    part.causes |= computed.causes
+                    ranks.first(partial(part.keep_causes, computed.lasting))
+                ranks.gather(self._between_shards)
 
     def _prepare(self, part: Part) -> None:
         folder = part.shards.folder
@@ -341,32 +268,44 @@ class FeatureCache:
 
     def _compute(
         self, name: str, part: Part, rows: list[tuple[int, int]], new: dict[str, torch.Tensor]
-    ) -> tuple[list[str], dict[int, str]]:
-        """Computes rows and writes them; returns the shards, and why clips are bad."""
-        names, causes, done, since = [], {}, 0, time.monotonic()
+    ) -> Iterator[Computed]:
+        """Computes rows and writes them, and tells each shard."""
+        causes, lasting, done, since = {}, {}, 0, time.monotonic()
         views = part.clips.reader.num_clips * part.clips.reader.num_crops
         loader = DataLoader(
-            _Pixels(part, rows),
+            Pixels(part, rows),
             batch_size=max(1, self.batch_size // views),
             num_workers=self.num_workers,
             collate_fn=collate,
+            worker_init_fn=shield_worker,
             generator=torch.Generator(),  # what the head draws later must not depend on how much is computed here
         )
         order = iter(rows)
         for batch in loader:
             features, readable = self._features(batch["pixel_values_videos"]), batch["readable"].tolist()
             reasons = iter(batch["bad_clips"])
-            for row, good, (index, view) in zip(features, readable, order, strict=False):
+            for row, good, lasts, (index, view) in zip(
+                features, readable, batch["lasting"].tolist(), order, strict=False
+            ):
+                key = part.keys[index][view]
                 if good:
-                    new[part.keys[index][view]] = row
-                else:
-                    causes[index] = next(reasons)[2]
+                    new[key] = row
+                    continue
+                causes[index] = next(reasons)[2]
+                if lasts:
+                    lasting[key] = causes[index]
             done += len(features)
             held = sum(row.nbytes for row in new.values())
-            if new and (held >= SHARD_BYTES or time.monotonic() - since >= SHARD_SECONDS):
-                names.append(part.shards.write(new))
-                new, since = {}, time.monotonic()
+            if held >= SHARD_BYTES or time.monotonic() - since >= SHARD_SECONDS:
+                yield Computed(part.shards.write(new) if new else None, causes, lasting)
+                new, causes, lasting, since = {}, {}, {}, time.monotonic()
                 rank_zero_info(f"Feature cache: {name} {done} of {len(rows)}")
-        if new:
-            names.append(part.shards.write(new))
-        return names, causes
+        if new or causes:
+            yield Computed(part.shards.write(new) if new else None, causes, lasting)
+
+
+def _why_unread(clips: ClipDataset, index: int) -> str:
+    """Why a clip has no hash, in the words of a run without the cache."""
+    bad: list[Note] = []
+    clips.read(index, 0, bad)
+    return bad[0][2] if bad else CHANGES

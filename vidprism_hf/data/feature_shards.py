@@ -6,8 +6,10 @@ renamed, so that a process that dies loses the one that it was writing, and two 
 """
 
 import hashlib
+import json
+import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from .clip_contents import file_hash, write_whole
+from .tables import DataError
 
 SUFFIX = ".safetensors"
 ABANDONED = 3600  # seconds after which a file that was never renamed is taken for a dead process's
@@ -36,12 +39,27 @@ class ShardFolder:
         """The shards that are there."""
         return sorted(path.name for path in self.folder.glob(f"[!.]*{SUFFIX}"))
 
-    def is_whole(self, name: str) -> bool:
-        """Whether a shard is as it was written; one that another process has removed is not."""
+    def check(self, name: str, needed: Set[str]) -> bool | None:
+        """Whether a shard with rows that are needed is as it was written; None where it has none, or is gone.
+
+        Of a shard without such rows only the header is read.
+
+        Raises:
+            DataError: If it cannot be read, which does not tell whether it is damaged.
+        """
+        path = self.folder / name
         try:
-            return file_hash(self.folder / name) == name.removesuffix(SUFFIX)
-        except OSError:
-            return False
+            keys = _keys(path)
+            if keys is not None and needed.isdisjoint(keys):
+                return None
+            return file_hash(path) == name.removesuffix(SUFFIX)
+        except FileNotFoundError:  # another process has removed it
+            return None
+        except OSError as error:
+            raise DataError(
+                f"data.feature_cache {path}: cannot be read ({error.strerror or error}); look at the disk and the "
+                "file's permissions, or remove it, and what it holds is computed anew"
+            ) from error
 
     def open(self, names: Iterable[str]) -> dict[str, tuple[int, int]]:
         """Maps shards into memory; what is read of them is read from the disk when it is used.
@@ -90,3 +108,16 @@ class ShardFolder:
             with suppress(FileNotFoundError):  # its process renames it just now
                 if time.time() - path.stat().st_mtime > ABANDONED:
                     path.unlink()
+
+
+def _keys(path: Path) -> list[str] | None:
+    """The keys in a shard's header; None where that is damaged."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > os.fstat(file.fileno()).st_size:
+            return None
+        header = file.read(size)
+    try:
+        return json.loads(header)["__metadata__"]["keys"].split()
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None

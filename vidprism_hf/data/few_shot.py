@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .clip_contents import write_whole
 from .tables import ClipSplits, ClipTable, DataError, stable_hash
 
 
@@ -52,20 +53,17 @@ def save_clip_list(table: ClipTable, path: str | os.PathLike) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(b"".join(_lines(table)))
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_whole(path, b"".join(_lines(table)))
 
 
-def clip_list_hash(table: ClipTable) -> str:
-    """The SHA-256 of a table's clips and labels, whatever their order, in hexadecimal digits.
+def clip_list_hash(table: ClipTable, in_order: bool = False) -> str:
+    """The SHA-256 of a table's clips and labels, in hexadecimal digits.
 
-    It is the hash of the lines of the saved list in the order of their bytes: `LC_ALL=C sort LIST | sha256sum`.
+    It is the hash of the lines of the saved list in the order of their bytes: `LC_ALL=C sort LIST | sha256sum`; or, if
+    the order is to count, of the list as it is.
     """
-    return hashlib.sha256(b"".join(sorted(_lines(table, strict=False)))).hexdigest()
+    lines = _lines(table, strict=False)
+    return hashlib.sha256(b"".join(lines if in_order else sorted(lines))).hexdigest()
 
 
 def _lines(table: ClipTable, strict: bool = True) -> list[bytes]:

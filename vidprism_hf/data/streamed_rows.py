@@ -17,9 +17,9 @@ import datasets
 import fsspec
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.utils.data import IterableDataset, get_worker_info
 
+from .ranks import rank_and_world
 from .tables import stable_hash
 
 MIXED_SHARDS = 4  # read in turn by a worker in training: many datasets are sorted by class
@@ -157,9 +157,8 @@ class StreamedRows(IterableDataset):
         return ((info.id + batches) % info.num_workers, info.num_workers) if info else (0, 1)
 
     def _rank_and_world(self) -> tuple[int, int]:
-        if dist.is_available() and dist.is_initialized():
-            return dist.get_rank(), dist.get_world_size()
-        return self._place
+        found = rank_and_world()
+        return self._place if found == (0, 1) else found
 
     def _rows_of(self, rank: int, world: int) -> int:
         if self.training:

@@ -1,14 +1,14 @@
-"""Callbacks of a run: the account of clips that cannot be decoded."""
+"""Callbacks of a run: the account of clips that cannot be decoded, and the count of a resumed epoch's batches."""
 
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_only
 
 from ..data.bad_clips import FILE_NAME, BadClip, BadClipLog, check_bad_clips, write_bad_clips
+from ..data.ranks import gathered
 from ..errors import printable
 
 
@@ -93,11 +93,8 @@ class BadClipReport(L.Callback):
         total, unreadable = counts.tolist()
         if total == self._agreed and not unreadable:
             return
-        if trainer.world_size > 1:
-            notes: list[Any] = [None] * trainer.world_size
-            dist.all_gather_object(notes, self.account.notes)
-            for note in notes:
-                self.account.merge(note)
+        for notes in gathered(self.account.notes):
+            self.account.merge(notes)
         self._agreed = trainer.world_size * len(self.account)
         data = trainer.datamodule
         self._write(data.id2label)
@@ -108,3 +105,14 @@ class BadClipReport(L.Callback):
     def _write(self, id2label: dict[int, str]) -> None:
         if self.folder is not None:
             write_bad_clips(self.clips(id2label), Path(self.folder) / FILE_NAME)
+
+
+class EpochPlace(L.Callback):
+    """Lets Lightning count the batches of a resumed epoch as the data module does: they may be of another size now."""
+
+    def on_load_checkpoint(self, trainer, pl_module, checkpoint):
+        place = checkpoint.get("VideoDataModule", {})
+        if trainer.state.fn == "fit" and place.get("batches") and hasattr(trainer.datamodule, "batches_had"):
+            counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+            more = trainer.datamodule.batches_had(place) - counts["processed"]
+            counts.update({name: count + more for name, count in counts.items()})

@@ -21,11 +21,12 @@ from ..evaluation.scores import ScoreRecorder
 from ..model import VidPrismConfig, VidPrismForVideoClassification, VidPrismForVideoClassificationOutput
 from ..model.temporal_vidprism import gate_balance_loss
 from .averaging import WeightEMA
-from .callbacks import BadClipReport
+from .callbacks import BadClipReport, EpochPlace
 from .optimization import check_settings, clips_per_step, parameter_groups, scaled_learning_rate
 from .strategies import shard
 
 LOSS_PARTS = ("classification_loss", "rank_loss", "gate_loss", "diversity_loss")
+CLIP_LOSSES = ("classification_loss", "rank_loss", "diversity_loss")  # means over clips
 
 
 class VidPrismLightningModule(L.LightningModule):
@@ -151,10 +152,10 @@ class VidPrismLightningModule(L.LightningModule):
         return self.model(pixel_values_videos, labels=labels, frame_features=frame_features)
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """The account of bad clips, the scores of a test, and the average of the weights if asked for, unless the
-        trainer has them.
+        """What the trainer lacks of these: the account of bad clips, the scores of a test, the place in an epoch, and
+        the average of the weights if asked for.
         """
-        wanted: list[L.Callback] = [BadClipReport(), ScoreRecorder()]
+        wanted: list[L.Callback] = [BadClipReport(), ScoreRecorder(), EpochPlace()]
         if self.hparams.ema_decay is not None:
             wanted.append(WeightEMA(self.hparams.ema_decay))
         return [new for new in wanted if not any(isinstance(old, type(new)) for old in self.trainer.callbacks)]
@@ -173,11 +174,12 @@ class VidPrismLightningModule(L.LightningModule):
             labels = batch.get("soft_labels", batch["labels"])
             logits = output.logits.float()
             output.classification_loss = nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing)
-            output.loss = self.model.total_loss(*(output[part] for part in LOSS_PARTS))
+            output.loss = self._total_loss(output)
+        loss = output.loss
         if self.trainer.world_size > 1:
-            self._balance_over_ranks(output)
+            loss = self._balance_over_ranks(output, batch.get("num_counted", len(batch["labels"])))
         self._log_losses("train", output)
-        return output.loss
+        return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self._evaluate("val", batch)
@@ -272,11 +274,28 @@ class VidPrismLightningModule(L.LightningModule):
         self.metrics.update(logits, labels)
         self.log_dict(self.metrics, on_step=False, on_epoch=True, prog_bar=True)
 
-    def _balance_over_ranks(self, output: VidPrismForVideoClassificationOutput) -> None:
-        """Replaces this rank's gate loss by that of the whole batch, over all ranks."""
-        mean = self.all_gather(output.expert_weights.float().mean(dim=0), sync_grads=True).mean(dim=0)
-        output.gate_loss = gate_balance_loss(mean)
-        output.loss = self.model.total_loss(*(output[part] for part in LOSS_PARTS))
+    def _balance_over_ranks(self, output: VidPrismForVideoClassificationOutput, num_clips: int) -> torch.Tensor:
+        """Replaces the losses of this rank's clips, of which so many count, by those of the clips of all ranks.
+
+        Returns:
+            What this rank minimises: its mean over the ranks, as strategies average gradients, is the loss of all
+            clips, however many each rank has.
+        """
+        losses = torch.stack([output[name].float() for name in CLIP_LOSSES])
+        experts = output.expert_weights.float().mean(dim=0)
+        count = losses.new_full((1,), num_clips)
+        sums = self.all_gather(torch.cat([count, count * losses.detach(), count * experts]), sync_grads=True).sum(dim=0)
+        _, means, experts = (sums / sums[0]).split([1, len(losses), len(experts)])
+        weight = count * self.trainer.world_size / sums[0]  # exactly 1 where all have as many
+        output.gate_loss = gate_balance_loss(experts)
+        for name, mean in zip(CLIP_LOSSES, means, strict=True):
+            output[name] = mean
+        output.loss = self._total_loss(output)
+        own = dict(zip(CLIP_LOSSES, losses * weight, strict=True))
+        return self.model.total_loss(gate_loss=output.gate_loss, **own)
+
+    def _total_loss(self, output: VidPrismForVideoClassificationOutput) -> torch.Tensor:
+        return self.model.total_loss(**{part: output[part] for part in LOSS_PARTS})
 
     def _log_losses(self, stage: str, output: VidPrismForVideoClassificationOutput) -> None:
         size = len(output.logits)
