@@ -48,6 +48,10 @@ OPTIONS = $(SOURCE) $(call option,--data.root,$(DATA_ROOT)) $(call option,--mode
 	$(if $(strip $(FEATURES)),$(call option,--data.train_views,$(VIEWS))) \
 	$(call option,--output,$(OUT)) $(ARGS)
 
+ifneq ($(and $(filter command,$(origin VIEWS)),$(if $(strip $(FEATURES)),,alone)),)
+  $(error VIEWS goes with FEATURES; without: ARGS="--data.train_views $(strip $(VIEWS))")
+endif
+
 NEEDS_MODEL = $(if $(strip $(MODEL)),,$(error MODEL is empty: name an export, such as MODEL=runs/demo/export))
 
 NEEDS_REPO = $(if $(strip $(REPO)),,$(error REPO is empty: name the repository, such as REPO=org/name))
@@ -77,11 +81,12 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 finetune: $(READY)  ## train, evaluate and export: make finetune DATASET=/path/to/folder
-	$(BIN)/vidprism finetune --config $(RECIPE) $(OPTIONS)
+	$(if $(filter command,$(origin K)),$(error K is for fewshot; here: ARGS="--data.shots $(K)"))$(BIN)/vidprism finetune --config $(RECIPE) $(OPTIONS)
 
 fewshot: $(READY)  ## K clips of each class: make fewshot DATASET=hmdb51 K=16
 	@test -f $(FEW_SHOT) || { echo "no recipe $(FEW_SHOT): DATASET must be one of" \
-	  $(basename $(notdir $(wildcard recipes/few_shot/*.yaml))); exit 2; }
+	  $(basename $(notdir $(wildcard recipes/few_shot/*.yaml))); \
+	  echo "for your own clips: make finetune DATASET=$(DATASET) ARGS=\"--data.shots $(K)\""; exit 2; }
 	$(BIN)/vidprism splits --splits $(SPLITS) --config $(FEW_SHOT) --data.shots $(K) $(OPTIONS)
 
 prepare: $(READY)  ## fetch and verify a benchmark: make prepare DATASET=ucf101

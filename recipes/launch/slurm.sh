@@ -13,6 +13,11 @@
 #SBATCH --cpus-per-task=9
 #SBATCH --time=24:00:00
 #SBATCH --output=vidprism-%j.log
+# Two minutes before the time is over the run writes a checkpoint and has the job put back into the queue, where the
+# same command goes on. --requeue does that too where a node fails, or the job makes room for another one.
+#SBATCH --signal=USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
 set -euo pipefail
 
 # To change: the recipe, the strategy (ddp or fsdp) and the environment.

@@ -243,3 +243,10 @@ def test_one_variable_of_make_does_it():
     printed = subprocess.run(["make", "-n", "fewshot", settings[0]], cwd=ROOT, capture_output=True, text=True).stdout
     assert "splits" in printed
     assert "feature_cache" not in printed
+
+
+@pytest.mark.parametrize(("variable", "option"), [("VIEWS=2", "data.train_views 2"), ("K=2", "data.shots 2")])
+def test_a_variable_that_would_do_nothing_is_refused(variable, option):
+    finished = subprocess.run(["make", "-n", "finetune", variable], cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 2
+    assert f'ARGS="--{option}"' in finished.stderr

@@ -1,5 +1,6 @@
 """`resume: auto`: stopped and gone on with is the same as run at once; and which run is gone on with."""
 
+import errno
 import os
 import shutil
 import signal
@@ -15,9 +16,9 @@ from vidprism_hf import VidPrismLightningModule
 from vidprism_hf.cli import main
 from vidprism_hf.data import VideoDataModule
 from vidprism_hf.errors import UserError
-from vidprism_hf.training import safeguard
+from vidprism_hf.training import finetune, safeguard
 from vidprism_hf.training.checkpointing import SafeCheckpointIO
-from vidprism_hf.training.resuming import begin
+from vidprism_hf.training.resuming import Start, begin
 
 pytestmark = pytest.mark.slow
 TRAINING, VALIDATION = "training_step", "validation_step"
@@ -130,15 +131,18 @@ def test_the_same_command_goes_on(source, whole_run, stop, tmp_path, capsys, mor
     assert {path.name for path in (output / "checkpoints").iterdir()} <= {"best.ckpt", "last.ckpt"}
 
 
-def test_a_run_that_ends_in_its_evaluation_is_evaluated(source, whole_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("owner", "name"), [(VidPrismLightningModule, "test_step"), (finetune, "print_usage")])
+def test_a_run_that_ends_after_its_training_is_not_trained_again(source, whole_run, tmp_path, monkeypatch, owner, name):
+    """In its evaluation, or when it is about to be published: that may take long."""
     output = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(VidPrismLightningModule, "test_step", lambda *_: 1 / 0)
+        patch.setattr(owner, name, lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             main(arguments(source, output))
     trained = checkpoint(output)
     assert main(arguments(source, output)) == 0
     assert checkpoint(output)["global_step"] == trained["global_step"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert (output / "metrics.json").read_text() == (whole_run() / "metrics.json").read_text()
 
 
@@ -171,6 +175,24 @@ def test_the_plain_trainer_goes_on_too(source, tmp_path):
 # Which run is gone on with
 
 
+def test_fewer_epochs_than_a_checkpoint_has(stopped, source, capsys):
+    before = files_of(stopped)
+    content = torch.load(stopped / "checkpoints" / "last.ckpt", weights_only=True)
+    content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"] = 2
+    torch.save(content, stopped / "checkpoints" / "third.ckpt")
+    words = arguments(source, stopped, f"--resume={stopped / 'checkpoints' / 'third.ckpt'}", "--trainer.max_epochs=1")
+    assert main(words) == 1
+    assert "trainer.max_epochs=1: " in (line := complaint(capsys))
+    assert "has had 2 epochs" in line
+    (stopped / "checkpoints" / "third.ckpt").unlink()
+    assert files_of(stopped) == before
+
+
+def test_batches_that_never_end_a_step(source, tmp_path, capsys):
+    assert main(arguments(source, tmp_path / "run", "--trainer.accumulate_grad_batches=0")) == 1
+    assert complaint(capsys).startswith("vidprism finetune: trainer.accumulate_grad_batches=0: ")
+
+
 def test_other_settings_are_told_and_not_taken_silently(stopped, source, capsys):
     before = files_of(stopped)
     words = arguments(source, stopped, "--checkpoint.every_n_steps=1", "--model.learning_rate=0.5", "--data.seed=3")
@@ -198,12 +220,51 @@ def test_settings_that_change_no_training_are_taken(stopped):
         begin_again(stopped, data__num_workers=7, data__streaming=True)
 
 
-@pytest.mark.parametrize("resume", ["none", False, None])
-def test_a_new_run_keeps_the_stopped_one(stopped, capsys, resume):
+def test_a_new_run_keeps_the_stopped_one(stopped, capsys):
     before = files_of(stopped)
-    assert begin_again(stopped, resume).checkpoint is None
+    assert begin_again(stopped, "none").checkpoint is None
     assert files_of(Path(f"{stopped}.1")) == before
     assert f"The earlier run in {stopped} is kept as {stopped}.1" in capsys.readouterr().out
+
+
+def test_a_new_run_goes_on_by_the_command_that_began_it(stopped, source, stop, capsys):
+    """As a job does that is put back into the queue."""
+    stop([*arguments(source, stopped), "--resume=none"], TRAINING, 0, 0)
+    for _ in range(2):
+        assert begin_again(stopped, "none").checkpoint == str(stopped / "checkpoints" / "last.ckpt")
+        assert f"has begun this run already; to begin once more, rename {stopped} first" in capsys.readouterr().out
+    assert not Path(f"{stopped}.2").exists()
+    assert begin_again(stopped, "none", data__seed=3).checkpoint is None
+    assert Path(f"{stopped}.2").exists()
+
+
+def test_a_branch_goes_on_by_the_command_that_began_it(stopped, source, stop, capsys):
+    checkpoints = stopped / "checkpoints"
+    words = [*arguments(source, stopped, "--checkpoint.every_n_steps=1"), f"--resume={checkpoints / 'best.ckpt'}"]
+    stop(words, TRAINING, 1, 0)
+    out = capsys.readouterr().out
+    assert "from step 5, epoch 2 (best.ckpt)" in out
+    assert f"What came after best.ckpt is moved to {checkpoints / 'aside'}" in out
+    assert checkpoint(stopped)["global_step"] == 6
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "from step 6, epoch 2 (last.ckpt)" in out
+    assert "has begun this branch already; to begin from there once more, move last.ckpt and previous.ckpt away" in out
+    assert {path.name for path in checkpoints.iterdir()} == {"aside", "best.ckpt", "last.ckpt"}
+    kept = {path.name: torch.load(path, weights_only=True)["global_step"] for path in (checkpoints / "aside").iterdir()}
+    assert kept == {"last.ckpt": 7, "previous.ckpt": 6}
+
+
+def test_a_branch_does_not_take_what_came_after_it(stopped, source):
+    """Nor its best checkpoint: the next one is the best, however bad; and one branch that was left is kept."""
+    checkpoints = stopped / "checkpoints"
+    (checkpoints / "aside").mkdir()
+    (checkpoints / "aside" / "of_another.ckpt").touch()
+    shutil.copy(checkpoints / "last.ckpt", checkpoints / "best.ckpt")
+    settings = arguments(source, stopped, "--checkpoint.every_n_steps=1", "--model.learning_rate=1e-9")
+    assert main([*settings, f"--resume={checkpoints / 'previous.ckpt'}"]) == 0
+    assert {path.name for path in (checkpoints / "aside").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert checkpoint(stopped, "best")["global_step"] == 2 * STEPS
 
 
 def test_a_finished_run_is_kept(stopped, capsys):
@@ -212,10 +273,16 @@ def test_a_finished_run_is_kept(stopped, capsys):
     assert f"is kept as {stopped}.1 (it is finished)" in capsys.readouterr().out
 
 
-def test_a_run_without_a_checkpoint_is_kept(stopped, capsys):
+@pytest.mark.parametrize("resume", ["auto", "none"])
+def test_a_run_without_a_checkpoint_begins_again(stopped, capsys, resume):
+    """In its folder, however often its job is put back into the queue; with other settings it is kept."""
     shutil.rmtree(stopped / "checkpoints")
-    assert begin_again(stopped).checkpoint is None
-    assert f"is kept as {stopped}.1 (it has no checkpoint)" in capsys.readouterr().out
+    assert begin_again(stopped, resume) == Start(begun=resume)
+    assert f"The run in {stopped} was stopped before its first checkpoint; it begins" in capsys.readouterr().out
+    assert not Path(f"{stopped}.1").exists()
+    assert begin_again(stopped, resume, data__seed=3).checkpoint is None
+    why = "it has no checkpoint" if resume == "auto" else "asked for"
+    assert f"is kept as {stopped}.1 ({why})" in capsys.readouterr().out
 
 
 def test_a_finished_run_can_be_made_longer(stopped, capsys):
@@ -226,8 +293,29 @@ def test_a_finished_run_can_be_made_longer(stopped, capsys):
     assert not (stopped / "metrics.json").exists(), "it is not finished any more"
 
 
+def test_a_run_in_the_current_folder(stopped, source, capsys, monkeypatch):
+    """It goes on, and is not renamed: what else lies there, by its relative path, would go with it."""
+    monkeypatch.chdir(stopped)
+    words = arguments(source, Path("."), "--checkpoint.every_n_steps=1")
+    assert main(words) == 0
+    assert f"Going on with the run in {stopped}" in capsys.readouterr().out
+    before = files_of(stopped)
+    assert main(words) == 1
+    assert complaint(capsys).endswith("; call from elsewhere, or choose another output")
+    assert files_of(stopped) == before
+
+
+def test_a_folder_that_cannot_be_renamed(stopped, monkeypatch):
+    def busy(path, target):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(UserError, match=r"cannot be kept as .*\.1 \(asked for, and .* busy\); choose another output"):
+        begin_again(stopped, "none")
+
+
 def test_what_a_kill_leaves_in_a_new_folder_is_no_run(tmp_path):
-    for name in ("config.yaml.tmp", "writable.tmp"):
+    for name in (".0.tmp", "writable.tmp", ".lock"):
         (tmp_path / name).touch()
     assert begin(tmp_path, "auto", {}).checkpoint is None
     (tmp_path / "notes.txt").touch()
@@ -249,14 +337,19 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [cut, flip])
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(stopped, source, whole_run, capsys, harm):
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(stopped, capsys, harm):
     harm(stopped / "checkpoints" / "last.ckpt")
-    assert main(arguments(source, stopped, "--checkpoint.every_n_steps=1")) == 0
+    assert begin_again(stopped).checkpoint == str(stopped / "checkpoints" / "previous.ckpt")
     out = capsys.readouterr().out
     told = "is cut or altered" if harm is cut else "is altered (archive/data/"
     assert f"{stopped / 'checkpoints' / 'last.ckpt'} {told}" in out
     assert ": going on from the one before" in out
     assert "from step 6, epoch 2 (previous.ckpt)" in out
+
+
+def test_a_run_with_a_damaged_checkpoint_ends_the_same(stopped, source, whole_run):
+    cut(stopped / "checkpoints" / "last.ckpt")
+    assert main(arguments(source, stopped, "--checkpoint.every_n_steps=1")) == 0
     assert_same_runs(whole_run("--checkpoint.every_n_steps=1"), stopped)
 
 

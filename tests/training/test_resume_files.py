@@ -47,7 +47,7 @@ def test_each_altered_byte_is_found_or_changes_nothing(tmp_path):
     """zip archives have bytes that nobody reads: padding, dates."""
     path, draw, found = save(tmp_path, 1), random.Random(0), 0
     whole = path.read_bytes()
-    for place in range(draw.randrange(3), len(whole), 3):
+    for place in range(draw.randrange(6), len(whole), 6):
         altered = bytearray(whole)
         altered[place] ^= 1 << draw.randrange(8)
         path.write_bytes(altered)
@@ -55,7 +55,7 @@ def test_each_altered_byte_is_found_or_changes_nothing(tmp_path):
             assert same(read_checkpoint(path)), place
         except UserError:
             found += 1
-    assert found > len(whole) / 9
+    assert found > len(whole) / 18
 
 
 def test_each_cut_is_found(tmp_path):

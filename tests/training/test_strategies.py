@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -196,6 +197,9 @@ def test_a_launch_scripts_command(motion_clips, tmp_path, monkeypatch, script, n
     env = {**os.environ, **job, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "DEVICES": "2", "NODES": "3"}
     env |= {"RECIPE": str(ROOT / "recipes" / "folder.yaml")}
     subprocess.run(["bash", str(LAUNCH / script), f"--data.source={motion_clips}"], env=env, cwd=tmp_path, check=True)
+    if script == "slurm.sh":
+        options = re.findall(r"^#SBATCH (.*)", (LAUNCH / script).read_text(), flags=re.MULTILINE)
+        assert {"--signal=USR1@120", "--requeue", "--open-mode=append"} <= set(options)
     words = written.read_text().splitlines()
     cli = parse([*words[words.index("finetune") + 1 :], "--trainer.accelerator=cpu"])
     if script == "slurm.sh":
@@ -232,6 +236,19 @@ def test_fsdp_refuses_a_precision_that_it_has_not(motion_clips, tmp_path, capsys
     more = ("--trainer.strategy=fsdp", "--trainer.precision=16-mixed")
     assert main(run_arguments(motion_clips, tmp_path / "run", *more)) == 1
     assert "Choose a different precision among: 32-true, bf16-mixed" in complaint(capsys)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_several_devices_take_ddp_by_themselves(motion_clips, tmp_path, accumulate):
+    """In the form in which it is asked for."""
+    more = ("--trainer.devices=2", f"--trainer.accumulate_grad_batches={accumulate}")
+    words = run_arguments(motion_clips, tmp_path / "run", *more)[1:]
+    auto, asked = (
+        parse([*words, f"--trainer.strategy={name}"]).instantiate_trainer(logger=False).strategy
+        for name in ("auto", "ddp")
+    )
+    assert type(auto) is type(asked) is DDPStrategy
+    assert auto._ddp_kwargs == asked._ddp_kwargs
 
 
 def test_strategies_by_name(motion_clips, tmp_path, capsys):

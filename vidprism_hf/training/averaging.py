@@ -7,6 +7,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -37,6 +38,7 @@ class WeightEMA(WeightAveraging):
 
     def __init__(self, decay: float):
         super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.decay = decay
         self._exchanged = False  # whether the module holds the average just now
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -49,6 +51,15 @@ class WeightEMA(WeightAveraging):
             # It warns of what is refused here.
             warnings.filterwarnings("ignore", "You're using the WeightAveraging callback with a model that overrides")
             super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        span, steps = round(1 / (1 - self.decay)), trainer.estimated_stepping_batches
+        if span > steps:
+            rank_zero_warn(
+                f"model.ema_decay={self.decay:g} averages over about {span} steps, and the run has {steps}: what is "
+                "validated and exported stays near the starting weights; take less"
+            )
 
     def average(self) -> dict[str, torch.Tensor] | None:
         """The averaged weights by the module's names; None outside of training."""

@@ -19,6 +19,7 @@ from ..data.bad_clips import BadClip, ClipCounts
 from ..data.benchmarks import BENCHMARKS
 from ..data.few_shot import clip_list_hash
 from ..data.hub_repository import stated_license
+from ..data.ranks import gathered
 from ..data.sources import DEMO, source_kind
 from ..evaluation.compute import cost, million_parameters
 from ..evaluation.figures import confusion_matrix, curves, expert_weights
@@ -29,7 +30,6 @@ from .callbacks import BadClipReport
 from .module import VidPrismLightningModule
 from .optimization import clips_per_step, scaled_learning_rate
 from .origin import base_model, is_random, starting_point
-from .resuming import gathered
 
 METRICS = ("top1", "top5")
 
@@ -82,7 +82,7 @@ class CardRecorder(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         loss = statistics.fmean(gathered(self._loss.item()))
         so_far = {"loss": loss, "batches": self._batches}
-        return {"epochs": self.epochs, "validations": self.validations, "seconds": self._seconds(), **so_far}
+        return {"epochs": self.epochs, "validations": self.validations, "seconds": self.elapsed(), **so_far}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # A test loads the best checkpoint, which knows less than this run does by then.
@@ -105,7 +105,7 @@ class CardRecorder(L.Callback):
             torch.cuda.reset_peak_memory_stats(pl_module.device)
 
     def on_fit_end(self, trainer, pl_module):
-        self.seconds, self._since = self._seconds(), None
+        self.seconds, self._since = self.elapsed(), None
         peak = torch.tensor(float(peak_memory(pl_module.device)), device=pl_module.device)
         self.peak_bytes = int(trainer.strategy.reduce(peak, reduce_op="max"))
 
@@ -168,7 +168,8 @@ class CardRecorder(L.Callback):
         count = torch.tensor(self._clips, device=trainer.strategy.root_device)
         return int(trainer.strategy.reduce(count, reduce_op="sum"))
 
-    def _seconds(self) -> float:
+    def elapsed(self) -> float:
+        """Seconds of training up to now; see `seconds`."""
         return self.seconds + (time.monotonic() - self._since if self._since is not None else 0.0)
 
 
@@ -264,27 +265,35 @@ def hyper_parameters(trainer: Trainer, cli: LightningCLI) -> dict[str, Any]:
     """What the training was set to."""
     data, hparams = cli.datamodule.hparams, cli.model.hparams
     epochs, planned = epochs_at(trainer, trainer.global_step), trainer.max_epochs
-    clips, accumulated = clips_per_step(trainer), trainer.accumulate_grad_batches
+    clips = clips_per_step(trainer)
     return {
         "epochs": epochs if planned in (None, -1, float(epochs)) else f"{epochs} of {planned}",
         "steps": trainer.global_step,
         "batches an epoch, by a limit": trainer.num_training_batches if trainer.limit_train_batches != 1.0 else None,
         "batch size (clips)": clips,
-        "gradient accumulation (batches)": accumulated if accumulated > 1 else None,
         "optimiser": "AdamW, betas 0.9 and 0.999, eps 1e-08",
         "learning rate": learning_rate(hparams, clips),
         "schedule": "linear warm-up, then cosine to zero, stepped every step",
         "warm-up steps": cli.model.warmup_steps,
-        "backbone": backbone_training(hparams),
         "weight decay": hparams.weight_decay,
-        "label smoothing": hparams.label_smoothing or None,
-        "gradient clipping": trainer.gradient_clip_val,
+        **switched_on(trainer, cli),
         "precision": trainer.precision,
         "seed": cli.config.seed_everything,
         "data seed": data.seed,
         "few-shot, clips a class": data.shots,
-        "weight averaging": f"exponential moving, decay {hparams.ema_decay}" if hparams.ema_decay else None,
         "weight-space ensembling": next((it.applied for it in trainer.callbacks if isinstance(it, WiseFT)), None),
+    }
+
+
+def switched_on(trainer: Trainer, cli: LightningCLI) -> dict[str, Any]:
+    """The settings of training that are off unless asked for; None where they are."""
+    hparams, accumulated = cli.model.hparams, trainer.accumulate_grad_batches
+    return {
+        "backbone": backbone_training(hparams),
+        "label smoothing": hparams.label_smoothing or None,
+        "gradient accumulation (batches)": accumulated if accumulated > 1 else None,
+        "gradient clipping": trainer.gradient_clip_val,
+        "weight averaging": f"exponential moving, decay {hparams.ema_decay}" if hparams.ema_decay else None,
     }
 
 
@@ -302,7 +311,8 @@ def backbone_training(hparams: Any) -> str:
     if hparams.freeze_backbone:
         return "frozen"
     layers = f", x {hparams.layer_decay} for each layer below the top" if hparams.layer_decay != 1 else ""
-    return f"learning rate x {hparams.backbone_lr_scale}{layers}"
+    frozen = f", embeddings and first {hparams.freeze_layers} layers frozen" if hparams.freeze_layers else ""
+    return f"learning rate x {hparams.backbone_lr_scale}{layers}{frozen}"
 
 
 def compute_facts(
@@ -319,7 +329,7 @@ def compute_facts(
         "GMACs per view (the paper's)": counted.paper_giga_macs and f"{counted.paper_giga_macs:.4g}",
         "parameters": f"{parameters:.1f} M" + (f", {frozen:.1f} M of them frozen" if frozen else ""),
         "device": f"{trainer.world_size} x {device_name(trainer.strategy.root_device)}",
-        "wall time of training": duration(recorder._seconds()),
+        "wall time of training": duration(recorder.elapsed()),
         # Known once the training has ended.
         "peak memory": f"{recorder.peak_bytes / 2**30:.2f} GiB ({most})" if recorder.peak_bytes else None,
     }

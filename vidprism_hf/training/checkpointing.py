@@ -118,7 +118,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 class KeptCheckpoint(ModelCheckpoint):
-    """A ModelCheckpoint whose run may be moved: what it knows of its files holds for its folder, wherever that is."""
+    """A ModelCheckpoint whose run may be moved: what it knows of its files holds for its folder, wherever that is.
+
+    If the best one is not there any more, as where a branch begins before it, the next one is.
+    """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         def here(path: str) -> str:
@@ -126,4 +129,8 @@ class KeptCheckpoint(ModelCheckpoint):
 
         known = {here(path): score for path, score in state_dict["best_k_models"].items()}
         paths = {name: here(state_dict[name]) for name in state_dict if name.endswith("_model_path")}
-        super().load_state_dict(state_dict | paths | {"best_k_models": known, "dirpath": self.dirpath})
+        state = state_dict | paths | {"best_k_models": known, "dirpath": self.dirpath}
+        if not os.path.exists(state["best_model_path"]):
+            names = ("best_model_path", "best_model_score", "best_k_models", "kth_best_model_path", "kth_value")
+            state |= {name: getattr(self, name) for name in names}
+        super().load_state_dict(state)

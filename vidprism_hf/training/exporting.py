@@ -195,7 +195,7 @@ def write_export(
 def portable_recipe(cli: LightningCLI) -> str:
     """All settings of the run as YAML, without what is nobody else's: folders of this machine, and secrets."""
     settings = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))
-    settings["resume"] = None  # a checkpoint of the run's own folder
+    del settings["resume"]  # the run's own affair
     # Whoever runs it again is not to push to the same repository.
     asked = settings["trainer"]["callbacks"] or []
     asked = asked if isinstance(asked, list) else [asked]

@@ -10,6 +10,7 @@ import os
 import shlex
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -26,11 +27,13 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ..data import VideoDataModule, load_processor
 from ..data.bad_clips import BadClip, TooManyBadClips, bad_clip_table
+from ..data.clip_contents import write_whole
 from ..data.few_shot import save_clip_list
 from ..data.sources import source_kind
 from ..errors import UserError, first_line
@@ -41,15 +44,16 @@ from ..hub.export import refuse_other_content
 from ..hub.licenses import check_license
 from .averaging import WiseFT
 from .callbacks import BadClipReport
-from .card_facts import CardRecorder, bad_clips, clip_counts, dataset_facts
+from .card_facts import CardRecorder, bad_clips, clip_counts, dataset_facts, kept_by, switched_on
 from .checkpointing import BEST, LAST, PREVIOUS, CheckpointSettings, KeptCheckpoint, SafeCheckpointIO, damage
 from .exporting import TRAIN_LIST, ExportedCheckpoint, ExportSettings, export_best, export_kept, export_or_warn
 from .module import VidPrismLightningModule, check_frozen
 from .push_callback import PushToHub, push_open
-from .resuming import METRICS, Start, agreed, begin, free_name
+from .resuming import AUTO, METRICS, Start, agreed, begin, free_name
+from .run_lock import not_writable, only_run
 from .safeguard import Safeguard
 from .signals import Stopped
-from .strategies import named_strategy
+from .strategies import ddp_settings, named_strategy
 
 # What a recipe need not say.
 TRAINER_DEFAULTS = {
@@ -67,10 +71,11 @@ class FinetuneCLI(LightningCLI):
         parser.add_argument("--output", type=str, default="runs/finetune", help="Folder of the run.")
         parser.add_argument(
             "--resume",
-            type=str | bool | None,
-            default="auto",
+            type=str,
+            default=AUTO,
             help="auto goes on with a stopped run in the output folder; none begins anew and keeps the folder as "
-            "<folder>.1; a checkpoint of the folder goes on from there, with other settings if they are given.",
+            "<folder>.1; a checkpoint of the folder goes on from there, with other settings if they are given. The "
+            "same command typed again goes on.",
         )
         parser.add_class_arguments(CheckpointSettings, "checkpoint")
         parser.add_class_arguments(ExportSettings, "export")
@@ -104,11 +109,15 @@ class FinetuneCLI(LightningCLI):
         # own come first: what a recipe's callback exports holds what they keep of the same epoch.
         callbacks = [*settings.pop("callbacks", []), *(asked if isinstance(asked, list) else [asked])]
         accumulates = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
-        strategy = named_strategy(trainer.strategy, accumulates or trainer.accumulate_grad_batches > 1)
+        accumulates = accumulates or trainer.accumulate_grad_batches > 1
+        strategy = named_strategy(trainer.strategy, accumulates)
         try:
-            return super().instantiate_trainer(callbacks=callbacks, strategy=strategy, **settings)
+            built = super().instantiate_trainer(callbacks=callbacks, strategy=strategy, **settings)
         except (MisconfigurationException, ValueError) as error:
             raise UserError(f"trainer: {first_line(error)}") from error
+        if strategy == "auto" and type(built.strategy) is DDPStrategy:  # Lightning has found several devices
+            built.strategy._ddp_kwargs.update(ddp_settings(accumulates))
+        return built
 
 
 def finetune(argv: list[str]) -> None:
@@ -125,7 +134,16 @@ def finetune(argv: list[str]) -> None:
     argv = list(argv)
     cli = parse(argv)
     output = Path(cli.config.output)
+    if output.name in ("", ".."):  # it may have to be renamed
+        output = output.resolve()
+        cli.config.output = str(output)
     check_checkpoint(cli.config.model.checkpoint, output)
+    with only_run(output) if rank_zero_only.rank == 0 else nullcontext():
+        run(cli, output, argv)
+
+
+def run(cli: FinetuneCLI, output: Path, argv: list[str]) -> None:
+    """Trains, evaluates and exports, in a folder that is this run's own."""
     ensemble = tower_ensemble(cli)
     start = begin_once(cli, output)
     save_settings(cli, output)
@@ -143,25 +161,31 @@ def finetune(argv: list[str]) -> None:
             trainer, cli.model, cli.datamodule, str(output / "export"), dataset_facts(cli.datamodule), str(checkpoint)
         )
         export = export_best(trainer, cli, evaluation, output / "export")
-        finish(trainer, evaluation, output)
         print_bad_clips(bad_clips(trainer))
         print_usage(export, evaluation)
         publish(export)
+    finish(trainer, evaluation, output)  # last: the same command would train anew
 
 
 def fit(trainer: Trainer, cli: FinetuneCLI, start: Start, argv: list[str]) -> None:
     """Trains; where it ends early, says how to go on, or which clips were bad."""
     if start.data:
         cli.datamodule.load_state_dict(start.data)
+    safeguard = kept_by(trainer, Safeguard)
+    safeguard.begun = start.begun
+    settings = {name: value for name, value in switched_on(trainer, cli).items() if value is not None}
+    print_once(f"Training: {'; '.join(f'{name} {value}' for name, value in settings.items())}")
     try:
         trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=start.checkpoint, weights_only=True)
     except Stopped:
-        again = shlex.join(argv) + (" --resume auto" if any(word.startswith("--resume") for word in argv) else "")
-        print_once(f"Stopped after step {trainer.global_step}. Go on with: vidprism finetune {again}")
+        step = max(trainer.global_step, safeguard.saved_step)  # Lightning knows it when training begins
+        print_once(f"Stopped after step {step}. Go on with: vidprism finetune {shlex.join(argv)}")
         raise
     except TooManyBadClips as error:
         print_once(bad_clip_table(error.clips))
         raise
+    finally:
+        safeguard.release()
 
 
 def parse(argv: list[str]) -> FinetuneCLI:
@@ -228,6 +252,8 @@ def build_trainer(cli: FinetuneCLI, output: Path, more: Sequence[Callback] = ())
     for name in ("max_epochs", "max_steps"):
         if asked[name] == 0:
             raise UserError(f"trainer.{name}=0: nothing would be trained; set it to 1 or more")
+    if asked.accumulate_grad_batches < 1:
+        raise UserError(f"trainer.accumulate_grad_batches={asked.accumulate_grad_batches}: must be at least 1")
     if asked.default_root_dir is not None:
         raise UserError("trainer.default_root_dir: the run's folder is output; set that")
     logger = loggers if asked.logger in (None, True) else asked.logger
@@ -270,9 +296,9 @@ def finish(trainer: Trainer, evaluation: Evaluation, output: Path) -> None:
     """Writes what the evaluation found, and last metrics.json, by which the run is finished: metrics and counts."""
     write_evaluation(evaluation, default_folder(evaluation.model) / evaluation.folder_name)
     counts = {split: dataclasses.asdict(clip_counts(trainer, split)) for split in ("train", "val")}
-    beside = output / f"{METRICS}.tmp"
-    beside.write_text(json.dumps({**rounded(evaluation.values), "clips": counts}, indent=2) + "\n")
-    os.replace(beside, output / METRICS)
+    write_whole(
+        output / METRICS, (json.dumps({**rounded(evaluation.values), "clips": counts}, indent=2) + "\n").encode()
+    )
     (output / "checkpoints" / PREVIOUS).unlink(missing_ok=True)
 
 
@@ -298,10 +324,12 @@ def check_checkpoint(name: str | None, output: Path) -> None:
 @rank_zero_only
 def begin_once(cli: FinetuneCLI, output: Path) -> Start:
     """Decides on the first process how the run begins, which its saved settings will not tell."""
-    resume, cli.config.resume = cli.config.resume, "auto"
+    resume, cli.config.resume = str(cli.config.resume), AUTO  # jsonargparse lets null pass
     start = begin(output, resume, yaml.safe_load(cli.parser.dump(cli.config, skip_none=False)))
     if start.checkpoint is not None:
         refuse_other_content(output / "export")  # now, not when the training has ended
+    if start.data:
+        cli.datamodule.load_state_dict(start.data)  # now, before the lists of the run are written anew
     return start
 
 
@@ -314,11 +342,9 @@ def save_settings(cli: FinetuneCLI, output: Path) -> None:
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        beside = output / "config.yaml.tmp"
-        cli.parser.save(cli.config, beside, skip_none=False, overwrite=True, multifile=False)
-        os.replace(beside, output / "config.yaml")
+        write_whole(output / "config.yaml", cli.parser.dump(cli.config, skip_none=False).encode())
     except OSError as error:
-        raise UserError(f"output {output}: cannot be written ({error.strerror}); choose another folder") from error
+        raise not_writable(output, error) from error
 
 
 @rank_zero_only

@@ -200,6 +200,8 @@ class VidPrismLightningModule(L.LightningModule):
             rate = scaled_learning_rate(rate, clips, hparams.reference_batch_size)
             said = f"{hparams.learning_rate:g} x sqrt({clips} / {hparams.reference_batch_size} clips a step)"
             rank_zero_info(f"Learning rate: {rate:.4g} = {said}")
+        if hparams.layer_decay != 1 and hparams.freeze_backbone:
+            rank_zero_warn(f"model.layer_decay={hparams.layer_decay:g} changes nothing: the tower is frozen")
         groups = parameter_groups(
             self.model, rate, hparams.backbone_lr_scale, hparams.weight_decay, hparams.layer_decay
         )

@@ -1,12 +1,14 @@
 """How a run begins: anew, or from the last checkpoint of its folder; and what a checkpoint needs for that.
 
-`resume: auto` goes on where the same command was stopped. A checkpoint is written between two batches; it holds where
+The same command typed again goes on where it was stopped, whatever its `resume`: a checkpoint holds the one that its
+run, or branch of it, was begun with. A checkpoint is written between two batches; it holds where
 in the epoch that was (VideoDataModule.state_dict), Lightning's counters as they have to be for the next batch to follow
 (`settle_progress`), and the states of all random generators.
 """
 
 import os
 import random
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,16 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-import torch.distributed as dist
 import yaml
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from ..errors import UserError
 from .checkpointing import BEST, LAST, PREVIOUS, UNFINISHED, read_checkpoint
+from .run_lock import INSIDE, not_writable
 
 METRICS = "metrics.json"  # written last: it tells that a run is finished
+AUTO, NONE = "auto", "none"
+ASIDE = "aside"  # in the checkpoints' folder: those of the branch that was left last
 
 # Settings without which the training would be the same; of the trainer, those that make it another one.
 HARMLESS = {
@@ -43,45 +47,52 @@ class Start:
 
     Attributes:
         checkpoint: What it goes on from; None begins anew.
+        begun: The `resume` that the run, or its present branch, begins with: "auto", "none" or a file's name. Its
+            checkpoints hold it, and so the same command typed again goes on. None is what the checkpoint says.
         data: State of the data module in it.
     """
 
     checkpoint: str | None = None
+    begun: str | None = None
     data: dict[str, Any] = field(default_factory=dict)
 
 
-def begin(output: Path, resume: str | bool | None, settings: dict[str, Any]) -> Start:
+def begin(output: Path, resume: str, settings: dict[str, Any]) -> Start:
     """Decides how a run begins, says so, and makes its folder ready. For the first process alone.
 
     Args:
         output: The run's folder.
-        resume: "auto" (or True), "none" (or False, None), or a checkpoint of the folder.
+        resume: "auto", "none", or a checkpoint of the folder.
         settings: All settings of the run.
 
     Raises:
         UserError: If the folder cannot be used, or the run in it cannot or should not be gone on with.
     """
-    if resume not in ("auto", "none", True, False, None):
-        return _go_on(output, Path(resume), settings)
-    check_writable(output)
-    if not any(path.suffix != UNFINISHED for path in output.iterdir()):
-        print(f"A new run: {output}", flush=True)
-        return Start()
-    if not (output / "config.yaml").is_file():
-        raise UserError(f"output {output}: exists and is not a run's folder; choose another one")
-    found, why = None, "asked for"
-    if resume in ("auto", True):
-        if (output / METRICS).is_file():
-            why = "it is finished"
-        else:
-            found, why = last_good(output / "checkpoints"), "it has no checkpoint"
-    if found is None:
-        kept = free_name(output)
-        output.rename(kept)
-        print(f"The earlier run in {output} is kept as {kept} ({why}); a new one begins", flush=True)
-        return Start()
-    changes = changed_settings(output, settings)
-    if changes:
+    try:
+        if resume not in (AUTO, NONE):
+            return _from_checkpoint(output, Path(resume), settings)
+        check_writable(output)
+        if not any(path.suffix != UNFINISHED and path.name != INSIDE for path in output.iterdir()):
+            print(f"A new run: {output}", flush=True)
+            return Start(begun=resume)
+        if not (output / "config.yaml").is_file():
+            raise UserError(f"output {output}: exists and is not a run's folder; choose another one")
+        if had_just_begun(output) and not changed_settings(output, settings):
+            _sweep(output)
+            print(f"The run in {output} was stopped before its first checkpoint; it begins again", flush=True)
+            return Start(begun=resume)
+        return _anew(output, settings) if resume == NONE else _go_on(output, settings)
+    except OSError as error:
+        raise not_writable(output, error) from error
+
+
+def _go_on(output: Path, settings: dict[str, Any]) -> Start:
+    """With the run in the folder, if there is something to go on with."""
+    if (output / METRICS).is_file():
+        return _keep(output, AUTO, "it is finished")
+    if (found := last_good(output / "checkpoints")) is None:
+        return _keep(output, AUTO, "it has no checkpoint")
+    if changes := changed_settings(output, settings):
         raise UserError(
             f"output {output}: its run was stopped, and had other settings ({'; '.join(changes)}); type them again, "
             f"or go on with the new ones by --resume {found[0]}, or begin anew by --resume none, which keeps the folder"
@@ -89,32 +100,92 @@ def begin(output: Path, resume: str | bool | None, settings: dict[str, Any]) -> 
     return _start(output, *found)
 
 
-def _go_on(output: Path, checkpoint: Path, settings: dict[str, Any]) -> Start:
-    """From a checkpoint that was named."""
+def _anew(output: Path, settings: dict[str, Any]) -> Start:
+    """Without the run in the folder, unless this command has begun it."""
+    checkpoints = output / "checkpoints"
+    same = not (output / METRICS).is_file() and has_begun(checkpoints, NONE) and not changed_settings(output, settings)
+    if not same:
+        return _keep(output, NONE, "asked for")
+    print(f"--resume {NONE} has begun this run already; to begin once more, rename {output} first", flush=True)
+    return _start(output, *last_good(checkpoints))
+
+
+def _keep(output: Path, begun: str, why: str) -> Start:
+    """Renames the folder."""
+    kept, here = free_name(output), Path.cwd()
+    if output.resolve() in (here, *here.parents):
+        raise UserError(
+            f"output {output}: its run would be kept as {kept} ({why}), and the current folder with it; call from "
+            "elsewhere, or choose another output"
+        )
+    try:
+        output.rename(kept)
+    except OSError as error:
+        raise UserError(
+            f"output {output}: its run cannot be kept as {kept} ({why}, and {error.strerror}); choose another output"
+        ) from error
+    print(f"The earlier run in {output} is kept as {kept} ({why}); a new one begins", flush=True)
+    return Start(begun=begun)
+
+
+def _from_checkpoint(output: Path, checkpoint: Path, settings: dict[str, Any]) -> Start:
+    """From a checkpoint that was named, or with the branch that this command has begun there."""
+    checkpoints = output / "checkpoints"
+    ours = checkpoint.resolve().parent == checkpoints.resolve() and (output / "config.yaml").is_file()
+    changes = changed_settings(output, settings) if ours else []
+    if ours and not changes and has_begun(checkpoints, checkpoint.name):
+        if checkpoint.name != LAST:
+            print(
+                f"--resume {checkpoint} has begun this branch already; to begin from there once more, move {LAST} and "
+                f"{PREVIOUS} away first",
+                flush=True,
+            )
+        return _start(output, *last_good(checkpoints))
     try:
         content = read_checkpoint(checkpoint)
     except UserError as error:
-        raise UserError(f"resume {checkpoint}: {error}; --resume auto finds the last good one") from error
-    if checkpoint.resolve().parent != (output / "checkpoints").resolve():
-        raise UserError(f"resume {checkpoint}: not in {output / 'checkpoints'}; set output to the folder of its run")
-    changes = changed_settings(output, settings)
+        raise UserError(
+            f"resume {checkpoint}: {error}; --resume auto finds the last good one, none begins anew"
+        ) from error
+    if not ours:
+        raise UserError(f"resume {checkpoint}: not in {checkpoints}; set output to the folder of its run")
+    done, most = epochs_done(content), settings["trainer"].get("max_epochs")
+    if most is not None and 0 <= most < done:
+        raise UserError(f"trainer.max_epochs={most}: {checkpoint} has had {done} epochs; set it to more")
     if changes:
         print(f"With other settings than before: {'; '.join(changes)}", flush=True)
-    return _start(output, checkpoint, content)
+    if left := later(checkpoints, checkpoint.name, content):
+        set_aside(left, checkpoints / ASIDE)
+        print(f"What came after {checkpoint.name} is moved to {checkpoints / ASIDE}", flush=True)
+    return _start(output, checkpoint, content, checkpoint.name)
 
 
-def _start(output: Path, checkpoint: Path, content: dict[str, Any]) -> Start:
-    for unfinished in checkpoint.parent.glob(f"*{UNFINISHED}"):
-        unfinished.unlink()
+def _start(output: Path, checkpoint: Path, content: dict[str, Any], begun: str | None = None) -> Start:
+    _sweep(output)
     last = checkpoint.with_name(LAST)
     if checkpoint.name != LAST and last.exists():
-        # Damaged or unwanted: the next one would make it previous.ckpt, which may be the one that is gone on from.
-        os.replace(last, last.with_name(f"{LAST}.aside"))
+        # The next one would make it previous.ckpt, which may be the one that is gone on from.
+        os.replace(last, last.with_name(f"{LAST}.damaged"))
     (output / METRICS).unlink(missing_ok=True)  # the run is not finished any more
-    epochs = content.get("loops", {}).get("fit_loop", {}).get("epoch_progress")
-    where = f"step {content['global_step']}, epoch {epochs['current']['processed'] + 1}" if content else "its last step"
+    where = f"step {content['global_step']}, epoch {epochs_done(content) + 1}" if content else "its last step"
     print(f"Going on with the run in {output} from {where} ({checkpoint.name})", flush=True)
-    return Start(str(checkpoint), dict(content.get("VideoDataModule", {})))
+    return Start(str(checkpoint), begun, dict(content.get("VideoDataModule", {})))
+
+
+def epochs_done(content: dict[str, Any]) -> int:
+    """How many epochs a checkpoint has behind it; 0 where it does not tell."""
+    return content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"] if content else 0
+
+
+def _sweep(output: Path) -> None:
+    """Removes what a kill has left half-written."""
+    for unfinished in (*output.glob(f"*{UNFINISHED}"), *(output / "checkpoints").glob(f"*{UNFINISHED}")):
+        unfinished.unlink()
+
+
+def had_just_begun(output: Path) -> bool:
+    """Whether the run in a folder has left nothing that could be gone on from, or kept."""
+    return not (output / METRICS).is_file() and not any((output / "checkpoints").glob("*.ckpt"))
 
 
 def last_good(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -123,21 +194,61 @@ def last_good(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     Raises:
         UserError: If there are checkpoints, but none is whole.
     """
+    found, damaged = _last_whole(folder, (LAST, PREVIOUS, BEST))
+    if damaged and found is None:
+        raise UserError(f"{'; '.join(damaged)}: there is no other; --resume none begins anew and keeps the folder")
+    for line in damaged:
+        print(f"{line}: going on from the one before", flush=True)
+    return found
+
+
+def _last_whole(folder: Path, names: tuple[str, ...]) -> tuple[tuple[Path, dict[str, Any]] | None, list[str]]:
+    """The first whole checkpoint of some, and what is wrong with those before it."""
     damaged = []
-    for path in (folder / name for name in (LAST, PREVIOUS, BEST)):
+    for path in (folder / name for name in names):
         if not path.exists():
             continue
         try:
-            content = read_checkpoint(path)
+            return (path, read_checkpoint(path)), damaged
         except UserError as error:
             damaged.append(f"{path} {error}")
+    return None, damaged
+
+
+def has_begun(folder: Path, resume: str) -> bool:
+    """Whether the run in whose checkpoints' folder this is, or its present branch, was begun by that `resume`."""
+    found, _ = _last_whole(folder, (LAST, PREVIOUS))
+    return found is not None and found[1].get("callbacks", {}).get("Safeguard", {}).get("begun") == resume
+
+
+def later(folder: Path, name: str, content: dict[str, Any]) -> list[Path]:
+    """A run's own checkpoints that came after one of them, with their exports, the last one last.
+
+    last.ckpt and previous.ckpt are among them where that cannot be told; nothing comes after last.ckpt.
+    """
+    found, step = [], content.get("global_step")
+    for other in () if name == LAST else (BEST, PREVIOUS, LAST):
+        path = folder / other
+        if other == name or not path.exists():
             continue
-        for line in damaged:
-            print(f"{line}: going on from the one before", flush=True)
-        return path, content
-    if damaged:
-        raise UserError(f"{'; '.join(damaged)}: there is no other; --resume none begins anew and keeps the folder")
-    return None
+        try:
+            reached = read_checkpoint(path).get("global_step")
+        except UserError:
+            reached = None
+        known = step is not None and reached is not None
+        if reached > step if known else other != BEST:
+            found += [each for each in (path.with_suffix(""), path) if each.exists()]
+    return found
+
+
+def set_aside(paths: list[Path], folder: Path) -> None:
+    """Moves files to a folder, in the place of all that is in it."""
+    beside = folder.with_name(f"{folder.name}.new")
+    beside.mkdir(exist_ok=True)
+    for path in paths:
+        os.replace(path, beside / path.name)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(beside, folder)
 
 
 def changed_settings(output: Path, settings: dict[str, Any]) -> list[str]:
@@ -194,7 +305,7 @@ def check_writable(output: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"output {output}: cannot be written ({error.strerror}); choose another folder") from error
+        raise not_writable(output, error) from error
 
 
 def free_name(path: Path) -> Path:
@@ -264,12 +375,3 @@ def set_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8))
-
-
-def gathered(value: Any) -> list[Any]:
-    """The value of each process, by rank."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

@@ -21,9 +21,10 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 
 from ..data.bad_clips import TooManyBadClips
+from ..data.ranks import gathered
 from ..errors import UserError, printable
 from .checkpointing import LAST, CheckpointSettings
-from .resuming import gathered, random_states, set_random_states, settle_loops, settle_progress
+from .resuming import random_states, set_random_states, settle_loops, settle_progress
 from .signals import WARNING, SignalWatch, Stopped, requeue
 
 NAMED_CLIPS = 16  # in the message of a run that diverges
@@ -71,6 +72,7 @@ class Safeguard(Checkpoint):
         self.settings = settings or CheckpointSettings()
         self.export = export
         self.saved_step = 0  # global step of last.ckpt
+        self.begun: str | None = None  # see Start; None is that of the checkpoint
         self._signals = SignalWatch()
         self._told: deque[_Told] = deque()
         self._latest: _Told | None = None
@@ -82,10 +84,11 @@ class Safeguard(Checkpoint):
     # What is kept
 
     def state_dict(self) -> dict[str, Any]:
-        return {"random": gathered(random_states())}
+        return {"random": gathered(random_states()), "begun": self.begun}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._random = state_dict["random"]
+        self.begun = self.begun or state_dict.get("begun")
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
         if trainer.state.fn != "fit":
@@ -98,6 +101,26 @@ class Safeguard(Checkpoint):
             self.saved_step = checkpoint["global_step"]
 
     # Where training is
+
+    def setup(self, trainer, pl_module, stage):
+        if stage == "fit":
+            self._signals.install(trainer, "stopping as soon as what is being prepared can be kept")
+
+    def teardown(self, trainer, pl_module, stage):
+        self.release()
+
+    def release(self) -> None:
+        """Gives signals back, as the end of a training does where it is no error."""
+        self._signals.restore()
+
+    def between_shards(self) -> None:
+        """To be called in long work before the training, where all that was done is kept; the feature cache does.
+
+        Raises:
+            Stopped: If this process was told to end. Whoever calls it ends the others with it (`Ranks.gather`).
+        """
+        if self._signals.received:
+            raise Stopped(self._signals.received)
 
     def on_sanity_check_start(self, trainer, pl_module):
         self._signals.install(trainer)
@@ -113,7 +136,7 @@ class Safeguard(Checkpoint):
         self._read(trainer, late=reads_late(pl_module.device))
         if (self._signal or self._due) and between_steps(trainer):
             self._save(trainer)
-            self._leave(trainer)
+            self._leave()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         lost = ~torch.isfinite(outputs["loss"].detach()).all()
@@ -135,7 +158,7 @@ class Safeguard(Checkpoint):
             self._signal = self._signals.received
             if self._validating:
                 self._save(trainer)
-            self._leave(trainer)
+            self._leave()
 
     def on_validation_end(self, trainer, pl_module):
         self._validating = False
@@ -149,13 +172,15 @@ class Safeguard(Checkpoint):
             self._save(trainer, anew=True)
             if self.export is not None:
                 self.export(trainer, self.path.with_suffix(""))
-        self._leave(trainer)
+        self._leave()
 
     def on_test_start(self, trainer, pl_module):
         self._signals.leave_at_once(trainer)
 
     def on_exception(self, trainer, pl_module, exception):
         """Saves what was reached, where that is the end of a step, and all processes are there."""
+        if isinstance(exception, Stopped) and exception.signum == WARNING:
+            requeue(trainer)
         ours = isinstance(exception, (Stopped, Diverged))
         together = trainer.world_size == 1 or isinstance(exception, TooManyBadClips)
         if trainer.state.fn == "fit" and not ours and together and between_steps(trainer):
@@ -175,13 +200,10 @@ class Safeguard(Checkpoint):
         trainer.save_checkpoint(self.path, weights_only=False)
         self.saved_step = trainer.global_step
 
-    def _leave(self, trainer: L.Trainer) -> None:
+    def _leave(self) -> None:
         """Ends the run if a signal asks for it."""
-        if not self._signal:
-            return
-        if self._signal == WARNING:
-            requeue(trainer)
-        raise Stopped(self._signal)
+        if self._signal:
+            raise Stopped(self._signal)
 
     def _is_due(self, trainer: L.Trainer) -> bool:
         minutes, steps = self.settings.every_minutes, self.settings.every_n_steps

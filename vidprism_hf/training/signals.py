@@ -16,6 +16,7 @@ import threading
 import time
 from functools import partial
 from types import FrameType
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -38,6 +39,9 @@ class Stopped(SystemExit):
         super().__init__(128 + signum)
         self.signum = signum
 
+    def __reduce__(self):  # to be handed to other processes
+        return type(self), (self.signum,)
+
 
 class SignalWatch:
     """Takes note of signals.
@@ -51,14 +55,29 @@ class SignalWatch:
         self._time = 0.0
         self._multiple = False
         self._loud = True
+        self._what = ""
+        self._before: dict[int, Any] = {}  # handlers to be given back
 
-    def install(self, trainer: Trainer) -> None:
-        """Takes the signals over; Lightning gives them back when the trainer is done."""
+    def install(self, trainer: Trainer, what: str = "stopping after this step, with a checkpoint") -> None:
+        """Takes the signals over until `restore`.
+
+        Args:
+            trainer: Of the run.
+            what: What is said to happen when one comes.
+        """
         if threading.current_thread() is not threading.main_thread():
             return
-        self._multiple, self._loud = trainer.world_size > 1, trainer.is_global_zero
+        self._multiple, self._loud, self._what = trainer.world_size > 1, trainer.is_global_zero, what
+        self._before = self._before or {signum: signal.getsignal(signum) for signum in STOPPING}
         for signum in STOPPING:
             signal.signal(signum, self._note)
+
+    def restore(self) -> None:
+        """Gives the signals back, as Lightning does only where it has taken them before."""
+        if threading.current_thread() is threading.main_thread():
+            for signum, handler in self._before.items():
+                signal.signal(signum, handler)
+            self._before = {}
 
     def leave_at_once(self, trainer: Trainer) -> None:
         """From now on the first signal ends the process: there is nothing to save. Ctrl-C stays with Lightning."""
@@ -73,7 +92,7 @@ class SignalWatch:
             self.received, self._time = signum, now
             if self._loud:  # not print: it may be what was interrupted
                 name = signal.Signals(signum).name
-                text = f"\n{name}: stopping after this step, with a checkpoint; a second signal ends at once\n"
+                text = f"\n{name}: {self._what}; a second signal ends at once\n"
                 os.write(2, text.encode())
         elif not (self._multiple and now - before < SAME_SIGNAL_SECONDS):
             _end(signum)

@@ -37,10 +37,17 @@ def named_strategy(name: str | Strategy, accumulates: bool = False) -> str | Str
     if isinstance(name, str) and name.startswith(("ddp_spawn", "ddp_fork", "ddp_notebook")):
         raise UserError(f"trainer.strategy={name}: its processes keep their results to themselves; take ddp")
     if name == "ddp":
-        # Every trained parameter gets a gradient in every step, which is all that a static graph asks for; but torch
-        # does not support one whose first step has no communication.
-        return DDPStrategy(find_unused_parameters=False, static_graph=not accumulates)
+        return DDPStrategy(**ddp_settings(accumulates))
     return FullyShardedStrategy() if name == "fsdp" else name
+
+
+def ddp_settings(accumulates: bool) -> dict[str, bool]:
+    """What torch's DDP is told.
+
+    Every trained parameter gets a gradient in every step, which is all that a static graph asks for; but torch does
+    not support one whose first step has no communication.
+    """
+    return {"find_unused_parameters": False, "static_graph": not accumulates}
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
