@@ -15,8 +15,11 @@ from small import LABELS, NUM_FRAMES, complaint, files_of, motion_folder, tiny_e
 
 from vidprism_hf import VidPrismForVideoClassification, VidPrismVideoProcessor
 from vidprism_hf.cli import main
+from vidprism_hf.data import normalize_clips
+from vidprism_hf.data.transforms import test_views as crops_of
 from vidprism_hf.errors import UserError
 from vidprism_hf.evaluation.evaluate import evaluate, refresh_export
+from vidprism_hf.model import decode_video, segment_centers
 
 BROKEN = "val/shrinking/1.mp4"
 
@@ -80,6 +83,18 @@ def test_results(export, source, tmp_path, capsys):
 
 
 def test_views_and_their_average(export, source, tmp_path):
+    model, processor = (
+        auto.from_pretrained(export) for auto in (VidPrismForVideoClassification, VidPrismVideoProcessor)
+    )
+    logits = []  # of the six views of each readable clip
+    for path in sorted((source / "val").rglob("*.mp4")):
+        if str(path.relative_to(source)) != BROKEN:
+            video, _ = decode_video(str(path), lambda total: segment_centers(total, 2 * NUM_FRAMES))
+            views = torch.cat([crops_of(video[start::2], processor, 3) for start in (0, 1)])
+            with torch.no_grad():
+                logits.append(model(normalize_clips(views, processor)).logits)
+    logits = torch.stack(logits)
+    sure = {"score": logits.mean(1).softmax(-1), "prob": logits.softmax(-1).mean(1)}
     found = []
     for how in ("score", "prob"):
         more = ("--data.test_clips=2", "--data.test_crops=3", f"--evaluation.average_clips={how}")
@@ -88,7 +103,46 @@ def test_views_and_their_average(export, source, tmp_path):
         found.append(results(tmp_path / "model" / "evaluation" / folder))
     assert found[0]["protocol"]["text"] == "8 frames x 3 crops x 2 clips, logits averaged"
     assert found[1]["protocol"]["text"] == "8 frames x 3 crops x 2 clips, probabilities averaged"
+    for one, shares in zip(found, sure.values(), strict=True):
+        assert one["calibration"]["mean_confidence"] == pytest.approx(shares.amax(-1).mean().item(), abs=2e-6)
     assert found[0]["calibration"] != found[1]["calibration"]
+
+
+def test_number_of_frames(export, source, tmp_path, capsys):
+    """One that is typed is meant; the recipe's is the training's."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {num_frames: 6}\n")
+    for typed, frames in (((), NUM_FRAMES), (("--model.num_frames", "4"), 4)):
+        here = f"--evaluation.output={tmp_path / str(frames)}"
+        assert main(["evaluate", *arguments(export, source, f"--config={recipe}", here, *typed)]) == 0
+        assert results(tmp_path / str(frames))["protocol"]["frames"] == frames
+    learned = tiny_export(tmp_path / "learned", time_position="learned")
+    assert main(["evaluate", *arguments(learned, source, "--model.num_frames=4")]) == 1
+    assert "has learned positions for 8 frames; set model.num_frames to that, not 4" in complaint(capsys)
+    assert not (tmp_path / "evaluation").exists()
+
+
+def test_classes_in_another_order(source, tmp_path):
+    """And in another spelling, as other models' may be."""
+    rows = []
+    for name, labels in (("same", LABELS), ("other", ("Shrinking", "GROWING"))):
+        folder, here = tiny_export(tmp_path / name, labels=labels), tmp_path / f"{name}-found"
+        assert main(["evaluate", *arguments(folder, source, f"--evaluation.output={here}")]) == 0
+        rows.append(results(here)["confusion"])
+    assert [found["labels"] for found in rows] == [list(LABELS)] * 2
+    assert rows[0]["counts"] == [row[::-1] for row in rows[1]["counts"]]  # the same weights under exchanged names
+    assert rows[0]["counts"] != rows[1]["counts"]
+
+
+def test_clips_that_a_list_names_and_the_disk_lacks(export, source, tmp_path):
+    (tmp_path / "train.txt").write_text("train/growing/0.mp4 growing\ntrain/shrinking/0.mp4 shrinking\n")
+    (tmp_path / "val.txt").write_text("val/growing/0.mp4 growing\nval/growing/gone.mp4 growing\n")
+    lists = (f"--data.train_list={tmp_path / 'train.txt'}", f"--data.val_list={tmp_path / 'val.txt'}")
+    more = (*lists, "--data.allow_missing=true", f"--evaluation.output={tmp_path}")
+    assert main(["evaluate", *arguments(export, source, *more)]) == 0
+    clips = results(tmp_path)["clips"]
+    assert clips["missing"] == ["val/growing/gone.mp4"]
+    assert (clips["expected"], clips["used"]) == (2, 1)
 
 
 def test_the_card_is_refreshed_and_a_persons_words_stay(export, source):
@@ -115,14 +169,18 @@ def test_the_card_is_refreshed_and_a_persons_words_stay(export, source):
     # With the Hub's dataset known, its results too; what others have put there stays.
     results = export / ".eval_results" / "org--clips.yaml"
     results.parent.mkdir()
-    others = [{"dataset": {"id": "org/clips", "task_id": task}, "value": 0.5} for task in ("theirs", "top1")]
+    others = [{"dataset": {"id": "org/clips", "task_id": "theirs"}, "value": 0.5}]
     results.write_text(yaml.safe_dump(others))
     told = refresh_export(dataclasses.replace(found, dataset_id="org/clips"), export)
     assert told == [".eval_results/org--clips.yaml"]
     theirs, ours = yaml.safe_load(results.read_text())
     assert theirs == others[0]
     assert ours["value"] == pytest.approx(found.values["top1"], abs=1e-6)
-    assert ours["notes"] == "By vidprism evaluate: 8 frames x 1 crop x 1 clip."
+    assert ours["notes"] == (
+        "8 frames x 1 crop x 1 clip; the source's own split. By vidprism evaluate, on 4 of 5 held-out clips "
+        "(1 undecodable). A clip that cannot be decoded counts as wrong. "
+        "ece and the confusion matrix are of the readable clips."
+    )
     for broken in ("a: 1", "- 1", "[", "\xff"):
         results.write_bytes(broken.encode("latin-1"))
         with pytest.raises(UserError, match="its card cannot be refreshed"):
@@ -144,8 +202,8 @@ def test_what_is_a_persons_alone_stays(export, source, capsys):
 def test_a_part_of_the_clips_is_not_for_the_card(export, source, tmp_path, capsys):
     before = files_of(export)
     assert main(["evaluate", *arguments(export, source, "--trainer.limit_test_batches=1")]) == 0
-    assert "on 5 held-out clips of clips; only 2 were evaluated\n" in capsys.readouterr().out
-    assert results(tmp_path / "model" / "evaluation" / "clips-8x1x1")["clips"]["evaluated"] == 2
+    assert "\nOnly 2 of the 5 held-out clips were evaluated.\n" in capsys.readouterr().out
+    assert results(tmp_path / "model" / "evaluation" / "clips-8x1x1-partial")["clips"]["evaluated"] == 2
     assert files_of(export) == before
 
 

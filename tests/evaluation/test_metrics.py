@@ -62,6 +62,15 @@ def test_calibration_error_by_hand():
     assert found.confidence == pytest.approx(0.75, abs=1e-5)
 
 
+def test_a_probability_of_one_shares_the_last_bin():
+    """Sure of 1 and right in 60 of 100 cases, sure of 0.97 in 100 others and always right: 0.985 against 0.8."""
+    scores = np.array([[500.0, 0.0]] * 100 + [[np.log(0.97 / 0.03), 0.0]] * 100, dtype=np.float32)
+    labels = np.array([0] * 60 + [1] * 40 + [0] * 100)
+    found = measure(scores, labels)
+    assert found.ece == pytest.approx(0.185, abs=1e-6)
+    assert found.confidence == pytest.approx(0.985, abs=1e-6)
+
+
 def test_scores_that_are_no_numbers_are_wrong():
     found = measure(np.array([[np.nan, np.nan], [1.0, 0.0]], dtype=np.float32), np.array([0, 0]))
     assert found.accuracies["top1"].value == 0.5

@@ -1,5 +1,6 @@
 """Other classifiers of transformers under `vidprism evaluate`: their own processors, frames and labels."""
 
+import copy
 import json
 import os
 import subprocess
@@ -23,9 +24,11 @@ from transformers import (
     VJEPA2Config,
     VJEPA2VideoProcessor,
 )
+from transformers.image_utils import SizeDict
 
 from vidprism_hf.cli import main
-from vidprism_hf.evaluation.other_models import OtherProcessor, matched_labels
+from vidprism_hf.evaluation.labels import matched_labels
+from vidprism_hf.evaluation.other_models import OtherClassifier, OtherProcessor
 from vidprism_hf.model import decode_video, segment_centers
 
 THEIRS = {0: "Shrinking", 1: "GROWING "}  # in another order and spelling than the data's
@@ -99,15 +102,38 @@ def test_scores_are_those_of_its_own_processor(kind, motion_clips, tmp_path, cap
     assert found["compute"]["giga_macs"] > 0
     assert found["compute"]["million_parameters"] == pytest.approx(model.num_parameters() / 1e6, abs=1e-6)
     assert not (folder / "README.md").exists()
-    assert "the paper's" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "the paper's" not in printed
+    assert "frames are from the whole video (data.frame_stride is null)" in printed
 
 
-def test_several_views(motion_clips, tmp_path):
-    folder, views = saved("videomae", tmp_path / "model"), ("--data.test_clips=2", "--data.test_crops=3")
+def test_several_views(motion_clips, tmp_path, capsys):
+    folder = saved("videomae", tmp_path / "model")
+    views = ("--data.test_clips=2", "--data.test_crops=3", "--data.frame_stride=3", "--model.num_frames=4")
     assert main(["evaluate", str(folder), *quiet(motion_clips, tmp_path), *views]) == 0
     found = json.loads((tmp_path / "evaluation.json").read_text())
-    assert found["protocol"]["text"] == "4 frames x 3 crops x 2 clips, logits averaged"
+    protocol = {"frames": 4, "crops": 3, "clips": 2, "frame_stride": 3, "average_clips": "score"}
+    assert found["protocol"].items() >= protocol.items()
     assert found["clips"]["used"] == 4
+    assert "the whole video" not in capsys.readouterr().out
+
+
+def test_each_clip_keeps_its_views_and_each_class_its_score():
+    """Three classes in a cycle, whose order and its inverse differ; four views of two clips, all of them others."""
+    config = copy.deepcopy(MODELS["videomae"][0])
+    config.id2label = {0: "a", 1: "b", 2: "c"}
+    torch.manual_seed(1)
+    model = AutoModelForVideoClassification.from_config(config).eval()
+    order = matched_labels("m", config.id2label, {0: "C", 1: "A", 2: "B"})
+    views, module = torch.randn(2, 4, 4, 3, 16, 16), OtherClassifier(model, order)
+    with torch.no_grad():
+        several = module.test_step({"pixel_values_videos": views}, 0)["logits"]
+        single = module.test_step({"pixel_values_videos": views[:, 0]}, 0)["logits"]
+        alone = [[model(pixel_values=view[None]).logits[0] for view in clip] for clip in views]
+    expected = torch.stack([torch.stack([torch.stack([row[2], row[0], row[1]]) for row in clip]) for clip in alone])
+    assert torch.allclose(several, expected, atol=1e-5)
+    assert torch.allclose(single, expected[:, :1], atol=1e-5)
+    assert expected.flatten().unique().numel() == expected.numel()
 
 
 def test_crops_reach_both_ends():
@@ -122,6 +148,7 @@ def test_crops_reach_both_ends():
     assert (left.max(), right.min()) == (0, 255)
     assert centre[..., :7].max() == 0
     assert centre[..., 9:].min() == 255
+    assert processor.center_crop(left, SizeDict(height=8, width=4)).shape == (2, 3, 8, 4)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +167,12 @@ def test_labels_that_do_not_match(theirs, said):
 def test_labels_match_by_letters_and_digits():
     ours = {0: "ApplyEyeMakeup", 1: "wave2", 2: "Straße", 3: "+"}
     assert matched_labels("m", {0: "+", 1: "WAVE 2", 2: "strasse", 3: "apply eye makeup"}, ours) == [3, 1, 2, 0]
+    # A cycle, whose inverse is another.
+    assert matched_labels("m", {0: "C", 1: "A", 2: "B"}, {0: "a", 1: "b", 2: "c"}) == [1, 2, 0]
+
+
+def test_labels_that_signs_alone_tell_apart_match_themselves():
+    assert matched_labels("m", {0: "run", 1: "Run", 2: "r-un"}, {0: "r-un", 1: "run", 2: "Run"}) == [2, 0, 1]
 
 
 def test_refusals(motion_clips, tmp_path, capsys):
@@ -149,10 +182,24 @@ def test_refusals(motion_clips, tmp_path, capsys):
     assert "only in the model: run, walk; only in the data: growing, shrinking" in said
     assert main(["evaluate", str(tmp_path / "nowhere"), *quiet(motion_clips, tmp_path)]) == 1
     assert "nowhere: cannot be loaded" in complaint(capsys)
+    assert main(["evaluate", str(folder), *quiet(motion_clips, tmp_path), "--model.num_frames", "8"]) == 1
+    assert "model.num_frames=8" in (said := complaint(capsys))
+    assert "model takes 4 frames" in said
     content = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(content | {"model_type": "clip"}))
+    for other, said in (
+        ({"model_type": "clip"}, "model: cannot be evaluated"),
+        ({"hidden_size": "x"}, "Field 'hidden_size' expected int"),
+        ({"num_frames": None}, "Field 'num_frames' expected int"),
+    ):
+        (folder / "config.json").write_text(json.dumps(content | other))
+        assert main(["evaluate", str(folder), *quiet(motion_clips, tmp_path)]) == 1
+        assert said in complaint(capsys)
+    saved("videomae", folder)
+    content = json.loads((folder / "video_preprocessor_config.json").read_text())
+    content["crop_size"] = {"height": 24, "width": 24}
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(content))
     assert main(["evaluate", str(folder), *quiet(motion_clips, tmp_path)]) == 1
-    assert "model: cannot be evaluated" in complaint(capsys)
+    assert "the model cannot take 4 frames of 24 x 24, which its processor makes" in complaint(capsys)
     assert not (tmp_path / "evaluation.json").exists()
 
 

@@ -1,10 +1,12 @@
 """Scores of a test: averages over views, and the shares of several processes put together."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from vidprism_hf.evaluation.scores import average_views, put_together
+from vidprism_hf.evaluation.scores import ScoreRecorder, average_views, put_together
 
 
 def test_averages_over_views():
@@ -32,9 +34,26 @@ def test_uneven_shares_come_back_in_order():
     assert list(together.notes.items()) == [("a", (0, "empty")), ("b", (1, "cut"))]
 
 
-def test_a_clip_that_is_scored_twice_is_an_error():
-    with pytest.raises(RuntimeError, match="1 clips were evaluated more than once"):
-        put_together([share([0, 1]), share([1, 2])], [{}, {}])
+def test_clips_that_are_scored_twice_are_named():
+    parts = [share([0, 1, 5]), share([1, 2, 5])]
+    assert put_together(parts, [{}, {}], list("abfbcf")).repeated == ("b", "f")
+    assert put_together(parts, [{}, {}]).repeated == ("held-out clip 1", "held-out clip 5")
+    parts[1][3] = np.array([3, 2, 4])
+    assert put_together(parts, [{}, {}]).repeated == ()
+    for part in parts:
+        part[3] = np.full(3, -1)  # they are not known
+    assert put_together(parts, [{}, {}]).repeated == ()
+
+
+def test_a_recorder_names_clips_that_come_again():
+    """As rows of one path do, whose index is a hash of it."""
+    recorder = ScoreRecorder()
+    recorder.on_test_epoch_start(None, None)
+    for names, index in ((["a", "b"], [5, 3]), (["a"], [5])):
+        batch = {"labels": torch.zeros(len(index), dtype=torch.long), "clip_index": torch.tensor(index), "name": names}
+        recorder.on_test_batch_end(None, None, {"logits": torch.ones(len(index), 1, 2)}, batch, 0)
+    recorder.on_test_epoch_end(None, SimpleNamespace(log_dict=lambda values: None))
+    assert recorder.result.repeated == ("a",)
 
 
 def test_nothing_was_scored():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig
@@ -443,7 +444,7 @@ def load_processor(name: str, num_frames: int) -> VidPrismVideoProcessor:
         if isinstance(AutoConfig.from_pretrained(name), VidPrismConfig):
             return VidPrismVideoProcessor.from_pretrained(name, num_frames=num_frames)
         return VidPrismVideoProcessor.from_vision_pretrained(name, num_frames)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise DataError(
             f"{name}: no CLIP or VidPrism checkpoint ({first_line(error)}); give a folder, a Hub id or "
             f"one of {', '.join(VISION_PRESETS)}"

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForVideoClassification, CLIPVisionModel, PreTrainedConfig
 
+from ..errors import UserError, first_line
 from ..model import VISION_PRESETS, VidPrismConfig, VidPrismForVideoClassification
 
 # What the paper (arXiv 2605.28229) calls GFLOPs of a view, by tower and frames; they are multiply-adds, as the field
@@ -39,12 +40,19 @@ def cost(config: PreTrainedConfig, num_frames: int, size: tuple[int, int] | None
         config: Of the model.
         num_frames: Frames of a view.
         size: Height and width of its pictures; a VidPrism's own if not given.
+
+    Raises:
+        UserError: If the model cannot take such a view.
     """
     if not isinstance(config, VidPrismConfig):
         with torch.device("meta"):
             model = AutoModelForVideoClassification.from_config(copy.deepcopy(config)).eval()
             view = torch.empty(1, num_frames, 3, *size)
-        return Cost(giga_macs(model, view), million_parameters(model))
+        try:
+            return Cost(giga_macs(model, view), million_parameters(model))
+        except (ValueError, RuntimeError) as error:
+            shape = f"{num_frames} frames of {size[0]} x {size[1]}, which its processor makes"
+            raise UserError(f"{config.model_type}: the model cannot take {shape} ({first_line(error)})") from error
     model = without_memory(config)
     view = empty_view(config, num_frames)
     with torch.device("meta"):

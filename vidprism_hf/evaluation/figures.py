@@ -62,7 +62,7 @@ def confusion_matrix(counts: np.ndarray, labels: Sequence[str]) -> bytes:
     """Which share of each class's clips got which label; with many classes without their names.
 
     Args:
-        counts: (K, K), clips by class (row) and label given (column); a class may have none.
+        counts: (K, K), readable clips by class (row) and label given (column); a class may have none.
         labels: Of the K classes.
     """
     named = len(labels) <= MOST_CLASSES
@@ -80,7 +80,7 @@ def confusion_matrix(counts: np.ndarray, labels: Sequence[str]) -> bytes:
             axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=7, color=shade)
     axes.set_xlabel("label given")
     axes.set_ylabel("class")
-    figure.colorbar(image, ax=axes, label="share of the class's clips")
+    figure.colorbar(image, ax=axes, label="share of the class's readable clips")
     return _png(figure)
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from .intervals import mean_class_interval, wilson_interval
 
@@ -42,6 +42,8 @@ class Metrics:
         confusion: Readable clips by class (row) and best label (column), (K, K).
         ece: Expected calibration error of the best label's probability over the readable clips; NaN without any.
         confidence: The mean of that probability.
+        not_finite: Readable clips whose scores give no probabilities, as of NaN. They count as wrong and are left out
+            of confusion matrix and calibration.
     """
 
     accuracies: dict[str, Share]
@@ -51,6 +53,7 @@ class Metrics:
     confusion: np.ndarray
     ece: float
     confidence: float
+    not_finite: int = 0
 
     def class_share(self, index: int) -> Share | None:
         """Top-1 of a class; None without clips."""
@@ -73,8 +76,9 @@ def measure(scores: np.ndarray, labels: np.ndarray, readable: np.ndarray | None 
     if not total:
         raise ValueError("no clips to measure")
     readable = np.ones(total, dtype=bool) if readable is None else readable.astype(bool)
-    ranks = label_ranks(scores, labels)
-    hits = {f"top{k}": (ranks < k) & readable for k in ((1, 5) if classes > 5 else (1,))}
+    ranks, probabilities = label_ranks(scores, labels), torch.from_numpy(scores).softmax(1).numpy()
+    known = readable & ~np.isnan(probabilities).any(axis=1)
+    hits = {f"top{k}": (ranks < k) & known for k in ((1, 5) if classes > 5 else (1,))}
     clips, unreadable, right = (
         np.bincount(labels[chosen], minlength=classes) for chosen in (np.ones_like(readable), ~readable, hits["top1"])
     )
@@ -83,14 +87,27 @@ def measure(scores: np.ndarray, labels: np.ndarray, readable: np.ndarray | None 
     accuracies["mean_class"] = Share(float(shares.mean()), *mean_class_interval(right.tolist(), clips.tolist()), MOVER)
     confusion = np.zeros((classes, classes), dtype=np.int64)
     ece = confidence = float("nan")
-    known = readable & ~np.isnan(scores).any(axis=1)
     if known.any():
-        probabilities, target = torch.from_numpy(scores[known]).softmax(1), torch.from_numpy(labels[known])
-        best = torch.from_numpy(scores[known].argmax(1))
-        confusion = multiclass_confusion_matrix(best, target, classes).numpy()
-        ece = multiclass_calibration_error(probabilities, target, classes, CALIBRATION_BINS, "l1").item()
-        confidence = probabilities.max(1).values.mean().item()
-    return Metrics(accuracies, clips, unreadable, right, confusion, ece, confidence)
+        best, target = scores[known].argmax(1), labels[known]
+        confusion = multiclass_confusion_matrix(torch.from_numpy(best), torch.from_numpy(target), classes).numpy()
+        sure = probabilities[known].max(1)
+        ece, confidence = calibration_error(sure, best == target), float(sure.mean())
+    not_finite = int((readable & ~known).sum())
+    return Metrics(accuracies, clips, unreadable, right, confusion, ece, confidence, not_finite)
+
+
+def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
+    """Expected calibration error (Guo et al., arXiv:1706.04599): how far confidence and accuracy lie apart.
+
+    Not torchmetrics', which has a bin of its own for a confidence of exactly 1, that of saturated scores.
+
+    Args:
+        confidence: Of N clips, from 0 to 1, (N,).
+        right: Whether each is right, (N,).
+    """
+    edges = np.linspace(0, 1, CALIBRATION_BINS + 1)[1:-1]  # a bin has its upper edge
+    apart = np.bincount(np.digitize(confidence, edges, right=True), weights=confidence.astype(np.float64) - right)
+    return float(np.abs(apart).sum() / len(confidence))
 
 
 def label_ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -1,16 +1,16 @@
 """Classifiers of videos of transformers that are no VidPrism (VideoMAE, TimeSformer, ViViT, V-JEPA 2), for comparison.
 
 Each is shown the clips as its own processor makes them: its number of frames, its size, crop, mean and deviation. The
-frames are those that every model here gets: from equal segments of the video, or with `data.frame_stride`.
+frames are those that every model here gets: from equal segments of the video, or with `data.frame_stride`, which is the
+rate that many of them were published with; no checkpoint tells it.
 """
 
-import re
-from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForVideoClassification,
@@ -24,7 +24,8 @@ from transformers.image_utils import SizeDict
 from ..errors import UserError, why_not_loaded
 
 FRAME_FIELDS = ("num_frames", "frames_per_clip")  # what configurations call the number of frames
-MOST_NAMES = 3  # of labels that do not match, in the message
+# What VideoDataModule asks for: pixels as they are decoded, resized and cropped.
+PIXELS = {"do_sample_frames": False, "do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
 
 
 class OtherProcessor:
@@ -44,7 +45,7 @@ class OtherProcessor:
 
     def __init__(self, processor: BaseVideoProcessor, num_frames: int):
         self.processor, self.num_frames = processor, num_frames
-        edges = self(np.zeros((1, 256, 256, 3), dtype=np.uint8))["pixel_values_videos"].shape[-2:]
+        edges = self(np.zeros((1, 256, 256, 3), dtype=np.uint8), **PIXELS)["pixel_values_videos"].shape[-2:]
         self.crop_size = SizeDict(height=edges[0], width=edges[1])
         # Whatever its last step does, by its own settings or by code as ViViT's, to each channel it is a straight line.
         ends = torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None].expand(2, 3, 1, 1)
@@ -61,23 +62,19 @@ class OtherProcessor:
         self.image_std = (1 / rise).tolist()
         self.image_mean = (-black / rise).tolist()
 
-    def __call__(self, frames: np.ndarray, do_center_crop: bool | None = None, **_: Any) -> dict[str, torch.Tensor]:
-        """Resizes and crops chosen frames, (T, H, W, 3), to uint8 `pixel_values_videos`, (1, T, 3, height, width)."""
-        settings = {} if do_center_crop is None else {"do_center_crop": do_center_crop}
-        made = self.processor(
-            torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2),
-            do_sample_frames=False,
-            do_rescale=False,
-            do_normalize=False,
-            return_tensors="pt",
-            **settings,
-        )
+    def __call__(self, frames: np.ndarray, **settings: Any) -> dict[str, torch.Tensor]:
+        """Chosen frames, (T, H, W, 3) uint8, as `pixel_values_videos`, (1, T, 3, height, width).
+
+        Settings go to the model's processor, as they would to ours; with those of `PIXELS` it resizes and crops.
+        """
+        video = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
+        made = self.processor(video, **settings)
         (pixels,) = (made[name] for name in ("pixel_values_videos", "pixel_values") if name in made)
         return {"pixel_values_videos": pixels}
 
     def center_crop(self, clip: torch.Tensor, size: SizeDict) -> torch.Tensor:
-        """The middle of a clip (T, 3, H, W)."""
-        return self.processor.center_crop(clip, self.processor.crop_size)
+        """The middle of a clip (T, 3, H, W), so high and wide."""
+        return self.processor.center_crop(clip, size)
 
 
 class OtherClassifier(L.LightningModule):
@@ -107,15 +104,16 @@ def load_other(name: str, config: PreTrainedConfig) -> tuple[PreTrainedModel, Ot
     Raises:
         UserError: If it is none, cannot be loaded, or some of its weights are not there.
     """
+    frames = frames_of(name, config)
     try:
         settings = {"config": config, "dtype": torch.float32, "trust_remote_code": False}
         model, info = AutoModelForVideoClassification.from_pretrained(name, output_loading_info=True, **settings)
-        processor = AutoVideoProcessor.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        processor = OtherProcessor(AutoVideoProcessor.from_pretrained(name, trust_remote_code=False), frames)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, StrictDataclassError, SafetensorError) as error:
         raise UserError(f"{name}: cannot be evaluated ({why_not_loaded(name, error)})") from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{name}: not a whole classifier, {len(missing)} weights are missing ({missing[0]})")
-    return model.eval(), OtherProcessor(processor, frames_of(name, config))
+    return model.eval(), processor
 
 
 def frames_of(name: str, config: PreTrainedConfig) -> int:
@@ -128,39 +126,3 @@ def frames_of(name: str, config: PreTrainedConfig) -> int:
     if not found:
         raise UserError(f"{name}: its config.json has none of {', '.join(FRAME_FIELDS)}, so no number of frames")
     return int(found[0])
-
-
-def matched_labels(name: str, theirs: Mapping[int, str], ours: Mapping[int, str]) -> list[int]:
-    """For each class of the data the index that a model has it at: by name, without regard to case, blanks and signs.
-
-    Raises:
-        UserError: If the two do not name the same classes.
-    """
-    by_name, known = ({plain_name(label): index for index, label in labels.items()} for labels in (theirs, ours))
-    apart = {
-        "only in the model": [label for label in theirs.values() if plain_name(label) not in known],
-        "only in the data": [label for label in ours.values() if plain_name(label) not in by_name],
-        "the same but for case, blanks and signs": [
-            label for labels, names in ((theirs, by_name), (ours, known)) for label in twins(labels, names)
-        ],
-    }
-    if any(apart.values()):
-        said = "; ".join(f"{what}: {first_names(labels)}" for what, labels in apart.items() if labels)
-        raise UserError(f"{name}: its labels are not the data's ({said}); evaluate it on data with the same classes")
-    return [by_name[plain_name(ours[index])] for index in range(len(ours))]
-
-
-def plain_name(label: str) -> str:
-    """A label's letters and digits: `ApplyEyeMakeup` and `apply eye makeup` are the same."""
-    return re.sub(r"[\W_]+", "", label.casefold()) or label
-
-
-def twins(labels: Mapping[int, str], names: Mapping[str, int]) -> list[str]:
-    """Labels that have another one's plain name."""
-    return [label for index, label in labels.items() if names[plain_name(label)] != index]
-
-
-def first_names(labels: list[str]) -> str:
-    """The first few of some labels."""
-    more = len(labels) - MOST_NAMES
-    return ", ".join(labels[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")

@@ -1,14 +1,12 @@
-"""What an evaluation found: as JSON, as tables on the terminal, and as the places where it is kept."""
+"""What an evaluation is of and what it found: as JSON, and as tables on the terminal."""
 
 import io
 import json
 import math
-import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,18 +15,18 @@ from rich.table import Table
 from rich.text import Text
 
 from ..data.bad_clips import BadClip, ClipCounts
-from ..data.clip_contents import write_whole
-from ..errors import UserError, printable
+from ..errors import printable
 from .compute import Cost
-from .figures import confusion_matrix
 from .metrics import CALIBRATION_BINS, Metrics
 from .scores import AverageClips
 
-RESULTS, CONFUSION = "evaluation.json", "confusion.png"
 MOST_CLASSES = 20  # on the terminal; of more the worst are shown
 MOST_COLUMNS = 160  # of the terminal
+MOST_MISSING = 3  # names on the terminal
 DIGITS = 6  # a share's; what is beyond them differs between processes
 PACKAGES = ("vidprism_hf", "torch", "transformers")
+FULL_PRECISION = "32-true"
+CHOSEN = "The same clips chose the checkpoint: the figure is optimistic."
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,7 @@ class Protocol:
         clips: Clips of each video, at different places in time.
         frame_stride: Frames between those of a clip; None takes them from equal segments of the whole video.
         average_clips: What is averaged over the views: `score`, the logits, or `prob`, the probabilities.
+        precision: The trainer's.
     """
 
     frames: int
@@ -48,6 +47,7 @@ class Protocol:
     clips: int = 1
     frame_stride: int | None = None
     average_clips: AverageClips = "score"
+    precision: str = FULL_PRECISION
 
     @property
     def views(self) -> str:
@@ -60,41 +60,78 @@ class Protocol:
         averaged = "logits" if self.average_clips == "score" else "probabilities"
         parts = [
             self.views,
-            f"every {self.frame_stride}th frame" if self.frame_stride else "",
+            every(self.frame_stride) if self.frame_stride else "",
             f"{averaged} averaged" if self.crops * self.clips > 1 else "",
+            self.precision if self.precision != FULL_PRECISION else "",
         ]
         return ", ".join(part for part in parts if part)
 
 
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """A model on the held-out clips of some data.
+def every(stride: int) -> str:
+    """Which frames a stride takes, in words."""
+    if stride == 1:
+        return "every frame"
+    ending = "th" if stride % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(stride % 10, "th")
+    return f"every {stride}{ending} frame"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Subject:
+    """What is evaluated, as it is known before.
 
     Attributes:
         model: Folder or Hub id.
         dataset: Its name.
-        split: How the clips were held out, in a phrase.
-        protocol: How they were shown.
-        labels: Of the classes.
-        metrics: What the scores come to.
-        num_clips: Held-out clips that are there; fewer are evaluated where the trainer was told to stop early.
-        missing: Names of clips that the source lists and the disk lacks; they are left out.
-        unreadable: Clips that could not be read; they count as wrong.
-        cost: Of the model, for one view.
         dataset_id: The dataset's id on the Hub, if it has one.
+        split: How the clips were held out, in a phrase.
+        sha256: Over names and labels of the held-out clips; None of streamed ones.
+        protocol: How they are shown.
+        labels: Of the classes.
+        num_clips: Held-out clips that are there.
+        missing: Names of clips that the source lists and the disk lacks; they are left out.
+        cost: Of the model, for one view.
+        chose_checkpoint: Whether the same clips chose this checkpoint among others.
     """
 
     model: str
     dataset: str
+    dataset_id: str | None = None
     split: str
+    sha256: str | None = None
     protocol: Protocol
     labels: list[str]
-    metrics: Metrics
     num_clips: int
-    missing: tuple[str, ...]
-    unreadable: list[BadClip]
+    missing: tuple[str, ...] = ()
     cost: Cost
-    dataset_id: str | None = None
+    chose_checkpoint: bool = False
+
+    @property
+    def conditions(self) -> str:
+        """What figures must have in common to be compared, in a phrase."""
+        return f"{self.protocol}; {self.split}"
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What tells this evaluation from others, as `evaluation.json` begins."""
+        dataset = {"name": self.dataset, "id": self.dataset_id, "split": self.split, "sha256": self.sha256}
+        return {
+            "model": self.model,
+            "dataset": dataset,
+            "protocol": {**vars(self.protocol), "text": str(self.protocol)},
+        }
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Evaluation(Subject):
+    """What was found.
+
+    Attributes:
+        metrics: What the scores come to; of fewer than `num_clips` clips where the trainer was told to stop early.
+        unreadable: Clips that could not be read; they count as wrong.
+    """
+
+    metrics: Metrics
+    unreadable: list[BadClip]
 
     @property
     def evaluated(self) -> int:
@@ -102,14 +139,45 @@ class Evaluation:
         return int(self.metrics.clips.sum())
 
     @property
+    def is_partial(self) -> bool:
+        """Whether clips that are there were not evaluated."""
+        return self.evaluated < self.num_clips
+
+    @property
     def counts(self) -> ClipCounts:
         """What became of the clips."""
         return ClipCounts(self.num_clips + len(self.missing), len(self.missing), len(self.unreadable))
 
     @property
+    def over_expected(self) -> dict[str, float]:
+        """Top-k accuracies with the missing clips counted as wrong; nothing where none is missing, or of a part."""
+        if not self.missing or self.is_partial:
+            return {}
+        shares = {name: share.value for name, share in self.metrics.accuracies.items() if name.startswith("top")}
+        return {name: value * self.evaluated / self.counts.expected for name, value in shares.items()}
+
+    @property
+    def caveats(self) -> list[str]:
+        """What to know of the figures, in sentences."""
+        told = []
+        if self.is_partial:
+            told.append(f"Only {self.evaluated} of the {self.num_clips} held-out clips were evaluated.")
+        if self.missing:
+            told.append(f"{len(self.missing)} of {self.counts.expected} listed clips are not on disk and are left out.")
+        if self.over_expected:
+            found = ", ".join(f"{name} {value:.4f}" for name, value in self.over_expected.items())
+            told.append(f"Over all {self.counts.expected}, missing ones counted as wrong: {found}.")
+        if self.unreadable:
+            told.append("ece and the confusion matrix are of the readable clips.")
+        if self.metrics.not_finite:
+            told.append(f"The scores of {self.metrics.not_finite} readable clips are no numbers: they count as wrong.")
+        return told + [CHOSEN] * self.chose_checkpoint
+
+    @property
     def values(self) -> dict[str, float]:
         """The metrics by name, without intervals."""
-        return {name: share.value for name, share in self.metrics.accuracies.items()} | {"ece": self.metrics.ece}
+        found = {name: share.value for name, share in self.metrics.accuracies.items()}
+        return found | ({"ece": self.metrics.ece} if math.isfinite(self.metrics.ece) else {})
 
     @property
     def intervals(self) -> dict[str, tuple[float, float]]:
@@ -141,27 +209,35 @@ class Evaluation:
 
     @property
     def folder_name(self) -> str:
-        """A name for the folder of its files, which tells data and views."""
+        """A name for the folder of its files: the data, the views, and what is unusual."""
         known, protocol = re.sub(r"[^\w.]+", "-", self.dataset).strip("-."), self.protocol
-        prob = "-prob" if protocol.average_clips == "prob" else ""
-        return f"{known or 'data'}-{protocol.frames}x{protocol.crops}x{protocol.clips}{prob}"
+        parts = [
+            known or "data",
+            f"{protocol.frames}x{protocol.crops}x{protocol.clips}",
+            f"stride{protocol.frame_stride}" if protocol.frame_stride else "",
+            protocol.average_clips if protocol.average_clips != "score" else "",
+            protocol.precision if protocol.precision != FULL_PRECISION else "",
+            "partial" if self.is_partial else "",
+        ]
+        return "-".join(part for part in parts if part)
 
     def to_json(self) -> str:
         """All of it. The number of processes makes no difference."""
         unreadable = [{"name": clip.name, "label": clip.label, "cause": clip.cause} for clip in self.unreadable]
         counts = self.counts
         content = {
-            "model": self.model,
-            "dataset": {"name": self.dataset, "id": self.dataset_id, "split": self.split},
-            "protocol": {**vars(self.protocol), "text": str(self.protocol)},
+            **self.about,
+            "caveats": self.caveats,
             "clips": {
                 "expected": counts.expected,
                 "used": self.evaluated - counts.undecodable,
                 "evaluated": self.evaluated,
+                "not_finite": self.metrics.not_finite,
                 "unreadable": unreadable,
                 "missing": list(self.missing),
             },
             "metrics": {name: vars(share) for name, share in self.metrics.accuracies.items()},
+            "missing_counted_wrong": self.over_expected,
             "calibration": {
                 "ece": self.metrics.ece,
                 "bins": CALIBRATION_BINS,
@@ -188,28 +264,15 @@ def rounded(value: Any) -> Any:
     return value
 
 
-def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
-    """Writes `evaluation.json` and `confusion.png`.
-
-    Raises:
-        UserError: If the folder cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / RESULTS, evaluation.to_json().encode())
-        write_whole(folder / CONFUSION, confusion_matrix(evaluation.metrics.confusion, evaluation.labels))
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be written ({error.strerror}); name another folder by --evaluation.output"
-        ) from error
-
-
 def print_evaluation(evaluation: Evaluation) -> None:
     """Prints what a person wants to know of it."""
-    part = f"; only {evaluation.evaluated} were evaluated" if evaluation.evaluated < evaluation.num_clips else ""
-    used = evaluation.counts.phrase("held-out clips")
-    print(f"{evaluation.model} on {used} of {printable(evaluation.dataset)}{part}")
+    print(f"{evaluation.model} on {evaluation.counts.phrase('held-out clips')} of {printable(evaluation.dataset)}")
     print(f"{evaluation.protocol}; {printable(evaluation.split)}")
+    for sentence in evaluation.caveats:
+        print(sentence)
+    if evaluation.missing:
+        names, more = evaluation.missing[:MOST_MISSING], len(evaluation.missing) - MOST_MISSING
+        print(f"Missing: {printable(', '.join(names))}{f' and {more} more' if more > 0 else ''}")
     for table in (accuracy_table(evaluation.metrics), cost_table(evaluation), class_table(evaluation.classes)):
         text = io.StringIO()
         Console(file=text, width=MOST_COLUMNS).print(table)
@@ -223,7 +286,8 @@ def accuracy_table(metrics: Metrics) -> Table:
     for name, share in metrics.accuracies.items():
         table.add_row(name, f"{share.value:.4f}", f"{share.low:.4f} to {share.high:.4f}", share.interval)
     confidence = f"of {CALIBRATION_BINS} bins; mean confidence {metrics.confidence:.4f}"
-    table.add_row("ece", f"{metrics.ece:.4f}", "", confidence)
+    if math.isfinite(metrics.ece):
+        table.add_row("ece", f"{metrics.ece:.4f}", "", confidence)
     return table
 
 
@@ -241,19 +305,21 @@ def cost_table(evaluation: Evaluation) -> Table:
 
 
 def class_table(classes: list[dict[str, Any]]) -> Table:
-    """The classes, or the worst of many."""
+    """The classes, or the worst of many; unreadable clips where there are any."""
     shown = [row for row in classes if row["clips"]]
-    table = plain_table("", ">", ">", ">", "")
+    lost = any(row["unreadable"] for row in shown)
+    table = plain_table("", ">", *[">"] * lost, ">", ">", "")
     title = "class"
     if len(shown) > MOST_CLASSES:
         title = f"the worst {MOST_CLASSES} of {len(shown)} classes"
         shown = sorted(shown, key=lambda row: row["top1"])[:MOST_CLASSES]
-    table.add_row(title, "clips", "top1", "95 % interval", "most often taken for")
+    table.add_row(title, "clips", *["unreadable"] * lost, "top1", "95 % interval", "most often taken for")
     for row in shown:
         interval = f"{row['low']:.4f} to {row['high']:.4f}"
         # As Text: names may look like rich's markup.
         label, other = (Text(printable(name or "")) for name in (row["label"], row["taken_for"]))
-        table.add_row(label, str(row["clips"]), f"{row['top1']:.4f}", interval, other)
+        unreadable = [str(row["unreadable"])] * lost
+        table.add_row(label, str(row["clips"]), *unreadable, f"{row['top1']:.4f}", interval, other)
     return table
 
 
@@ -263,8 +329,3 @@ def plain_table(*columns: str) -> Table:
     for kind in columns:
         table.add_column(justify="right" if kind == ">" else "left", no_wrap=True)
     return table
-
-
-def default_folder(model: str) -> Path:
-    """Where evaluations of a model are kept: beside its folder, or for an id of the Hub below runs/."""
-    return (Path(model).parent if os.path.isdir(model) else Path("runs") / model.replace("/", "--")) / "evaluation"

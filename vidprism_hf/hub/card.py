@@ -7,14 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import requires, version
+from itertools import count
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from ..errors import printable
-from ..evaluation.intervals import wilson_interval
 from .card_merge import BEGIN, SECTION, merge_card
 
 __all__ = ["CardFacts", "addressed", "eval_results_file", "merge_card", "render_card"]
@@ -62,10 +63,11 @@ class CardFacts:
         train_list_hash: sha256 over names and labels of the training clips.
         bad_clips: Clips that could not be decoded, with `split`, `name` and `cause`.
         metrics: Held-out metrics as shares, such as {"top1": 0.9}; empty where nothing was evaluated.
-        num_evaluated: Clips that they are shares of; None gives no intervals.
-        mean_class_interval: The 95 % interval of `mean_class`, where that is among the metrics.
+        intervals: The 95 % intervals of these, as far as they are known.
+        num_evaluated: Clips that they are shares of.
         per_class: What was found of each class, as `evaluation_body` takes it.
-        protocol: How they were measured.
+        protocol: How they were measured, in sentences.
+        conditions: What figures must have in common with them to be compared: views and split, in a phrase.
         hyper_parameters: Of the training.
         augmentation: Of the training clips.
         compute: Multiply-adds, parameters, device, time, memory.
@@ -94,10 +96,11 @@ class CardFacts:
     train_list_hash: str | None = None
     bad_clips: list[Any] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     num_evaluated: int | None = None
-    mean_class_interval: tuple[float, float] | None = None
     per_class: list[dict[str, Any]] = field(default_factory=list)
     protocol: str | None = None
+    conditions: str | None = None
     hyper_parameters: dict[str, Any] = field(default_factory=dict)
     augmentation: dict[str, Any] = field(default_factory=dict)
     compute: dict[str, Any] = field(default_factory=dict)
@@ -111,14 +114,6 @@ class CardFacts:
         if self.from_scratch:
             return "none: it started from random weights"
         return BASE_LICENSES.get(self.base_model or "", NOT_STATED)
-
-    @property
-    def intervals(self) -> dict[str, tuple[float, float]]:
-        """The 95 % interval of each metric, Wilson's of those that are shares of clips."""
-        clips = self.num_evaluated
-        shares = {name: value for name, value in self.metrics.items() if name in METRICS}
-        found = {name: wilson_interval(value, clips) for name, value in shares.items()} if clips else {}
-        return found | ({"mean_class": self.mean_class_interval} if self.mean_class_interval else {})
 
     @property
     def evaluation(self) -> str:
@@ -212,7 +207,7 @@ def evaluation_body(
         intervals: Of these, where they are known.
         num_evaluated: Clips that they are shares of.
         num_labels: Classes.
-        per_class: Of each class `label`, `clips`, `top1`, `low`, `high` and `taken_for`.
+        per_class: Of each class `label`, `clips`, `unreadable`, `top1`, `low`, `high` and `taken_for`.
     """
     if not metrics:
         return protocol
@@ -224,7 +219,7 @@ def evaluation_body(
         chance = "" if name == "ece" else f"{min(1.0, guesses / num_labels):.4f}"
         rows.append(f"| {name} | {value:.4f} | {interval} | {chance} |")
     said = []
-    if num_evaluated:
+    if num_evaluated and intervals.keys() & METRICS.keys():
         said.append(f"The interval (Wilson's) is that of {num_evaluated} clips drawn at random;")
         said.append("it knows nothing of other seeds.")
     if "mean_class" in intervals:
@@ -239,11 +234,14 @@ def evaluation_body(
 
 def class_details(per_class: Sequence[Mapping[str, Any]]) -> str:
     """The table of the classes, folded."""
-    lines = ["| class | clips | top1 | 95 % interval | most often taken for |", "| --- | --- | --- | --- | --- |"]
+    lost = any(row["unreadable"] for row in per_class)
+    titles = ["class", "clips", *["unreadable"] * lost, "top1", "95 % interval", "most often taken for"]
+    lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
     for row in per_class:
         label, other = (cell(plain(name or "")) for name in (row["label"], row["taken_for"]))
+        clips = f"{row['clips']} | {row['unreadable']}" if lost else row["clips"]
         shares = f"{row['top1']:.4f} | {row['low']:.4f} to {row['high']:.4f}" if row["clips"] else " | "
-        lines.append(f"| {label} | {row['clips']} | {shares} | {other} |")
+        lines.append(f"| {label} | {clips} | {shares} | {other} |")
     return "<details><summary>By class</summary>\n\n" + "\n".join(lines) + "\n\n</details>"
 
 
@@ -279,25 +277,31 @@ def eval_results_file(facts: CardFacts) -> dict[str, bytes]:
     """
     if not facts.dataset_id or not facts.metrics:
         return {}
-    return {eval_results_path(facts.dataset_id): eval_results(facts.dataset_id, facts.metrics, facts.protocol)}
+    conditions = facts.conditions or ""
+    notes = ". ".join(text for text in (conditions, facts.protocol) if text)
+    return eval_results(facts.dataset_id, facts.metrics, conditions, notes)
 
 
-def eval_results_path(dataset_id: str) -> str:
-    """Where an export keeps the results on a dataset of the Hub."""
-    return f".eval_results/{dataset_id.replace('/', '--').replace('.', '-')}.yaml"
+def eval_results(
+    dataset_id: str,
+    metrics: Mapping[str, float],
+    conditions: str,
+    notes: str,
+    existing: Mapping[str, bytes] = MappingProxyType({}),
+) -> dict[str, bytes]:
+    """A file of results on a dataset of the Hub, by its path in an export.
 
-
-def eval_results(dataset_id: str, metrics: Mapping[str, float], notes: str | None, existing: bytes = b"") -> bytes:
-    """The content of such a file.
+    Results of a task under other conditions have a file of their own, as the Hub wants it, with a number in its name.
 
     Args:
         dataset_id: Of the dataset.
         metrics: Its `top1` and `top5` are told.
+        conditions: Views and split, with which the notes begin.
         notes: How they were measured.
-        existing: The file that there is; its entries of other tasks stay.
+        existing: The files that there are, by path; in them other tasks stay.
 
     Raises:
-        ValueError: If that is no list of results.
+        ValueError: If one of them is no list of results.
     """
     entries = [
         EvalResultEntry(dataset_id=dataset_id, task_id=name, value=rounded(value), notes=notes)
@@ -305,11 +309,18 @@ def eval_results(dataset_id: str, metrics: Mapping[str, float], notes: str | Non
         if name in METRICS
     ]
     tasks = {entry.task_id for entry in entries}
-    known = yaml.safe_load(existing) or []
-    if not isinstance(known, list) or not all(isinstance(entry, dict) for entry in known):
-        raise ValueError(f"{eval_results_path(dataset_id)} is no list of results")
-    kept = [entry for entry in known if (entry.get("dataset") or {}).get("task_id") not in tasks]
-    return yaml.safe_dump(kept + eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True).encode()
+    for number in count(1):
+        path = (
+            f".eval_results/{dataset_id.replace('/', '--').replace('.', '-')}{f'-{number}' if number > 1 else ''}.yaml"
+        )
+        known = yaml.safe_load(existing.get(path, b"")) or []
+        if not isinstance(known, list) or not all(isinstance(entry, dict) for entry in known):
+            raise ValueError(f"{path} is no list of results")
+        same = [entry for entry in known if (entry.get("dataset") or {}).get("task_id") in tasks]
+        if all(str(entry.get("notes") or "").startswith(f"{conditions}.") for entry in same):
+            break
+    kept = [entry for entry in known if entry not in same] + eval_result_entries_to_yaml(entries)
+    return {path: yaml.safe_dump(kept, sort_keys=False, allow_unicode=True).encode()}
 
 
 @cache

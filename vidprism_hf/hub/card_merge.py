@@ -128,6 +128,11 @@ def is_kept(existing: str, generated: str) -> bool:
     return stays(take_apart(existing), take_apart(generated))
 
 
+def states_results(card: str) -> bool:
+    """Whether the metadata of a card have results of its model."""
+    return "model-index" in take_apart(card).keys
+
+
 def states_license(card: str) -> bool:
     """Whether the generated part of a card names the licence of the weights, as its export was told it."""
     parts = take_apart(card)

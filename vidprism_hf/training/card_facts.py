@@ -6,8 +6,10 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -23,6 +25,7 @@ from ..data.ranks import gathered
 from ..data.sources import DEMO, source_kind
 from ..evaluation.compute import cost, million_parameters
 from ..evaluation.figures import confusion_matrix, curves, expert_weights
+from ..evaluation.intervals import wilson_interval
 from ..evaluation.report import Evaluation
 from ..hub import CardFacts
 from .averaging import WiseFT
@@ -34,20 +37,46 @@ from .origin import base_model, is_random, starting_point
 METRICS = ("top1", "top5")
 
 
-class Measured(NamedTuple):
-    """What is known of the accuracy of the weights that a card is for.
+@dataclass(frozen=True)
+class Measured:
+    """What is known of the accuracy of the weights that a card is for: by the final test, or by a validation.
 
     Attributes:
-        metrics: `top1` and the like; empty if these weights were not evaluated.
-        clips: How many clips the metrics count, over all processes.
-        protocol: How they were measured, in sentences; None if there is nothing to say.
-        evaluation: All that the final test found; None of what was measured in training.
+        protocol: How it was measured, in sentences; None if there is nothing to say.
+        evaluation: What the final test found; None of weights that it did not see.
+        validation: What the validation of these weights found otherwise: `clips`, over all processes, and of
+            `METRICS` some; empty if there was none.
+        conditions: Views and split of that validation.
+        chosen: Whether the held-out clips chose these weights among others.
     """
 
-    metrics: dict[str, float]
-    clips: int | None
-    protocol: str | None
+    protocol: str | None = None
     evaluation: Evaluation | None = None
+    validation: Mapping[str, float] = field(default_factory=dict)
+    conditions: str | None = None
+    chosen: bool = False
+
+    def facts(self) -> dict[str, Any]:
+        """What the card says of it."""
+        found = self.evaluation
+        if found is not None:
+            return {
+                "metrics": found.values,
+                "intervals": found.intervals,
+                "num_evaluated": found.evaluated,
+                "per_class": found.classes,
+                "protocol": self.protocol,
+                "conditions": found.conditions,
+            }
+        clips = self.validation.get("clips")
+        metrics = {name: value for name, value in self.validation.items() if name in METRICS}
+        return {
+            "metrics": metrics,
+            "intervals": {name: wilson_interval(value, clips) for name, value in metrics.items()},
+            "num_evaluated": clips,
+            "protocol": self.protocol,
+            "conditions": self.conditions,
+        }
 
 
 class CardRecorder(L.Callback):
@@ -219,11 +248,7 @@ def run_facts(trainer: Trainer, cli: LightningCLI, measured: Measured) -> CardFa
         eval_clips=str(clip_counts(trainer, "val")),
         train_list_hash=None if data.hparams.streaming else clip_list_hash(data.train_table),
         bad_clips=bad_clips(trainer),
-        metrics=measured.metrics,
-        num_evaluated=measured.clips,
-        mean_class_interval=measured.evaluation and measured.evaluation.intervals["mean_class"],
-        per_class=measured.evaluation.classes if measured.evaluation else [],
-        protocol=measured.protocol,
+        **measured.facts(),
         hyper_parameters=hyper_parameters(trainer, cli),
         augmentation=data.augmentation,
         compute=compute_facts(trainer, cli.model, recorder, measured.evaluation),

@@ -37,16 +37,25 @@ from ..data.clip_contents import write_whole
 from ..data.few_shot import save_clip_list
 from ..data.sources import source_kind
 from ..errors import UserError, first_line
-from ..evaluation.report import Evaluation, default_folder, rounded, write_evaluation
+from ..evaluation.records import write_evaluation
+from ..evaluation.report import Evaluation, rounded
 from ..evaluation.scores import ScoreRecorder
-from ..evaluation.testing import EvaluationSettings, evaluate_held_out
+from ..evaluation.testing import EvaluationSettings, NotEvaluated, evaluate_held_out, subject_of
 from ..hub.export import refuse_other_content
 from ..hub.licenses import check_license
 from .averaging import WiseFT
 from .callbacks import BadClipReport
-from .card_facts import CardRecorder, bad_clips, clip_counts, dataset_facts, kept_by, switched_on
+from .card_facts import CardRecorder, Measured, bad_clips, clip_counts, dataset_facts, kept_by, switched_on
 from .checkpointing import BEST, LAST, PREVIOUS, CheckpointSettings, KeptCheckpoint, SafeCheckpointIO, damage
-from .exporting import TRAIN_LIST, ExportedCheckpoint, ExportSettings, export_best, export_kept, export_or_warn
+from .exporting import (
+    TRAIN_LIST,
+    ExportedCheckpoint,
+    ExportSettings,
+    export_best,
+    export_kept,
+    export_or_warn,
+    export_run,
+)
 from .module import VidPrismLightningModule, check_frozen
 from .push_callback import PushToHub, push_open
 from .resuming import AUTO, METRICS, Start, agreed, begin, free_name
@@ -156,10 +165,7 @@ def run(cli: FinetuneCLI, output: Path, argv: list[str]) -> None:
     warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
     with push_open(trainer) as publish:
         fit(trainer, cli, agreed(trainer, cli.model, start), argv)
-        checkpoint = best_checkpoint(output)
-        evaluation = evaluate_held_out(
-            trainer, cli.model, cli.datamodule, str(output / "export"), dataset_facts(cli.datamodule), str(checkpoint)
-        )
+        evaluation = final_test(trainer, cli, output)
         export = export_best(trainer, cli, evaluation, output / "export")
         print_bad_clips(bad_clips(trainer))
         print_usage(export, evaluation)
@@ -291,11 +297,29 @@ def best_checkpoint(output: Path) -> Path:
     return last
 
 
+def final_test(trainer: Trainer, cli: FinetuneCLI, output: Path) -> Evaluation:
+    """Tests the best checkpoint, whose weights stay loaded.
+
+    Raises:
+        NotEvaluated: If that tells nothing; the weights are exported then, too.
+    """
+    chosen = len(kept_by(trainer, CardRecorder).validations) > 1
+    facts, export = dataset_facts(cli.datamodule), output / "export"
+    subject = subject_of(trainer, cli.model.model.config, cli.datamodule, str(export), facts, chosen)
+    try:
+        return evaluate_held_out(trainer, cli.model, cli.datamodule, subject, str(best_checkpoint(output)))
+    except NotEvaluated as error:
+        export_run(trainer, cli, Measured(f"Not evaluated: {error}.", chosen=chosen), export)
+        raise NotEvaluated(f"{error} ({export} is written, without an evaluation)") from error
+
+
 @rank_zero_only
 def finish(trainer: Trainer, evaluation: Evaluation, output: Path) -> None:
     """Writes what the evaluation found, and last metrics.json, by which the run is finished: metrics and counts."""
-    write_evaluation(evaluation, default_folder(evaluation.model) / evaluation.folder_name)
+    with only_run(output / "evaluation"):
+        write_evaluation(evaluation)
     counts = {split: dataclasses.asdict(clip_counts(trainer, split)) for split in ("train", "val")}
+    counts["val"]["evaluated"] = evaluation.evaluated
     write_whole(
         output / METRICS, (json.dumps({**rounded(evaluation.values), "clips": counts}, indent=2) + "\n").encode()
     )
@@ -364,6 +388,8 @@ def print_usage(export: Path, evaluation: Evaluation) -> None:
     classify = f"t.pipeline('video-classification', '{export}')('CLIP.mp4')"
     code = f"import vidprism_hf, transformers as t; print({classify})"
     top1, clips = evaluation.values["top1"], evaluation.counts.phrase("clips")
+    if evaluation.is_partial:
+        clips += f" (only {evaluation.evaluated} were evaluated)"
     print_once(f"Held-out top-1 {top1:.4f} on {clips}; exported to {export}")
     print_once(f"  vidprism predict {export} CLIP.mp4")
     print_once(f'  python -c "{code}"')
