@@ -3,7 +3,7 @@
 DATASET  ?= demo     ## demo, ucf101, hmdb51, k400, ssv2, a folder of clips, or a dataset of the Hub (org/name)
 DATA_ROOT ?=         ## where datasets are kept and demo clips rendered (the recipe's data.root)
 BACKBONE ?=          ## CLIP checkpoint: Hub id, folder or preset (b32, b16, l14, tiny)
-FRAMES   ?=          ## frames per clip (the recipe's model.num_frames)
+FRAMES   ?=          ## frames per clip (the recipe's model.num_frames; for evaluate the model's own)
 K        ?= 16       ## for fewshot: training clips of each class
 SPLITS   ?= 1        ## for fewshot: official splits to run and average, such as "1 2 3"
 DEVICES  ?=          ## devices of this machine (the recipe's trainer.devices)
@@ -13,7 +13,7 @@ PRECISION ?=         ## 32, bf16-mixed (the benchmarks' recipes), 16-mixed
 EPOCHS   ?=          ## epochs (the recipe's trainer.max_epochs)
 FEATURES ?=          ## folder of frame features: the tower is frozen, the head trained from them
 VIEWS    ?= 4        ## with FEATURES: random views of each training clip
-OUT      ?=          ## folder of the run (the recipe's output)
+OUT      ?=          ## folder of the run (the recipe's output); for evaluate, of the results
 MODEL    ?=          ## exported folder or Hub id, for evaluate, predict and push (push: that of the run in OUT)
 FILES    ?=          ## video files, for predict
 REPO     ?=          ## repository on the Hub, for push
@@ -39,6 +39,7 @@ RECIPE := $(or $(if $(findstring /,$(DATASET)),,$(wildcard recipes/$(DATASET).ya
 SOURCE := $(if $(filter recipes/folder.yaml,$(RECIPE)),--data.source "$(DATASET)")
 FEW_SHOT := recipes/few_shot/$(DATASET).yaml
 option = $(if $(strip $(2)),$(1) "$(strip $(2))")
+OUT_KEY = --output
 OPTIONS = $(SOURCE) $(call option,--data.root,$(DATA_ROOT)) $(call option,--model.backbone,$(BACKBONE)) \
 	$(call option,--model.num_frames,$(FRAMES)) \
 	$(call option,--trainer.devices,$(DEVICES)) $(call option,--trainer.num_nodes,$(NUM_NODES)) \
@@ -46,7 +47,7 @@ OPTIONS = $(SOURCE) $(call option,--data.root,$(DATA_ROOT)) $(call option,--mode
 	$(call option,--trainer.max_epochs,$(EPOCHS)) \
 	$(if $(strip $(FEATURES)),$(call option,--data.feature_cache,$(FEATURES)) --model.freeze_backbone true) \
 	$(if $(strip $(FEATURES)),$(call option,--data.train_views,$(VIEWS))) \
-	$(call option,--output,$(OUT)) $(ARGS)
+	$(call option,$(OUT_KEY),$(OUT)) $(ARGS)
 
 ifneq ($(and $(filter command,$(origin VIEWS)),$(if $(strip $(FEATURES)),,alone)),)
   $(error VIEWS goes with FEATURES; without: ARGS="--data.train_views $(strip $(VIEWS))")
@@ -92,7 +93,8 @@ fewshot: $(READY)  ## K clips of each class: make fewshot DATASET=hmdb51 K=16
 prepare: $(READY)  ## fetch and verify a benchmark: make prepare DATASET=ucf101
 	$(BIN)/vidprism data prepare $(DATASET) $(call option,--root,$(DATA_ROOT))
 
-evaluate: $(READY)  ## held-out accuracy: make evaluate MODEL=runs/demo/export
+evaluate: OUT_KEY = --evaluation.output
+evaluate: $(READY)  ## any video classifier on the held-out clips: make evaluate MODEL=runs/demo/export
 	$(NEEDS_MODEL)$(BIN)/vidprism evaluate "$(MODEL)" --config $(RECIPE) $(OPTIONS)
 
 predict: $(READY)  ## top labels of files: make predict MODEL=runs/demo/export FILES="a.mp4 b.mp4"

@@ -163,7 +163,7 @@ def test_backbone_that_is_not_there(tmp_path, capsys, motion_clips):
 def test_checkpoint_with_other_labels(tmp_path, capsys, motion_clips):
     checkpoint = tiny_export(tmp_path / "model", labels=("jump", "run"))
     arguments = run_arguments(motion_clips, tmp_path / "run", f"--model.checkpoint={checkpoint}")
-    difference = "only in the checkpoint: jump, run; only in the data: growing, shrinking"
+    difference = "only in the model: jump, run; only in the data: growing, shrinking"
     expected = f"its labels are not the data's ({difference})"
     assert expected in refuse(capsys, arguments)
     assert not (tmp_path / "run").exists()

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,7 +60,11 @@ def test_folder_of_a_run(run, motion_clips):
     assert settings["data"]["source"] == str(motion_clips)
     assert settings["model"]["backbone"] == "tiny"
     metrics = json.loads(files["metrics.json"])
-    assert metrics.keys() == {"top1", "clips"}  # of two classes the right one is always among the top five
+    # Of two classes the right one is always among the top five.
+    assert metrics.keys() == {"top1", "mean_class", "ece", "clips"}
+    found = json.loads(files["evaluation/motions-8x1x1/evaluation.json"])
+    assert found["metrics"]["top1"]["value"] == metrics["top1"]
+    assert files["evaluation/motions-8x1x1/confusion.png"].startswith(b"\x89PNG")
     assert metrics["clips"]["train"] == {"expected": 8, "missing": 0, "undecodable": 0}
     assert 0 <= metrics["top1"] <= 1
 
@@ -216,19 +221,28 @@ def test_earlier_runs_are_kept(motion_clips, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("with_recipe", [True, False], ids=["config.yaml", "overrides"])
-def test_evaluate_finds_what_the_run_found(run, motion_clips, capsys, with_recipe):
+def test_evaluate_finds_what_the_run_found(run, motion_clips, tmp_path, capsys, with_recipe):
     if with_recipe:
         arguments = ["--config", str(run / "config.yaml")]
     else:
         arguments = ["--data.source", str(motion_clips), "--model.num_frames=8", "--trainer.accelerator=cpu"]
+    export = shutil.copytree(run / "export", tmp_path / "export")
     before = files_of(run)
-    assert main(["evaluate", str(run / "export"), *arguments]) == 0
+    assert main(["evaluate", str(export), *arguments]) == 0
     printed = capsys.readouterr().out
     metrics = json.loads((run / "metrics.json").read_text())
     assert f"on {metrics.pop('clips')['val']['expected']} held-out clips" in printed
     for name, value in metrics.items():
-        assert re.search(rf"^  {name} +{value:.4f}$", printed, flags=re.MULTILINE)
+        assert re.search(rf"^ {name} +{value:.4f}( |$)", printed, flags=re.MULTILINE)
     assert files_of(run) == before
+    # Of the export only the card has changed.
+    changed = {name for name, content in files_of(export).items() if content != before[f"export/{name}"]}
+    assert changed == {"README.md"}
+    one, two = (
+        json.loads((folder / "evaluation" / "motions-8x1x1" / "evaluation.json").read_text()) | {"model": ""}
+        for folder in (run, tmp_path)
+    )
+    assert one == two
 
 
 def test_a_model_in_the_runs_own_folder_is_not_moved_away(run, motion_clips, capsys):

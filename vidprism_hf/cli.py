@@ -9,7 +9,7 @@ USAGE = """usage: vidprism VERB ...
   finetune --config RECIPE [--key value]   train by a recipe, evaluate, export
   splits --config RECIPE [--splits 1 2 3]  finetune on several official splits, and the mean
   ablate --config RECIPE [--grid NAME]     variants of the head on small data, compared in a table
-  evaluate MODEL --config RECIPE           held-out accuracy of an exported model
+  evaluate MODEL --config RECIPE           accuracy of any video classifier on held-out clips
   predict MODEL FILE [FILE ...]            top labels of video files
   push FOLDER --repo ORG/NAME              publish an export on the Hub
   convert CHECKPOINT OUT ...               an authors' checkpoint to the Hub's layout
@@ -38,7 +38,7 @@ def _ablate(argv: list[str]) -> int:
 
 
 def _evaluate(argv: list[str]) -> int:
-    from .training.finetune import evaluate
+    from .evaluation.evaluate import evaluate
 
     evaluate(argv)
     return 0

@@ -3,7 +3,12 @@
 import traceback
 from pathlib import Path
 
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    StrictDataclassError,
+)
 from huggingface_hub.utils import validate_repo_id
 
 LOG_IN = "run `hf auth login` or set HF_TOKEN"
@@ -15,6 +20,8 @@ class UserError(ValueError):
 
 def first_line(error: BaseException) -> str:
     """The first line of a library's message, which tells the cause; what follows are its hints."""
+    if isinstance(error, StrictDataclassError):  # its first line names the field alone
+        return " ".join(str(error).split())
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 

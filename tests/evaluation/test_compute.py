@@ -2,14 +2,16 @@
 
 import pytest
 import torch
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionModel, TimesformerConfig, VideoMAEConfig
 
 from vidprism_hf import VidPrismConfig
 from vidprism_hf.evaluation.compute import (
+    cost,
     empty_view,
     giga_macs,
     giga_macs_per_view,
     million_parameters,
+    paper_giga_macs,
     without_memory,
 )
 
@@ -73,3 +75,32 @@ def test_whole_model():
         without_memory(settings).vidprism.vision_tower, empty_view(settings, 8)
     )
     assert giga_macs_per_view(settings, 16) == pytest.approx(2 * giga_macs_per_view(settings), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("preset", "frames", "paper"),
+    [("b16", 8, 162), ("b16", 32, 721), ("l14", 8, 632), ("b16", 16, None), ("b32", 8, None), ("tiny", 8, None)],
+)
+def test_what_the_paper_states(preset, frames, paper):
+    assert paper_giga_macs(config(preset, frames), frames) == paper
+
+
+def test_cost_beside_the_papers():
+    found = cost(config("b16", 8), 8)
+    assert found.paper_giga_macs == 162
+    assert found.giga_macs == giga_macs_per_view(config("b16", 8))
+    assert found.bare_tower_giga_macs == pytest.approx(140.5, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("settings", "frames", "giga", "million"),
+    # As their papers state them: VideoMAE's table 6 (arXiv:2203.12602), TimeSformer's tables 2 and 6 (arXiv:2102.05095:
+    # 0.59 tera for three views). V-JEPA 2 states none.
+    [(VideoMAEConfig(num_labels=400), 16, 180, 87), (TimesformerConfig(num_labels=400), 8, 590 / 3, 121.4)],
+    ids=["videomae", "timesformer"],
+)
+def test_cost_of_other_models(settings, frames, giga, million):
+    found = cost(settings, frames, (224, 224))
+    assert found.giga_macs == pytest.approx(giga, rel=0.01)
+    assert found.million_parameters == pytest.approx(million, rel=0.01)
+    assert found.bare_tower_giga_macs is None

@@ -1,4 +1,4 @@
-"""The card's pictures: real PNGs, the same each time, different for different numbers."""
+"""The pictures of cards and evaluations: real PNGs, the same each time, different for different numbers."""
 
 import io
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vidprism_hf.evaluation.figures import curves, expert_weights
+from vidprism_hf.evaluation.figures import confusion_matrix, curves, expert_weights
 
 EPOCHS = {
     0: {"train_loss": 1.0},
@@ -39,3 +39,14 @@ def test_expert_weights(num_labels):
     assert min(size(picture)) > 150
     assert picture == expert_weights(weights, labels, [2, 4, 8])
     assert picture != expert_weights(weights[:, ::-1], labels, [2, 4, 8])
+
+
+@pytest.mark.parametrize("num_labels", [2, 12, 41])
+def test_confusion_matrix(num_labels):
+    counts = np.random.default_rng(0).integers(0, 3, (num_labels, num_labels))
+    counts[0] = 0  # a class without clips
+    labels = [f"$label {index}$ <&>" for index in range(num_labels)]
+    picture = confusion_matrix(counts, labels)
+    assert min(size(picture)) > 150
+    assert picture == confusion_matrix(counts, labels)
+    assert picture != confusion_matrix(counts.T, labels)

@@ -17,6 +17,7 @@ from small import LABELS, card_facts, complaint, run_arguments
 from vidprism_hf.cli import main
 from vidprism_hf.data.bad_clips import BadClip
 from vidprism_hf.errors import UserError
+from vidprism_hf.evaluation.intervals import wilson_interval
 from vidprism_hf.hub import render_card
 from vidprism_hf.hub.card import addressed, eval_results_file
 from vidprism_hf.hub.licenses import LICENSES, check_license
@@ -38,6 +39,7 @@ FULL = {
     "train_list_hash": "9db232efe695c5e629ad31ee1c5586e7b5c6c09e1eef7d6b60469fcd0477ac42",
     "bad_clips": [BadClip("train", "walk/<a>\n.avi", "walk", "no video stream")],
     "metrics": {"top1": 0.9, "top5": 1.0},
+    "intervals": {"top1": wilson_interval(0.9, 30), "top5": wilson_interval(1.0, 30)},
     "num_evaluated": 30,
     "protocol": "Best checkpoint by held-out top-1; 8 frames x 1 crop x 1 clip.",
     "hyper_parameters": {"epochs": 30, "learning rate": 5e-05, "backbone": "frozen", "clipping": None, "seed": 0},
@@ -130,6 +132,8 @@ def test_results_in_the_newer_form():
         ("CVML-TueAI/HMDB51", "top5", 1.0),
     ]
     assert entries[0].notes == FULL["protocol"]
+    ((_, content),) = eval_results_file(card_facts(**FULL, conditions="8 frames; split 1")).items()
+    assert yaml.safe_load(content)[0]["notes"] == f"8 frames; split 1. {FULL['protocol']}"
 
 
 @pytest.mark.parametrize("lacking", ["dataset_id", "metrics"])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from small import card_facts
 
 from vidprism_hf.hub import render_card
-from vidprism_hf.hub.card_merge import OWNED, left_out, merge_card, merge_metadata
+from vidprism_hf.hub.card_merge import OWNED, left_out, merge_card, merge_metadata, with_evaluation
 
 OLD = str(render_card(card_facts(metrics={"top1": 0.5}, base_model="org/old", license="mit"))) + "\n"
 NEW = str(render_card(card_facts(metrics={"top1": 0.9}, base_model="org/new", dataset_id="org/clips"))) + "\n"
@@ -172,3 +172,31 @@ def test_metadata_in_quotes_is_found():
     block = merge_card(quoted, NEW).split("---")[1]
     assert block.count("base_model") == 1
     assert yaml.safe_load(block)["base_model"] == "org/new"
+
+
+@given(before=words, after=words)
+@pytest.mark.parametrize("card", [OLD, BARE], ids=["evaluated", "not evaluated"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_an_evaluation_is_put_in_and_replaced(card, newline, before, after):
+    head, _, rest = card.partition(BEGIN)
+    section, _, tail = rest.partition(END)
+    readme = f"{head}{before}\n{BEGIN}{section}{END}{after}{tail}".replace("\n", newline)
+    first = with_evaluation(readme, "On a (b)", "found 1\n\n| a |")
+    both = with_evaluation(first, "On c", "found 2")
+    again = with_evaluation(both, "On a (b)", "found 3")
+    assert again == with_evaluation(again, "On c", "found 2")
+    for one, other in ((readme, first), (first, both), (both, again)):
+        assert parts(one)[0::2] == parts(other)[0::2]
+        assert one.partition(BEGIN)[0] == other.partition(BEGIN)[0]
+    text = parts(again)[1].replace("\r\n", "\n")
+    assert text.count("## Evaluation\n") == 1
+    assert "### On a (b)\n\nfound 3\n\n### On c\n\nfound 2\n\n## " in text
+    assert "found 1" not in text
+    # All else of the generated part stays.
+    kept = text.replace("### On a (b)\n\nfound 3\n\n### On c\n\nfound 2\n\n", "")
+    assert kept.replace("## Evaluation\n\n## Limitations", "## Limitations") == parts(readme)[1].replace("\r\n", "\n")
+
+
+def test_no_evaluation_goes_into_a_persons_readme():
+    for readme in ("# Mine\n", NEW + NEW, ""):
+        assert with_evaluation(readme, "On a", "found") == readme

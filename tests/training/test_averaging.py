@@ -285,7 +285,7 @@ def test_a_run_with_all_of_it(pretrained, motion_clips, tmp_path, capsys, caplog
 
     capsys.readouterr()
     assert main(["evaluate", str(run / "export"), "--config", str(run / "config.yaml")]) == 0
-    found = float(re.search(r"^  top1 +(\S+)$", capsys.readouterr().out, flags=re.MULTILINE)[1])
+    found = float(re.search(r"^ top1 +(\S+)", capsys.readouterr().out, flags=re.MULTILINE)[1])
     assert found == pytest.approx(json.loads((run / "metrics.json").read_text())["top1"], abs=1e-4)
 
 

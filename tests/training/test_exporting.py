@@ -84,8 +84,8 @@ def test_cards_of_a_run_and_of_its_resumption(motion_clips, tmp_path):
     output = tmp_path / "run"
     assert main(run_arguments(motion_clips, output, *settings, "--trainer.max_epochs=3")) == 0
     best, last = (output / "checkpoints" / name for name in ("best", "last"))
-    half = "8 frames x 1 crop x 1 clip. A clip that cannot be decoded counts as wrong. "
-    half += "Only 2 of the 4 held-out clips were evaluated. Measured before the weights were rounded to bfloat16."
+    half = "8 frames x 1 crop x 1 clip. A clip that cannot be decoded counts as wrong. Measured before the weights "
+    half += "were rounded to bfloat16. Only 2 of the 4 held-out clips were evaluated."
     kept = "Kept as the best so far: the same clips choose the checkpoint, so the figure is optimistic."
     assert evaluation(best) == f"Validation after epoch 2 (step 8); {half} {kept}"
     assert evaluation(output / "export") == f"The only validated checkpoint, after epoch 2 (step 8); {half}"

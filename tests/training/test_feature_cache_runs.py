@@ -100,7 +100,8 @@ def test_logits_of_an_evaluation_in_several_views(source, tmp_path, monkeypatch,
 
     def recorded(self, *args, **kwargs):
         output = forward(self, *args, **kwargs)
-        logits[-1].append(output.logits)
+        if not output.logits.is_meta:  # where its cost is counted
+            logits[-1].append(output.logits)
         return output
 
     monkeypatch.setattr(VidPrismForVideoClassification, "forward", recorded)

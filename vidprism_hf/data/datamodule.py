@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig
@@ -80,7 +81,7 @@ class VideoDataModule(L.LightningDataModule):
         feature_cache_limit: Size that the folder may come to, such as 50GB; above it the run does not start.
         frame_stride: Frames between those of a clip (dense sampling); null takes one frame from each of num_frames
             equal segments of the whole video: at random in training, the middle one in evaluation.
-        test_clips: Clips taken from each video in the final evaluation and by evaluate; their logits are averaged.
+        test_clips: Clips taken from each video in the final evaluation and by evaluate; what they say is averaged.
         test_crops: Crops of each such clip, 1 (centre) or 3 along the longer side.
         augment: Whether training clips are seen in random views; false trains on the view of the evaluation, which
             serves heads on frozen towers best where clips are few. Training clips must then all be decodable.
@@ -208,6 +209,11 @@ class VideoDataModule(L.LightningDataModule):
         if self._video_processor is None:
             self._video_processor = load_processor(self.hparams.processor, self.hparams.num_frames)
         return self._video_processor
+
+    @video_processor.setter
+    def video_processor(self, processor: VidPrismVideoProcessor) -> None:
+        """Takes one of another model, which has to offer what is used of ours."""
+        self._video_processor = processor
 
     def prepare_data(self) -> None:
         """Renders the demo clips if they are needed and not there."""
@@ -443,7 +449,7 @@ def load_processor(name: str, num_frames: int) -> VidPrismVideoProcessor:
         if isinstance(AutoConfig.from_pretrained(name), VidPrismConfig):
             return VidPrismVideoProcessor.from_pretrained(name, num_frames=num_frames)
         return VidPrismVideoProcessor.from_vision_pretrained(name, num_frames)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise DataError(
             f"{name}: no CLIP or VidPrism checkpoint ({first_line(error)}); give a folder, a Hub id or "
             f"one of {', '.join(VISION_PRESETS)}"

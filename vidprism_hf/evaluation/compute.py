@@ -1,12 +1,75 @@
 """What a model costs: multiply-adds and parameters, counted on the meta device without data or memory."""
 
 import copy
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForVideoClassification, CLIPVisionModel, PreTrainedConfig
 
-from ..model import VidPrismConfig, VidPrismForVideoClassification
+from ..errors import UserError, first_line
+from ..model import VISION_PRESETS, VidPrismConfig, VidPrismForVideoClassification
+
+# What the paper (arXiv 2605.28229) calls GFLOPs of a view, by tower and frames; they are multiply-adds, as the field
+# mostly counts. As a reading note quotes its tables: see recipes/README.md.
+PAPER = {("b16", 8): 162.0, ("b16", 32): 721.0, ("l14", 8): 632.0}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs.
+
+    Attributes:
+        giga_macs: Multiply-adds of one view, in units of 1e9, as counted.
+        million_parameters: In units of 1e6.
+        bare_tower_giga_macs: Of CLIP's image tower alone on the same frames; None for other models.
+        paper_giga_macs: What the paper states for this tower and number of frames; None where it does not.
+    """
+
+    giga_macs: float
+    million_parameters: float
+    bare_tower_giga_macs: float | None = None
+    paper_giga_macs: float | None = None
+
+
+def cost(config: PreTrainedConfig, num_frames: int, size: tuple[int, int] | None = None) -> Cost:
+    """Counts a classifier of videos: a VidPrism, or one of transformers.
+
+    Args:
+        config: Of the model.
+        num_frames: Frames of a view.
+        size: Height and width of its pictures; a VidPrism's own if not given.
+
+    Raises:
+        UserError: If the model cannot take such a view.
+    """
+    if not isinstance(config, VidPrismConfig):
+        with torch.device("meta"):
+            model = AutoModelForVideoClassification.from_config(copy.deepcopy(config)).eval()
+            view = torch.empty(1, num_frames, 3, *size)
+        try:
+            return Cost(giga_macs(model, view), million_parameters(model))
+        except (ValueError, RuntimeError) as error:
+            shape = f"{num_frames} frames of {size[0]} x {size[1]}, which its processor makes"
+            raise UserError(f"{config.model_type}: the model cannot take {shape} ({first_line(error)})") from error
+    model = without_memory(config)
+    view = empty_view(config, num_frames)
+    with torch.device("meta"):
+        tower = CLIPVisionModel(copy.deepcopy(config.vision_config))
+    bare = giga_macs(tower, view[0])
+    return Cost(giga_macs(model, view), million_parameters(model), bare, paper_giga_macs(config, num_frames))
+
+
+def paper_giga_macs(config: VidPrismConfig, num_frames: int) -> float | None:
+    """What the paper states for a VidPrism on this tower with so many frames; None where it does not."""
+    for (preset, frames), stated in PAPER.items():
+        sizes = VidPrismConfig(vision_config=dict(VISION_PRESETS[preset]["vision_config"])).vision_config
+        alike = ("hidden_size", "num_hidden_layers", "patch_size", "image_size", "intermediate_size")
+        same = all(getattr(sizes, name) == getattr(config.vision_config, name) for name in alike)
+        if same and frames == num_frames:
+            return stated
+    return None
 
 
 def without_memory(config: VidPrismConfig) -> VidPrismForVideoClassification:

@@ -53,10 +53,40 @@ def expert_weights(weights: np.ndarray, labels: Sequence[str], rates: Sequence[i
     axes = figure.subplots()
     image = axes.imshow(weights, aspect="auto", cmap="viridis", vmin=0, vmax=1)
     axes.set_xticks(range(len(experts)), experts)
-    # A dollar sign would begin a formula.
-    axes.set_yticks(range(len(labels)), [label.replace("$", r"\$")[:40] for label in labels])
+    axes.set_yticks(range(len(labels)), [_tick(label) for label in labels])
     figure.colorbar(image, ax=axes, label="expert weight")
     return png(figure)
+
+
+def confusion_matrix(counts: np.ndarray, labels: Sequence[str]) -> bytes:
+    """Which share of each class's clips got which label; with many classes without their names.
+
+    Args:
+        counts: (K, K), readable clips by class (row) and label given (column); a class may have none.
+        labels: Of the K classes.
+    """
+    named = len(labels) <= MOST_CLASSES
+    edge = 0.3 * len(labels) + 2.5 if named else 8
+    figure = Figure(figsize=(edge + 1, edge), layout="constrained")
+    axes = figure.subplots()
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if named:
+        ticks = [_tick(label) for label in labels]
+        axes.set_xticks(range(len(labels)), ticks, rotation=90)
+        axes.set_yticks(range(len(labels)), ticks)
+        for row, column in np.argwhere(counts):
+            shade = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=7, color=shade)
+    axes.set_xlabel("label given")
+    axes.set_ylabel("class")
+    figure.colorbar(image, ax=axes, label="share of the class's readable clips")
+    return png(figure)
+
+
+def _tick(label: str) -> str:
+    # A dollar sign would begin a formula.
+    return label.replace("$", r"\$")[:40]
 
 
 def png(figure: Figure) -> bytes:

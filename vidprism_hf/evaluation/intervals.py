@@ -39,3 +39,25 @@ def student_interval(values: Sequence[float]) -> tuple[float, float]:
     t = STUDENT_95[freedom - 1] if freedom <= len(STUDENT_95) else 1.96 + 2.37 / freedom
     mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
     return mean - t * error, mean + t * error
+
+
+def mean_class_interval(right: Sequence[int], clips: Sequence[int], confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of the mean over classes of the shares that are right in each.
+
+    The classes' Wilson intervals are put together by MOVER: their distances from the shares add up as variances do
+    (Zou, Huang and Zhang, 2009, "A note on confidence interval estimation for a linear function of binomial
+    proportions"). A bootstrap would call a model that is right on all of a few clips certain; this does not.
+
+    Args:
+        right: Clips of each class that are right.
+        clips: Clips of each class; classes without any are left out.
+        confidence: Of the interval, above 0 and below 1.
+    """
+    shares = [(hits / count, count) for hits, count in zip(right, clips, strict=True) if count]
+    if not shares:
+        raise ValueError("no interval of no clips")
+    limits = [wilson_interval(share, count, confidence) for share, count in shares]
+    mean = sum(share for share, _ in shares) / len(shares)
+    below = math.hypot(*(share - low for (share, _), (low, _) in zip(shares, limits, strict=True)))
+    above = math.hypot(*(high - share for (share, _), (_, high) in zip(shares, limits, strict=True)))
+    return max(0.0, mean - below / len(shares)), min(1.0, mean + above / len(shares))

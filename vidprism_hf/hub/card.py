@@ -3,17 +3,19 @@
 import platform
 import re
 import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import requires, version
+from itertools import count
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from ..errors import printable
-from ..evaluation.intervals import wilson_interval
 from .card_merge import BEGIN, SECTION, merge_card
 
 __all__ = ["CardFacts", "addressed", "eval_results_file", "merge_card", "render_card"]
@@ -61,8 +63,11 @@ class CardFacts:
         train_list_hash: sha256 over names and labels of the training clips.
         bad_clips: Clips that could not be decoded, with `split`, `name` and `cause`.
         metrics: Held-out metrics as shares, such as {"top1": 0.9}; empty where nothing was evaluated.
-        num_evaluated: Clips that they are shares of; None gives no intervals.
-        protocol: How they were measured.
+        intervals: The 95 % intervals of these, as far as they are known.
+        num_evaluated: Clips that they are shares of.
+        per_class: What was found of each class, as `evaluation_body` takes it.
+        protocol: How they were measured, in sentences.
+        conditions: What figures must have in common with them to be compared: views and split, in a phrase.
         hyper_parameters: Of the training.
         augmentation: Of the training clips.
         compute: Multiply-adds, parameters, device, time, memory.
@@ -91,8 +96,11 @@ class CardFacts:
     train_list_hash: str | None = None
     bad_clips: list[Any] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     num_evaluated: int | None = None
+    per_class: list[dict[str, Any]] = field(default_factory=list)
     protocol: str | None = None
+    conditions: str | None = None
     hyper_parameters: dict[str, Any] = field(default_factory=dict)
     augmentation: dict[str, Any] = field(default_factory=dict)
     compute: dict[str, Any] = field(default_factory=dict)
@@ -108,15 +116,10 @@ class CardFacts:
         return BASE_LICENSES.get(self.base_model or "", NOT_STATED)
 
     @property
-    def chance(self) -> dict[str, float]:
-        """What each metric would be for guesses, where all classes have as many clips."""
-        return {name: min(1.0, int(name.removeprefix("top")) / len(self.labels)) for name in self.metrics}
-
-    @property
-    def intervals(self) -> dict[str, tuple[float, float]]:
-        """Wilson's 95 % interval of each metric."""
-        clips = self.num_evaluated
-        return {name: wilson_interval(value, clips) for name, value in self.metrics.items()} if clips else {}
+    def evaluation(self) -> str:
+        """What the card says of the evaluation."""
+        measured = self.metrics, self.intervals, self.num_evaluated
+        return evaluation_body(self.protocol or "", *measured, len(self.labels), self.per_class)
 
 
 def render_card(facts: CardFacts) -> ModelCard:
@@ -188,6 +191,60 @@ def cell(value: object) -> str:
     return " ".join(printable(str(value)).split()).replace("|", "\\|").replace("<!--", "<! --")
 
 
+def evaluation_body(
+    protocol: str,
+    metrics: Mapping[str, float],
+    intervals: Mapping[str, tuple[float, float]],
+    num_evaluated: int | None,
+    num_labels: int,
+    per_class: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """What a card says of an evaluation, in Markdown.
+
+    Args:
+        protocol: How it was done, in sentences.
+        metrics: `top1` and the like, `mean_class`, `ece`.
+        intervals: Of these, where they are known.
+        num_evaluated: Clips that they are shares of.
+        num_labels: Classes.
+        per_class: Of each class `label`, `clips`, `unreadable`, `top1`, `low`, `high` and `taken_for`.
+    """
+    if not metrics:
+        return protocol
+    rows = ["| metric | value | 95 % interval | by guessing |", "| --- | --- | --- | --- |"]
+    for name, value in metrics.items():
+        unknown = "not known" if name in METRICS else ""
+        interval = "{:.4f} to {:.4f}".format(*intervals[name]) if name in intervals else unknown
+        guesses = int(name.removeprefix("top")) if name in METRICS else 1
+        chance = "" if name == "ece" else f"{min(1.0, guesses / num_labels):.4f}"
+        rows.append(f"| {name} | {value:.4f} | {interval} | {chance} |")
+    said = []
+    if num_evaluated and intervals.keys() & METRICS.keys():
+        said.append(f"The interval (Wilson's) is that of {num_evaluated} clips drawn at random;")
+        said.append("it knows nothing of other seeds.")
+    if "mean_class" in intervals:
+        said.append("That of mean_class, the mean over the classes, puts theirs together (MOVER).")
+    if "ece" in metrics:
+        said.append("ece is the expected calibration error of the best label's score.")
+    parts = [protocol, "\n".join(rows), " ".join(said)]
+    if any(row["clips"] for row in per_class):
+        parts.append(class_details(per_class))
+    return "\n\n".join(part for part in parts if part)
+
+
+def class_details(per_class: Sequence[Mapping[str, Any]]) -> str:
+    """The table of the classes, folded."""
+    lost = any(row["unreadable"] for row in per_class)
+    titles = ["class", "clips", *["unreadable"] * lost, "top1", "95 % interval", "most often taken for"]
+    lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
+    for row in per_class:
+        label, other = (cell(plain(name or "")) for name in (row["label"], row["taken_for"]))
+        clips = f"{row['clips']} | {row['unreadable']}" if lost else row["clips"]
+        shares = f"{row['top1']:.4f} | {row['low']:.4f} to {row['high']:.4f}" if row["clips"] else " | "
+        lines.append(f"| {label} | {clips} | {shares} | {other} |")
+    return "<details><summary>By class</summary>\n\n" + "\n".join(lines) + "\n\n</details>"
+
+
 def evaluation_results(facts: CardFacts) -> list[EvalResult]:
     """The metrics in the form of the Hub's model index."""
     return [
@@ -220,13 +277,50 @@ def eval_results_file(facts: CardFacts) -> dict[str, bytes]:
     """
     if not facts.dataset_id or not facts.metrics:
         return {}
+    conditions = facts.conditions or ""
+    notes = ". ".join(text for text in (conditions, facts.protocol) if text)
+    return eval_results(facts.dataset_id, facts.metrics, conditions, notes)
+
+
+def eval_results(
+    dataset_id: str,
+    metrics: Mapping[str, float],
+    conditions: str,
+    notes: str,
+    existing: Mapping[str, bytes] = MappingProxyType({}),
+) -> dict[str, bytes]:
+    """A file of results on a dataset of the Hub, by its path in an export.
+
+    Results of a task under other conditions have a file of their own, as the Hub wants it, with a number in its name.
+
+    Args:
+        dataset_id: Of the dataset.
+        metrics: Its `top1` and `top5` are told.
+        conditions: Views and split, with which the notes begin.
+        notes: How they were measured.
+        existing: The files that there are, by path; in them other tasks stay.
+
+    Raises:
+        ValueError: If one of them is no list of results.
+    """
     entries = [
-        EvalResultEntry(dataset_id=facts.dataset_id, task_id=name, value=rounded(value), notes=facts.protocol)
-        for name, value in facts.metrics.items()
+        EvalResultEntry(dataset_id=dataset_id, task_id=name, value=rounded(value), notes=notes)
+        for name, value in metrics.items()
         if name in METRICS
     ]
-    text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
-    return {f".eval_results/{facts.dataset_id.replace('/', '--').replace('.', '-')}.yaml": text.encode()}
+    tasks = {entry.task_id for entry in entries}
+    for number in count(1):
+        path = (
+            f".eval_results/{dataset_id.replace('/', '--').replace('.', '-')}{f'-{number}' if number > 1 else ''}.yaml"
+        )
+        known = yaml.safe_load(existing.get(path, b"")) or []
+        if not isinstance(known, list) or not all(isinstance(entry, dict) for entry in known):
+            raise ValueError(f"{path} is no list of results")
+        same = [entry for entry in known if (entry.get("dataset") or {}).get("task_id") in tasks]
+        if all(str(entry.get("notes") or "").startswith(f"{conditions}.") for entry in same):
+            break
+    kept = [entry for entry in known if entry not in same] + eval_result_entries_to_yaml(entries)
+    return {path: yaml.safe_dump(kept, sort_keys=False, allow_unicode=True).encode()}
 
 
 @cache

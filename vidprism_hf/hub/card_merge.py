@@ -18,6 +18,7 @@ OWNED = frozenset({"library_name", "pipeline_tag", "base_model", "datasets", "me
 # Of these, what a person writes where a run on plain folders knows none: it stays until a new card states its own.
 BY_HAND = frozenset({"base_model", "datasets"})
 UNSTATED = ("license", "unknown")  # what a card says where nobody has stated it
+EVALUATION = "## Evaluation"  # the chapter of the generated part
 OUTSIDE = "its text outside the generated section"
 
 
@@ -84,6 +85,34 @@ def merge_card(existing: str, generated: str, anew: Collection[str] = ()) -> str
     return head + merge_metadata(old.front[1], new.front[1] if new.front else "", anew) + tail + body
 
 
+def with_evaluation(card: str, title: str, body: str) -> str:
+    """Puts an evaluation into the generated part of a README, in the place of an earlier one of the same title.
+
+    A README without exactly one generated part comes back as it is, and so does all outside it.
+
+    Args:
+        card: The README.
+        title: One line, which tells this evaluation from others.
+        body: Markdown without headings.
+    """
+    section = take_apart(card).section
+    if section is None:
+        return card
+    newline = "\r\n" if "\r\n" in card else "\n"
+    block = f"### {title}\n\n{body.strip()}\n\n"
+    text = plain_lines(section)
+    earlier = re.search(rf"^### {re.escape(title)}\n.*?(?=^###? |^{re.escape(END)})", text, re.DOTALL | re.MULTILINE)
+    chapter = re.search(rf"^{EVALUATION}\n.*?(?=^## |^{re.escape(END)})", text, re.DOTALL | re.MULTILINE)
+    if earlier:
+        text = text[: earlier.start()] + block + text[earlier.end() :]
+    elif chapter:
+        text = text[: chapter.end()] + block + text[chapter.end() :]
+    else:
+        place = re.search(rf"^## Limitations|^{re.escape(END)}", text, re.MULTILINE).start()
+        text = f"{text[:place]}{EVALUATION}\n\n{block}{text[place:]}"
+    return card.replace(section, text.replace("\n", newline))
+
+
 def plain_lines(text: str) -> str:
     """The text with lines that end in one character."""
     return text.replace("\r\n", "\n")
@@ -97,6 +126,11 @@ def stays(old: Parts, new: Parts) -> bool:
 def is_kept(existing: str, generated: str) -> bool:
     """Whether `merge_card` takes nothing of the new card."""
     return stays(take_apart(existing), take_apart(generated))
+
+
+def states_results(card: str) -> bool:
+    """Whether the metadata of a card have results of its model."""
+    return "model-index" in take_apart(card).keys
 
 
 def states_license(card: str) -> bool:

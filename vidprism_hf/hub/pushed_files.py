@@ -23,7 +23,7 @@ NEEDED = ("config.json", "video_preprocessor_config.json", README)
 # What one export has and the next may not: left on the Hub, it would be loaded, or read, as if it were the new one's.
 WRITTEN = re.compile(
     rf"model(-\d{{5}}-of-\d{{5}})?\.safetensors|{re.escape(INDEX)}"
-    r"|recipe\.yaml|split\.json|train_clips\.txt|figures/(curves|experts)\.png"
+    r"|recipe\.yaml|split\.json|train_clips\.txt|figures/(curves|experts|confusion)\.png"
 )
 RESULTS = re.compile(r"\.eval_results/[^/]+\.yaml")  # of which others may have written some
 

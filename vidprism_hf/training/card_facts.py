@@ -6,8 +6,10 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -21,8 +23,10 @@ from ..data.few_shot import clip_list_hash
 from ..data.hub_repository import stated_license
 from ..data.ranks import gathered
 from ..data.sources import DEMO, source_kind
-from ..evaluation.compute import giga_macs_per_view, million_parameters
-from ..evaluation.figures import curves, expert_weights
+from ..evaluation.compute import cost, million_parameters
+from ..evaluation.figures import confusion_matrix, curves, expert_weights
+from ..evaluation.intervals import wilson_interval
+from ..evaluation.report import Evaluation
 from ..hub import CardFacts
 from .averaging import WiseFT
 from .callbacks import BadClipReport
@@ -33,18 +37,46 @@ from .origin import base_model, is_random, starting_point
 METRICS = ("top1", "top5")
 
 
-class Measured(NamedTuple):
-    """What is known of the accuracy of the weights that a card is for.
+@dataclass(frozen=True)
+class Measured:
+    """What is known of the accuracy of the weights that a card is for: by the final test, or by a validation.
 
     Attributes:
-        metrics: `top1` and `top5` as shares; empty if these weights were not evaluated.
-        clips: How many clips the metrics count, over all processes.
-        protocol: How they were measured, in sentences; None if there is nothing to say.
+        protocol: How it was measured, in sentences; None if there is nothing to say.
+        evaluation: What the final test found; None of weights that it did not see.
+        validation: What the validation of these weights found otherwise: `clips`, over all processes, and of
+            `METRICS` some; empty if there was none.
+        conditions: Views and split of that validation.
+        chosen: Whether the held-out clips chose these weights among others.
     """
 
-    metrics: dict[str, float]
-    clips: int | None
-    protocol: str | None
+    protocol: str | None = None
+    evaluation: Evaluation | None = None
+    validation: Mapping[str, float] = field(default_factory=dict)
+    conditions: str | None = None
+    chosen: bool = False
+
+    def facts(self) -> dict[str, Any]:
+        """What the card says of it."""
+        found = self.evaluation
+        if found is not None:
+            return {
+                "metrics": found.values,
+                "intervals": found.intervals,
+                "num_evaluated": found.evaluated,
+                "per_class": found.classes,
+                "protocol": self.protocol,
+                "conditions": found.conditions,
+            }
+        clips = self.validation.get("clips")
+        metrics = {name: value for name, value in self.validation.items() if name in METRICS}
+        return {
+            "metrics": metrics,
+            "intervals": {name: wilson_interval(value, clips) for name, value in metrics.items()},
+            "num_evaluated": clips,
+            "protocol": self.protocol,
+            "conditions": self.conditions,
+        }
 
 
 class CardRecorder(L.Callback):
@@ -55,7 +87,6 @@ class CardRecorder(L.Callback):
         validations: Global step to what the validation there found, those before a resumption among them: `top1`,
             `top5`, and `clips`, the number that these count over all processes.
         tested_step: Global step of the checkpoint that the last test has loaded; None if it loaded none.
-        tested_clips: Number of clips that the metrics of the last test count, over all processes.
         base_model: Hub id of the checkpoint that the tower comes from; None if it has none.
         seconds: Of training with its validations, those before a resumption among them.
         peak_bytes: Of the process or GPU that took most.
@@ -68,7 +99,6 @@ class CardRecorder(L.Callback):
         self.epochs: dict[int, dict[str, float]] = {}
         self.validations: dict[int, dict[str, float]] = {}
         self.tested_step: int | None = None
-        self.tested_clips: int | None = None
         self.base_model: str | None = None
         self.seconds = 0.0
         self.peak_bytes = 0
@@ -76,7 +106,7 @@ class CardRecorder(L.Callback):
         self.mean_weights: np.ndarray | None = None
         self._since: float | None = None
         self._loss, self._batches = torch.zeros(()), 0  # of the epoch so far
-        self._clips = 0  # of the evaluation that goes on, in this process
+        self._clips = 0  # of the validation that goes on, in this process
 
     def state_dict(self) -> dict[str, Any]:
         loss = statistics.fmean(gathered(self._loss.item()))
@@ -138,19 +168,16 @@ class CardRecorder(L.Callback):
         self.validations[trainer.global_step] = {"clips": self._all_clips(trainer), **metrics}
 
     def on_test_epoch_start(self, trainer, pl_module):
-        self._clips = 0
         shape = (pl_module.model.config.num_labels, len(pl_module.model.config.rates))
         self._sums = torch.zeros(shape, device=pl_module.device)
         self._counts = torch.zeros(shape[0], device=pl_module.device)
 
     def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
-        self._clips += len(batch["labels"])
         known = batch.get("readable", torch.ones_like(batch["labels"], dtype=torch.bool)).float()
         self._sums.index_add_(0, batch["labels"], outputs["expert_weights"].float() * known[:, None])
         self._counts.index_add_(0, batch["labels"], known)
 
     def on_test_epoch_end(self, trainer, pl_module):
-        self.tested_clips = self._all_clips(trainer)
         sums = trainer.strategy.reduce(self._sums, reduce_op="sum").cpu().numpy()
         counts = trainer.strategy.reduce(self._counts, reduce_op="sum").cpu().numpy()
         with np.errstate(invalid="ignore"):
@@ -166,7 +193,7 @@ class CardRecorder(L.Callback):
             self.epochs.setdefault(trainer.current_epoch, {})["train_loss"] = loss / batches
 
     def _all_clips(self, trainer: Trainer) -> int:
-        """The clips of this evaluation, of all processes."""
+        """The clips of this validation, of all processes."""
         count = torch.tensor(self._clips, device=trainer.strategy.root_device)
         return int(trainer.strategy.reduce(count, reduce_op="sum"))
 
@@ -221,20 +248,13 @@ def run_facts(trainer: Trainer, cli: LightningCLI, measured: Measured) -> CardFa
         eval_clips=str(clip_counts(trainer, "val")),
         train_list_hash=None if data.hparams.streaming else clip_list_hash(data.train_table),
         bad_clips=bad_clips(trainer),
-        metrics=measured.metrics,
-        num_evaluated=measured.clips,
-        protocol=measured.protocol,
+        **measured.facts(),
         hyper_parameters=hyper_parameters(trainer, cli),
         augmentation=data.augmentation,
-        compute=compute_facts(trainer, cli.model, recorder),
+        compute=compute_facts(trainer, cli.model, recorder, measured.evaluation),
         expert_weights={f"rate {rate}": f"{weight:.4f}" for rate, weight in weights.items()},
         license=cli.config_init.export.license,
     )
-
-
-def views(num_frames: int, crops: int, clips: int) -> str:
-    """What of each video is evaluated: frames x crops x clips."""
-    return f"{num_frames} frames x {crops} crop{'s' * (crops > 1)} x {clips} clip{'s' * (clips > 1)}"
 
 
 def dataset_facts(data: L.LightningDataModule) -> dict[str, str]:
@@ -320,13 +340,18 @@ def backbone_training(hparams: Any) -> str:
     return f"learning rate x {hparams.backbone_lr_scale}{layers}{frozen}"
 
 
-def compute_facts(trainer: Trainer, module: VidPrismLightningModule, recorder: CardRecorder) -> dict[str, Any]:
+def compute_facts(
+    trainer: Trainer, module: VidPrismLightningModule, recorder: CardRecorder, evaluation: Evaluation | None
+) -> dict[str, Any]:
     """What the model and the run cost."""
     parameters, frozen = million_parameters(module.model), not_trained(module.model)
+    config = module.model.config
+    counted = evaluation.cost if evaluation else cost(config, config.num_frames)
     where = "GPU, allocated" if trainer.strategy.root_device.type == "cuda" else "process, resident"
     most = f"{where}{', the highest of all' if trainer.world_size > 1 else ''}"
     return {
-        "GMACs per view (counted)": f"{giga_macs_per_view(module.model.config):.4g}",
+        "GMACs per view (counted)": f"{counted.giga_macs:.4g}",
+        "GMACs per view (the paper's)": counted.paper_giga_macs and f"{counted.paper_giga_macs:.4g}",
         "parameters": f"{parameters:.1f} M" + (f", {frozen:.1f} M of them frozen" if frozen else ""),
         "device": f"{trainer.world_size} x {device_name(trainer.strategy.root_device)}",
         "wall time of training": duration(recorder.elapsed()),
@@ -355,7 +380,9 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min {whole % 60:02} s" if hours else f"{minutes} min {whole % 60:02} s"
 
 
-def run_figures(recorder: CardRecorder, labels: list[str], rates: list[int]) -> dict[str, tuple[str, bytes]]:
+def run_figures(
+    recorder: CardRecorder, rates: list[int], labels: list[str], evaluation: Evaluation | None
+) -> dict[str, tuple[str, bytes]]:
     """The pictures of a run's card: caption and PNG by path."""
     drawn = {}
     if recorder.epochs:
@@ -363,4 +390,7 @@ def run_figures(recorder: CardRecorder, labels: list[str], rates: list[int]) -> 
     if recorder.class_weights is not None:
         picture = expert_weights(recorder.class_weights, labels, rates)
         drawn["figures/experts.png"] = ("Mean expert weights of the held-out clips, by class", picture)
+    if evaluation is not None:
+        picture = confusion_matrix(evaluation.metrics.confusion, labels)
+        drawn["figures/confusion.png"] = ("Labels given to the held-out clips, by class", picture)
     return drawn

@@ -15,11 +15,12 @@ from lightning.pytorch.cli import LightningCLI
 
 from ..data.few_shot import clip_list_hash
 from ..errors import one_line_or_traceback
+from ..evaluation.report import Evaluation, Protocol
 from ..hub import export_model, render_card
 from ..hub.card import eval_results_file
 from ..hub.export import MAX_SHARD_SIZE, Precision
 from .averaging import WeightEMA
-from .card_facts import METRICS, CardRecorder, Measured, bad_clips, kept_by, moment, run_facts, run_figures, views
+from .card_facts import METRICS, CardRecorder, Measured, bad_clips, kept_by, moment, run_facts, run_figures
 from .checkpointing import KeptCheckpoint
 
 TRAIN_LIST = "train_clips.txt"  # in the run's folder, where the clips were drawn or listed
@@ -94,49 +95,39 @@ def measured_in_training(trainer: Trainer, cli: LightningCLI, chosen: bool) -> M
     """What the validations tell of the weights as they are now."""
     validations = kept_by(trainer, CardRecorder).validations
     if not validations:
-        return Measured({}, None, None)
+        return Measured()
     step = max(validations)
-    clips = validations[step]["clips"]
-    metrics = {name: value for name, value in validations[step].items() if name in METRICS}
+    found = validations[step]
     if step != trainer.global_step:
-        found = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        told = ", ".join(f"{name} {found[name]:.4f}" for name in METRICS if name in found)
         text = f"Not evaluated as they are, {moment(trainer, trainer.global_step)}."
-        return Measured({}, None, f"{text} The last validation, {moment(trainer, step)}, found {found}.")
-    used = views(cli.model.model.config.num_frames, 1, 1)
-    sentences = [f"Validation {moment(trainer, step)}; {used}.", *caveats(trainer, cli, clips)]
+        return Measured(f"{text} The last validation, {moment(trainer, step)}, found {told}.")
+    used = Protocol(cli.model.model.config.num_frames, precision=trainer.precision)
+    sentences = [f"Validation {moment(trainer, step)}; {used}.", *remarks(cli)]
+    if found["clips"] != (held_out := trainer.datamodule.num_clips["val"]):
+        sentences.append(f"Only {found['clips']} of the {held_out} held-out clips were evaluated.")
     if chosen:
         sentences.append("Kept as the best so far: the same clips choose the checkpoint, so the figure is optimistic.")
-    return Measured(metrics, clips, " ".join(sentences))
+    conditions = f"{used}; {trainer.datamodule.split_description}"
+    return Measured(" ".join(sentences), validation=found, conditions=conditions, chosen=chosen)
 
 
-def export_best(trainer: Trainer, cli: LightningCLI, metrics: dict[str, float], folder: Path) -> Path:
+def export_best(trainer: Trainer, cli: LightningCLI, evaluation: Evaluation, folder: Path) -> Path:
     """Exports the best weights, which the test has loaded, with what it found."""
-    data, recorder = cli.datamodule.hparams, kept_by(trainer, CardRecorder)
-    step, clips, count = recorder.tested_step, recorder.tested_clips, len(recorder.validations)
+    recorder = kept_by(trainer, CardRecorder)
+    step, count = recorder.tested_step, len(recorder.validations)
     if count > 1:
         which = f"Best of {count} validated checkpoints by held-out top-1"
     else:  # there was nothing to choose from
         which = "Last checkpoint" if step == trainer.global_step else "The only validated checkpoint"
-    used = views(cli.model.model.config.num_frames, data.test_crops, data.test_clips)
-    sentences = [f"{which}, {moment(trainer, step)}; {used}.", *caveats(trainer, cli, clips)]
-    if count > 1:
-        sentences.append("The same clips chose the checkpoint: the figure is optimistic.")
-    export_run(trainer, cli, Measured(metrics, clips, " ".join(sentences)), folder)
+    sentences = [f"{which}, {moment(trainer, step)}; {evaluation.protocol}.", *remarks(cli), *evaluation.caveats]
+    export_run(trainer, cli, Measured(" ".join(sentences), evaluation, chosen=evaluation.chose_checkpoint), folder)
     return folder
 
 
-def caveats(trainer: Trainer, cli: LightningCLI, clips: int) -> list[str]:
-    """What to say of every evaluation of a run, in sentences.
-
-    Args:
-        trainer: Of the run.
-        cli: Of the run.
-        clips: How many clips the metrics count.
-    """
-    told = ["A clip that cannot be decoded counts as wrong."]
-    held_out, dtype = trainer.datamodule.num_clips["val"], cli.config_init.export.dtype
-    if clips != held_out:
-        told.append(f"Only {clips} of the {held_out} held-out clips were evaluated.")
+def remarks(cli: LightningCLI) -> list[str]:
+    """What to say of every evaluation of a run, in sentences."""
+    told, dtype = ["A clip that cannot be decoded counts as wrong."], cli.config_init.export.dtype
     if dtype != "float32":
         told.append(f"Measured before the weights were rounded to {dtype}.")
     return told
@@ -173,11 +164,11 @@ def write_export(
     """Puts card, figures, recipe and split manifest together and exports."""
     settings: ExportSettings = cli.config_init.export
     facts = run_facts(trainer, cli, measured)
-    figures = run_figures(kept_by(trainer, CardRecorder), facts.labels, facts.rates)
+    figures = run_figures(kept_by(trainer, CardRecorder), facts.rates, facts.labels, measured.evaluation)
     facts.figures = {path: caption for path, (caption, _) in figures.items()}
     files = {path: picture for path, (_, picture) in figures.items()}
     files["recipe.yaml"] = portable_recipe(cli).encode()
-    files["split.json"] = (json.dumps(split_manifest(trainer), indent=2) + "\n").encode()
+    files["split.json"] = (json.dumps(split_manifest(trainer, measured.chosen), indent=2) + "\n").encode()
     if (listed := Path(trainer.default_root_dir) / TRAIN_LIST).is_file():
         files[TRAIN_LIST] = listed.read_bytes()
     export_model(
@@ -231,8 +222,13 @@ def portable_path(text: str) -> str:
     return kind(text).name if kind(text).is_absolute() or text.startswith(("~", "../", "..\\")) else text
 
 
-def split_manifest(trainer: Trainer) -> dict[str, Any]:
-    """Which clips were trained and evaluated on: counts, and the hash of each list."""
+def split_manifest(trainer: Trainer, chosen: bool) -> dict[str, Any]:
+    """Which clips were trained and evaluated on: counts, and the hash of each list.
+
+    Args:
+        trainer: Of the run.
+        chosen: Whether the held-out clips chose the weights among others, which a later evaluation has to tell.
+    """
     data = trainer.datamodule
     manifest: dict[str, Any] = {"dataset": data.name, "split": data.split_description}
     for split in ("train", "val"):
@@ -244,6 +240,7 @@ def split_manifest(trainer: Trainer) -> dict[str, Any]:
             "not_on_disk": len(data.splits.missing.get(split, ())),
             "sha256": None if table is None else clip_list_hash(table),
         }
+    manifest["chosen_on_val"] = chosen
     if data.hparams.shots:
         manifest["few_shot"] = {"shots": data.hparams.shots, "seed": data.hparams.seed}
     return manifest

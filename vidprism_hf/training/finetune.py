@@ -1,7 +1,7 @@
-"""`vidprism finetune` and `vidprism evaluate`: from a recipe to a trained, evaluated and exported model.
+"""`vidprism finetune`: from a recipe to a trained, evaluated and exported model.
 
-A run's folder (`output`) holds config.yaml, logs/, checkpoints/{best,last}.ckpt, export/ and, when it is finished,
-metrics.json. In push/ lie exports that a PushToHub of the recipe has not published.
+A run's folder (`output`) holds config.yaml, logs/, checkpoints/{best,last}.ckpt, export/, evaluation/ and, when it is
+finished, metrics.json. In push/ lie exports that a PushToHub of the recipe has not published.
 """
 
 import dataclasses
@@ -32,19 +32,31 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ..data import VideoDataModule, load_processor
-from ..data.bad_clips import BadClip, ClipCounts, TooManyBadClips, bad_clip_table
+from ..data.bad_clips import BadClip, TooManyBadClips, bad_clip_table
 from ..data.clip_contents import write_whole
 from ..data.few_shot import save_clip_list
 from ..data.sources import source_kind
 from ..errors import UserError, first_line
+from ..evaluation.records import write_evaluation
+from ..evaluation.report import Evaluation, rounded
+from ..evaluation.scores import ScoreRecorder
+from ..evaluation.testing import EvaluationSettings, NotEvaluated, evaluate_held_out, subject_of
 from ..hub.export import refuse_other_content
 from ..hub.licenses import check_license
 from .averaging import WiseFT
 from .callbacks import BadClipReport
-from .card_facts import CardRecorder, bad_clips, clip_counts, kept_by, switched_on
+from .card_facts import CardRecorder, Measured, bad_clips, clip_counts, dataset_facts, kept_by, switched_on
 from .checkpointing import BEST, LAST, PREVIOUS, CheckpointSettings, KeptCheckpoint, SafeCheckpointIO, damage
-from .exporting import TRAIN_LIST, ExportedCheckpoint, ExportSettings, export_best, export_kept, export_or_warn
-from .module import VidPrismLightningModule, check_frozen, read_checkpoint_config
+from .exporting import (
+    TRAIN_LIST,
+    ExportedCheckpoint,
+    ExportSettings,
+    export_best,
+    export_kept,
+    export_or_warn,
+    export_run,
+)
+from .module import VidPrismLightningModule, check_frozen
 from .push_callback import PushToHub, push_open
 from .resuming import AUTO, METRICS, Start, agreed, begin, free_name
 from .run_lock import not_writable, only_run
@@ -76,6 +88,7 @@ class FinetuneCLI(LightningCLI):
         )
         parser.add_class_arguments(CheckpointSettings, "checkpoint")
         parser.add_class_arguments(ExportSettings, "export")
+        parser.add_class_arguments(EvaluationSettings, "evaluation")
         parser.link_arguments("model.num_frames", "data.num_frames")
         parser.link_arguments(
             ("model.backbone", "model.checkpoint"),
@@ -152,13 +165,12 @@ def run(cli: FinetuneCLI, output: Path, argv: list[str]) -> None:
     warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
     with push_open(trainer) as publish:
         fit(trainer, cli, agreed(trainer, cli.model, start), argv)
-        checkpoint = best_checkpoint(output)
-        metrics = held_out_accuracy(trainer, cli, str(checkpoint))
-        export = export_best(trainer, cli, metrics, output / "export")
+        evaluation = final_test(trainer, cli, output)
+        export = export_best(trainer, cli, evaluation, output / "export")
         print_bad_clips(bad_clips(trainer))
-        print_usage(export, metrics, clip_counts(trainer, "val"))
+        print_usage(export, evaluation)
         publish(export)
-    finish(trainer, metrics, output)  # last: the same command would train anew
+    finish(trainer, evaluation, output)  # last: the same command would train anew
 
 
 def fit(trainer: Trainer, cli: FinetuneCLI, start: Start, argv: list[str]) -> None:
@@ -180,33 +192,6 @@ def fit(trainer: Trainer, cli: FinetuneCLI, start: Start, argv: list[str]) -> No
         raise
     finally:
         safeguard.release()
-
-
-def evaluate(argv: list[str]) -> dict[str, float]:
-    """Evaluates an exported model on the held-out clips of a recipe's data.
-
-    Args:
-        argv: The model (folder or Hub id), then `--config` and any `--key value`.
-
-    Raises:
-        UserError: If the model's labels are not the data's.
-    """
-    if {"-h", "--help"}.intersection(argv):
-        print("usage: vidprism evaluate MODEL --config RECIPE [--key value], with the keys of vidprism finetune --help")
-        return {}
-    if not argv or argv[0].startswith("-"):
-        raise UserError("name the model first, then --config RECIPE")
-    # The model brings its configuration and number of frames; what the recipe says of them is for training.
-    num_frames = read_checkpoint_config(argv[0]).num_frames
-    own = ["--model.checkpoint", argv[0], "--model.config", "null", "--model.num_frames", str(num_frames)]
-    cli = parse([*argv[1:], *own])
-    trainer = cli.instantiate_trainer(logger=False, callbacks=progress_bars(cli))
-    metrics = held_out_accuracy(trainer, cli, checkpoint=None)
-    print_bad_clips(bad_clips(trainer, "val"))
-    print_once(f"{argv[0]} on {clip_counts(trainer, 'val').phrase('held-out clips')}")
-    for name, value in metrics.items():
-        print_once(f"  {name:<5} {value:.4f}")
-    return metrics
 
 
 def parse(argv: list[str]) -> FinetuneCLI:
@@ -261,6 +246,7 @@ def build_trainer(cli: FinetuneCLI, output: Path, more: Sequence[Callback] = ())
         Safeguard(checkpoints, cli.config_init.checkpoint, export_last if exported else None),
         BadClipReport(output),
         CardRecorder(),
+        ScoreRecorder(cli.config_init.evaluation.average_clips),
         *more,
         *progress_bars(cli),
     ]
@@ -311,19 +297,32 @@ def best_checkpoint(output: Path) -> Path:
     return last
 
 
-def held_out_accuracy(trainer: Trainer, cli: FinetuneCLI, checkpoint: str | None) -> dict[str, float]:
-    """Held-out top-1 and top-5 of a checkpoint, which stays loaded in the module, or of the module as it is."""
-    results = trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True, verbose=False)
-    if trainer.limit_test_batches != 1.0:
-        print_once(f"trainer.limit_test_batches={trainer.limit_test_batches}: not all held-out clips were evaluated")
-    return {name: results[0][f"test/{name}"] for name in ("top1", "top5") if f"test/{name}" in results[0]}
+def final_test(trainer: Trainer, cli: FinetuneCLI, output: Path) -> Evaluation:
+    """Tests the best checkpoint, whose weights stay loaded.
+
+    Raises:
+        NotEvaluated: If that tells nothing; the weights are exported then, too.
+    """
+    chosen = len(kept_by(trainer, CardRecorder).validations) > 1
+    facts, export = dataset_facts(cli.datamodule), output / "export"
+    subject = subject_of(trainer, cli.model.model.config, cli.datamodule, str(export), facts, chosen)
+    try:
+        return evaluate_held_out(trainer, cli.model, cli.datamodule, subject, str(best_checkpoint(output)))
+    except NotEvaluated as error:
+        export_run(trainer, cli, Measured(f"Not evaluated: {error}.", chosen=chosen), export)
+        raise NotEvaluated(f"{error} ({export} is written, without an evaluation)") from error
 
 
 @rank_zero_only
-def finish(trainer: Trainer, metrics: dict[str, float], output: Path) -> None:
-    """Writes metrics.json, by which the run is finished: the metrics, and what became of the clips."""
+def finish(trainer: Trainer, evaluation: Evaluation, output: Path) -> None:
+    """Writes what the evaluation found, and last metrics.json, by which the run is finished: metrics and counts."""
+    with only_run(output / "evaluation"):
+        write_evaluation(evaluation)
     counts = {split: dataclasses.asdict(clip_counts(trainer, split)) for split in ("train", "val")}
-    write_whole(output / METRICS, (json.dumps({**metrics, "clips": counts}, indent=2) + "\n").encode())
+    counts["val"]["evaluated"] = evaluation.evaluated
+    write_whole(
+        output / METRICS, (json.dumps({**rounded(evaluation.values), "clips": counts}, indent=2) + "\n").encode()
+    )
     (output / "checkpoints" / PREVIOUS).unlink(missing_ok=True)
 
 
@@ -384,10 +383,13 @@ def print_bad_clips(clips: list[BadClip]) -> None:
         print_once(bad_clip_table(clips))
 
 
-def print_usage(export: Path, metrics: dict[str, float], counts: ClipCounts) -> None:
+def print_usage(export: Path, evaluation: Evaluation) -> None:
     """The three lines that end a run."""
     classify = f"t.pipeline('video-classification', '{export}')('CLIP.mp4')"
     code = f"import vidprism_hf, transformers as t; print({classify})"
-    print_once(f"Held-out top-1 {metrics['top1']:.4f} on {counts.phrase('clips')}; exported to {export}")
+    top1, clips = evaluation.values["top1"], evaluation.counts.phrase("clips")
+    if evaluation.is_partial:
+        clips += f" (only {evaluation.evaluated} were evaluated)"
+    print_once(f"Held-out top-1 {top1:.4f} on {clips}; exported to {export}")
     print_once(f"  vidprism predict {export} CLIP.mp4")
     print_once(f'  python -c "{code}"')

@@ -17,6 +17,8 @@ from transformers import AutoConfig, get_cosine_schedule_with_warmup
 from ..data import normalize_clips
 from ..data.frame_encoder import FrameEncoder, tower_digest
 from ..errors import UserError, first_line, why_not_loaded
+from ..evaluation.labels import matched_labels
+from ..evaluation.scores import ScoreRecorder
 from ..model import VidPrismConfig, VidPrismForVideoClassification, VidPrismForVideoClassificationOutput
 from ..model.temporal_vidprism import gate_balance_loss
 from .averaging import WeightEMA
@@ -34,8 +36,8 @@ class VidPrismLightningModule(L.LightningModule):
     Args:
         backbone: CLIP checkpoint the tower starts from: a Hub id, a folder, or a preset (b32, b16, l14, tiny;
             tiny has random weights).
-        checkpoint: VidPrism checkpoint (folder or Hub id) to start from instead; its labels must be the
-            data's.
+        checkpoint: VidPrism checkpoint (folder or Hub id) to start from instead; its labels must be the data's, but
+            for order, case, blanks and signs.
         id2label: Label name of each class index; the CLI takes it from the data.
         num_frames: Frames per clip.
         config: Any other field of VidPrismConfig, such as `readout: mean`. A checkpoint brings its own.
@@ -83,7 +85,7 @@ class VidPrismLightningModule(L.LightningModule):
         check_settings(self.hparams)
         self.id2label = {int(index): label for index, label in id2label.items()}
         if checkpoint:
-            load_checkpoint_config(checkpoint, self.id2label)  # now, before a run's folder is made
+            fitting_config(checkpoint, self.id2label, num_frames)  # now, before a run's folder is made
         self.model: VidPrismForVideoClassification | None = None
         # With five classes or fewer the right one is always among the top five.
         top_k = {"top1": 1, "top5": 5} if len(self.id2label) > 5 else {"top1": 1}
@@ -93,7 +95,8 @@ class VidPrismLightningModule(L.LightningModule):
                 for name, k in top_k.items()
             }
         )
-        self.metrics = nn.ModuleDict({stage: metrics.clone(prefix=f"{stage}/") for stage in ("val", "test")})
+        # Of the validations; a ScoreRecorder has those of a test.
+        self.metrics = metrics.clone(prefix="val/")
 
     def configure_model(self) -> None:
         """Builds the model, once: Lightning may call this hook for each of fit and test.
@@ -150,8 +153,10 @@ class VidPrismLightningModule(L.LightningModule):
         return self.model(pixel_values_videos, labels=labels, frame_features=frame_features)
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """The account of bad clips, and the average of the weights if asked for, unless the trainer has them."""
-        wanted: list[L.Callback] = [BadClipReport(), EpochPlace()]
+        """What the trainer lacks of these: the account of bad clips, the scores of a test, the place in an epoch, and
+        the average of the weights if asked for.
+        """
+        wanted: list[L.Callback] = [BadClipReport(), ScoreRecorder(), EpochPlace()]
         if self.hparams.ema_decay is not None:
             wanted.append(WeightEMA(self.hparams.ema_decay))
         return [new for new in wanted if not any(isinstance(old, type(new)) for old in self.trainer.callbacks)]
@@ -181,7 +186,7 @@ class VidPrismLightningModule(L.LightningModule):
         self._evaluate("val", batch)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, torch.Tensor]:
-        """Gives `expert_weights` (B, N), means over each clip's views, to callbacks."""
+        """Gives `logits` (B, views, K) and `expert_weights` (B, N), means over each clip's views, to callbacks."""
         return self._evaluate("test", batch)
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -253,18 +258,24 @@ class VidPrismLightningModule(L.LightningModule):
             output = self(**{name: clips.flatten(0, 1)}, labels=labels.repeat_interleave(num_views))
         else:
             output = self(**{name: clips}, labels=labels)
-        logits = output.logits.float().unflatten(0, (-1, num_views)).mean(dim=1)
-        if "readable" in batch:
-            # A clip without pixels counts as wrong, whatever the model makes of zeros.
-            right = nn.functional.one_hot(labels, logits.shape[1]).bool()
-            logits = logits.masked_fill(right & ~batch["readable"][:, None], -torch.inf)
-        self.metrics[stage].update(logits, labels)
-        self.log_dict(self.metrics[stage], on_step=False, on_epoch=True, prog_bar=stage == "val")
+        logits = output.logits.float().unflatten(0, (-1, num_views))
+        if stage == "val":
+            self._validate(logits.mean(dim=1), batch)
         self._log_losses(stage, output)
         weights = output.expert_weights.float().unflatten(0, (-1, num_views)).mean(dim=1)
         for index, (rate, weight) in enumerate(zip(self.model.config.rates, weights.mean(0), strict=True)):
             self._log_mean(f"{stage}/expert_{index}_rate_{rate}_weight", weight, len(output.logits))
-        return {"expert_weights": weights}
+        return {"logits": logits, "expert_weights": weights}
+
+    def _validate(self, logits: torch.Tensor, batch: dict[str, Any]) -> None:
+        """Logs the accuracies of a batch, logits (B, K)."""
+        labels = batch["labels"]
+        if "readable" in batch:
+            # A clip without pixels counts as wrong, whatever the model makes of zeros.
+            right = nn.functional.one_hot(labels, logits.shape[1]).bool()
+            logits = logits.masked_fill(right & ~batch["readable"][:, None], -torch.inf)
+        self.metrics.update(logits, labels)
+        self.log_dict(self.metrics, on_step=False, on_epoch=True, prog_bar=True)
 
     def _balance_over_ranks(self, output: VidPrismForVideoClassificationOutput, num_clips: int) -> torch.Tensor:
         """Replaces the losses of this rank's clips, of which so many count, by those of the clips of all ranks.
@@ -348,40 +359,38 @@ def check_config(fields: dict[str, Any], num_frames: int) -> None:
 
 
 def load_checkpoint(name_or_path: str, id2label: dict[int, str], num_frames: int) -> VidPrismForVideoClassification:
-    """Loads a VidPrism checkpoint whose labels are the data's.
+    """Loads a VidPrism checkpoint, with its classes in the data's order and under the data's names.
 
     Raises:
-        UserError: If it is no VidPrism checkpoint or its labels differ.
+        UserError: If it is no VidPrism checkpoint, its classes are others or it cannot take so many frames.
     """
-    config = load_checkpoint_config(name_or_path, id2label)
+    config, order = fitting_config(name_or_path, id2label, num_frames)
+    config.num_frames = num_frames
+    try:
+        model = VidPrismForVideoClassification.from_pretrained(name_or_path, config=config, dtype=torch.float32)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"model.checkpoint {name_or_path}: cannot be loaded ({first_line(error)})") from error
+    with torch.no_grad():
+        for parameter in model.classifier.parameters():
+            parameter.copy_(parameter[order])
+    model.config.id2label = dict(id2label)
+    model.config.label2id = {label: index for index, label in id2label.items()}
+    return model
+
+
+def fitting_config(name_or_path: str, id2label: dict[int, str], num_frames: int) -> tuple[VidPrismConfig, list[int]]:
+    """Loads the configuration of a VidPrism checkpoint, and finds its index of each class of the data.
+
+    Raises:
+        UserError: If it is no VidPrism checkpoint, its classes are others or it cannot take so many frames.
+    """
+    config = read_checkpoint_config(name_or_path)
     if config.time_position == "learned" and config.num_frames != num_frames:
         raise UserError(
             f"model.checkpoint {name_or_path}: has learned positions for {config.num_frames} frames; "
             f"set model.num_frames to that, not {num_frames}"
         )
-    config.num_frames = num_frames
-    try:
-        return VidPrismForVideoClassification.from_pretrained(name_or_path, config=config, dtype=torch.float32)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"model.checkpoint {name_or_path}: cannot be loaded ({first_line(error)})") from error
-
-
-def load_checkpoint_config(name_or_path: str, id2label: dict[int, str]) -> VidPrismConfig:
-    """Loads the configuration of a VidPrism checkpoint whose labels are the data's.
-
-    Raises:
-        UserError: If it is no VidPrism checkpoint or its labels differ.
-    """
-    config = read_checkpoint_config(name_or_path)
-    if config.id2label != id2label:
-        theirs, ours = set(config.id2label.values()), set(id2label.values())
-        difference = (
-            f"only in the checkpoint: {listing(theirs - ours)}; only in the data: {listing(ours - theirs)}"
-            if theirs != ours
-            else "same names in another order"
-        )
-        raise UserError(f"model.checkpoint {name_or_path}: its labels are not the data's ({difference})")
-    return config
+    return config, matched_labels(f"model.checkpoint {name_or_path}", config.id2label, id2label)
 
 
 def read_checkpoint_config(name_or_path: str) -> VidPrismConfig:
@@ -392,16 +401,10 @@ def read_checkpoint_config(name_or_path: str) -> VidPrismConfig:
     """
     try:
         config = AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise UserError(
             f"model.checkpoint {name_or_path}: cannot be loaded ({why_not_loaded(name_or_path, error)})"
         ) from error
     if not isinstance(config, VidPrismConfig):
         raise UserError(f"model.checkpoint {name_or_path}: a {config.model_type} model; give it as model.backbone")
     return config
-
-
-def listing(names: set[str], most: int = 5) -> str:
-    """The first few names of a set, for an error message."""
-    head = ", ".join(sorted(names)[:most]) or "none"
-    return head + (f" and {len(names) - most} more" if len(names) > most else "")

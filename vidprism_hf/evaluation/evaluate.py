@@ -1,0 +1,231 @@
+"""`vidprism evaluate`: any classifier of videos on the held-out clips of a recipe's data.
+
+It is the one module of this room that knows the training, whose recipes it reads.
+"""
+
+import argparse
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import lightning as L
+import yaml
+from huggingface_hub.errors import StrictDataclassError
+from lightning.pytorch.utilities import rank_zero_only
+from transformers import AutoConfig, PreTrainedConfig
+
+from ..data.bad_clips import bad_clip_table
+from ..errors import UserError, first_line, why_not_loaded
+from ..hub.card import eval_results, evaluation_body, plain
+from ..hub.card_merge import states_results, with_evaluation
+from ..hub.export import README, is_vidprism_config
+from ..model import VidPrismConfig
+from ..training.callbacks import BadClipReport
+from ..training.card_facts import dataset_facts
+from ..training.finetune import FinetuneCLI, parse, print_once, progress_bars
+from ..training.module import read_checkpoint_config
+from ..training.run_lock import lock_path, only_run
+from .labels import matched_labels
+from .other_models import OtherClassifier, load_other
+from .records import check_folder, evaluations_of, write_evaluation
+from .report import Evaluation, Subject, print_evaluation
+from .scores import ScoreRecorder
+from .testing import evaluate_held_out, subject_of
+
+USAGE = """usage: vidprism evaluate MODEL --config RECIPE [--key value]
+
+MODEL is an export, or any video classifier of transformers in a folder or on the Hub: VidPrism, VideoMAE, TimeSformer,
+ViViT, V-JEPA 2. Keys are those of `vidprism finetune --help`, among them
+
+  --model.num_frames N                    frames of a view, for a VidPrism without learned positions; else the model's
+  --data.frame_stride N                   of each clip every Nth frame; without it frames are from the whole video
+  --data.test_clips N                     clips of each video, from N places in time
+  --data.test_crops 3                     crops of each clip, along the longer side
+  --evaluation.average_clips score|prob   average the views' logits (the default), or their probabilities
+  --evaluation.output FOLDER              where evaluation.json and confusion.png go
+  --trainer.devices N                     processes, among which the clips are shared
+
+VideoMAE, TimeSformer and ViViT were published with a stride on Kinetics-400: recipes/README.md has it and their views.
+"""
+WHOLE_VIDEO = (
+    "{}: frames are from the whole video (data.frame_stride is null), which may not be how it was trained; "
+    "see vidprism evaluate --help"
+)
+
+
+def evaluate(argv: list[str]) -> Evaluation | None:
+    """Evaluates a classifier of videos on the held-out clips of a recipe's data.
+
+    Args:
+        argv: The model (folder or Hub id), then `--config` and any `--key value`.
+
+    Returns:
+        What was found; None where only help was asked for.
+
+    Raises:
+        UserError: If the model cannot be loaded, or its labels are not the data's.
+    """
+    if {"-h", "--help"}.intersection(argv):
+        print(USAGE, end="")
+        return None
+    if not argv or argv[0].startswith("-"):
+        raise UserError("name the model first, then --config RECIPE")
+    name, *rest = argv
+    cli, module = prepare(name, rest)
+    recorder = ScoreRecorder(cli.config_init.evaluation.average_clips)
+    trainer = cli.instantiate_trainer(logger=False, callbacks=[recorder, BadClipReport(), *progress_bars(cli)])
+    subject = subject_of(trainer, config_of(name, module), cli.datamodule, name, dataset_facts(cli.datamodule))
+    subject = replace(subject, chose_checkpoint=chose_checkpoint(subject))
+    output = cli.config_init.evaluation.output
+    rank_zero_only(check_folder)(subject, output)
+    evaluation = evaluate_held_out(trainer, module, cli.datamodule, subject)
+    keep_and_tell(evaluation, output)
+    return evaluation
+
+
+def prepare(name: str, settings: list[str]) -> tuple[FinetuneCLI, L.LightningModule]:
+    """The data of a recipe, with the processor of a model, and the module that tests it.
+
+    Raises:
+        UserError: If the model cannot be loaded, or its labels are not the data's.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise UserError(f"{name}: cannot be loaded ({why_not_loaded(name, error)})") from error
+    # The model brings its configuration. The recipe's number of frames is for training; one that is typed is for this.
+    asked = asked_frames(settings)
+    own = {"model.checkpoint": name, "model.config": "null"}
+    if isinstance(config, VidPrismConfig):
+        cli = parse([*settings, *arguments(own if asked else own | {"model.num_frames": config.num_frames})])
+        return cli, cli.model
+    model, processor = load_other(name, config)
+    if asked and asked != str(processor.num_frames):
+        raise UserError(f"model.num_frames={asked}: {name} takes {processor.num_frames} frames; leave it out")
+    own |= {"model.checkpoint": "null", "model.backbone": "tiny", "data.feature_cache": "null"}
+    cli = parse([*settings, *arguments(own | {"model.num_frames": processor.num_frames})])
+    cli.datamodule.video_processor = processor
+    order = matched_labels(name, config.id2label, cli.datamodule.id2label)
+    if cli.datamodule.hparams.frame_stride is None:
+        print_once(WHOLE_VIDEO.format(name))
+    return cli, OtherClassifier(model, order)
+
+
+def asked_frames(settings: list[str]) -> str | None:
+    """The number of frames that the command line itself asks for."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model.num_frames", nargs="?", dest="asked")
+    return parser.parse_known_args(settings)[0].asked
+
+
+def arguments(values: dict[str, object]) -> list[str]:
+    """Settings as the command line takes them."""
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+def config_of(name: str, module: L.LightningModule) -> PreTrainedConfig:
+    """The configuration of the model that a module tests, which may not have built it yet."""
+    if module.model is not None:
+        return module.model.config
+    config = read_checkpoint_config(name)
+    config.num_frames = module.hparams.num_frames
+    return config
+
+
+def chose_checkpoint(subject: Subject) -> bool:
+    """Whether the clips chose the checkpoint of a local export, as its split.json says."""
+    try:
+        split = json.loads((Path(subject.model) / "split.json").read_bytes())
+        chosen, known = split["chosen_on_val"], split["val"]["sha256"]
+        alike = (split["val"]["clips"], split["split"]) == (subject.num_clips, subject.split)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return bool(chosen) and (known == subject.sha256 if known and subject.sha256 else alike)
+
+
+@rank_zero_only
+def keep_and_tell(evaluation: Evaluation, output: str | None) -> None:
+    """Prints what was found, writes its files, and refreshes the card of a local export.
+
+    Raises:
+        UserError: If something cannot be written.
+    """
+    if evaluation.unreadable:
+        print(bad_clip_table(evaluation.unreadable))
+    print_evaluation(evaluation)
+    with only_run(Path(output) if output else evaluations_of(evaluation.model)):
+        folder = write_evaluation(evaluation, output)
+    print(f"\nWritten to {folder}")
+    export = Path(evaluation.model)
+    if is_vidprism_config(export / "config.json"):
+        told = refresh_export(evaluation, export)
+        print(f"Refreshed: {', '.join(told)}" if told else f"{export / README}: left as it is")
+
+
+def refresh_export(evaluation: Evaluation, export: Path) -> list[str]:
+    """Puts an evaluation on the card of an export, and where the Hub has the dataset into its `.eval_results`.
+
+    A README without a generated part is a person's and stays, and nothing is told of a part of the clips.
+
+    Returns:
+        The files that were written.
+    """
+    if evaluation.is_partial:
+        return []
+    files = {}
+    try:
+        with only_run(export):
+            readme = existing(export / README).decode()
+            title = f"On {plain(evaluation.dataset)} ({plain(evaluation.split)}), {evaluation.protocol}"
+            refreshed = with_evaluation(readme, title, card_body(evaluation, states_results(readme)))
+            if refreshed != readme:
+                files[README] = refreshed.encode()
+            if evaluation.dataset_id:
+                notes = f"{evaluation.conditions}. By vidprism evaluate, {' '.join(told(evaluation))}"
+                known = {
+                    path.relative_to(export).as_posix(): path.read_bytes()
+                    for path in export.glob(".eval_results/*.yaml")
+                }
+                measured = evaluation.dataset_id, evaluation.values
+                files |= eval_results(*measured, evaluation.conditions, notes, known)
+            for path, content in files.items():
+                replace_file(export, path, content)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{export}: its card cannot be refreshed ({first_line(error)})") from error
+    return list(files)
+
+
+def existing(file: Path) -> bytes:
+    """The content of a file; nothing where there is none."""
+    return file.read_bytes() if file.exists() else b""
+
+
+def told(evaluation: Evaluation) -> list[str]:
+    """How many clips were evaluated, and what to know of it."""
+    used = evaluation.counts.phrase("held-out clips")
+    return [f"on {used}. A clip that cannot be decoded counts as wrong.", *evaluation.caveats]
+
+
+def card_body(evaluation: Evaluation, has_results: bool) -> str:
+    """What the card says below the title.
+
+    Args:
+        evaluation: What was found.
+        has_results: Whether the card's metadata state results.
+    """
+    sentences = ["By `vidprism evaluate`,", *told(evaluation)]
+    if has_results:
+        sentences.append("The metadata of this card have the results of its export.")
+    measured = evaluation.values, evaluation.intervals, evaluation.evaluated
+    return evaluation_body(" ".join(sentences), *measured, len(evaluation.labels), evaluation.classes)
+
+
+def replace_file(export: Path, name: str, content: bytes) -> None:
+    """Writes a file of an export whole, under its lock. Until it is, it lies where the lock does: with a strange file
+    in it the folder would be no export, and what a killed process leaves is written over by the next.
+    """
+    beside = lock_path(export).with_suffix(".tmp")
+    beside.write_bytes(content)
+    (export / name).parent.mkdir(exist_ok=True)
+    os.replace(beside, export / name)
