@@ -62,7 +62,7 @@ def test_a_sweep_goes_on_where_it_was_stopped(sweep, tmp_path, capsys):
     assert "12 cells, 12 to train" in capsys.readouterr().out  # both grids have the recipe's own row
     rows = table(tmp_path)
     assert list(rows) == [(grid, row) for grid in ("interaction", "readout") for row in GRIDS[grid]]
-    assert rows["interaction", "both"]["top1"] == rows["readout", "global query"]["top1"]
+    assert rows["interaction", "none"]["top1"] == rows["readout", "mean"]["top1"]
     assert {len(cell["right"]) for cell in cells(tmp_path)} == {4}
     before = {cell["key"]: cell["right"] for cell in cells(tmp_path)}
 
@@ -85,7 +85,7 @@ def test_baselines_and_the_sources_own_split(sweep, tmp_path):
     assert [row for _, row in rows] == list(GRIDS["baselines"])
     sizes = {row: int(values["parameters"]) for (_, row), values in rows.items()}
     assert sizes["linear probe on the mean frame"] == 2 * (64 + 1)
-    assert len(cells(tmp_path)) == len(rows)
+    assert len(cells(tmp_path)) == len(rows) - 2  # the model's defaults are the paper's head at the tower's width
     assert not (tmp_path / "folds").exists()
 
 
@@ -129,7 +129,8 @@ def test_rows_are_heads_that_there_are(grid):
         check_config(config, 16)
         configs.append(json.dumps([changes.get("baseline"), VidPrismConfig(num_frames=16, **config).to_dict()]))
     assert len(set(configs)) == len(rows)  # no two are the same
-    assert json.dumps([None, VidPrismConfig(num_frames=16, **RECIPE).to_dict()]) in configs  # every grid has the recipe
+    if grid not in ("losses", "merging", "gates"):  # they vary parts that the recipe lacks
+        assert json.dumps([None, VidPrismConfig(num_frames=16, **RECIPE).to_dict()]) in configs
 
 
 def test_all_is_every_grid():

@@ -245,6 +245,7 @@ def test_autocast_trains(dtype, frames):
         ("inductor", {}),
         ("aot_eager", {"interaction_gates": "edge", "interaction_update": "last"}),
         ("aot_eager", {"merge_normalization": "rest", "kept_per_window": 2, "time_position": "learned"}),
+        ("aot_eager", {"feature_norm": "whitened", "zero_init_residual": True}),
     ],
 )
 def test_compiles_as_one_graph_forward_and_backward(backend, fields):
@@ -262,12 +263,12 @@ def test_compiles_as_one_graph_forward_and_backward(backend, fields):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("frames", [13, 16])
-def test_exports(frames):
+@pytest.mark.parametrize(("frames", "fields"), [(13, {}), (16, {}), (16, {"feature_norm": "whitened"})])
+def test_exports(frames, fields):
     class Logits(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.model = small().eval()
+            self.model = small(**fields).eval()
 
         def forward(self, pixel_values_videos):
             return self.model(pixel_values_videos).logits

@@ -42,7 +42,12 @@ from .baselines import TIME_WEIGHTS, LinearProbe, parameters_of, with_baseline
 from .folds import block_folds, group_folds
 
 CELLS = "cells.jsonl"
-PROBES = {"probe": (0.0,), "timed_probe": TIME_WEIGHTS}
+# Linear probes: what each is built with.
+PROBES: dict[str, dict[str, Any]] = {
+    "probe": {},
+    "whitened_probe": {"whitened": True},
+    "timed_probe": {"time_weights": TIME_WEIGHTS},
+}
 REFERENCE = ("", "the recipe", {})
 # What of a recipe's trainer a cell is trained with; the head is small, so one device and full precision do.
 OF_TRAINER = ("accelerator", "max_epochs", "gradient_clip_val", "accumulate_grad_batches")
@@ -317,12 +322,12 @@ class Sweep:
         model.eval().cpu()
         return torch.no_grad()(lambda batch: model(frame_features=batch["frame_features"]).logits), parameters_of(model)
 
-    def _probe(self, fold: Fold, time_weights: tuple[float, ...]):
+    def _probe(self, fold: Fold, settings: dict[str, Any]):
         views = (fold.train.train_views or 1) if fold.train.reader.augmentation else 1
         items = [fold.train[view, index] for view in range(views) for index in range(len(fold.train))]
         frames = torch.stack([item["frame_features"].float() for item in items])
         labels = torch.tensor([item["labels"] for item in items])
-        probe = LinearProbe(len(self.cli.model.id2label), time_weights=time_weights)
+        probe = LinearProbe(len(self.cli.model.id2label), **settings)
         probe.fit(frames, labels, fold.groups.repeat(views))
         parts = 3 if probe.time_weight else 1
         size = (parts * self.feature_size + 1) * len(self.cli.model.id2label)

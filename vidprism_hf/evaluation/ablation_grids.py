@@ -1,7 +1,8 @@
-"""The rows of the ablations: what each changes in the head. A row of several grids is trained once.
+"""The rows of the ablations: what each changes in the recipe's head. A row of several grids is trained once.
 
-Rows speak of 16 frames and the paper's four experts; `{}` is the recipe as it is, which every grid holds, so that its
-rows are compared with it.
+Rows speak of 16 frames and of `recipes/ablations/head.yaml`, the head for few clips: plain means of windows, no
+interaction, the mean of all frames as read-out. `{}` is that recipe as it is; every grid holds it, or is about a part
+that it lacks and then holds the part's default, so that rows of a grid differ in one thing.
 """
 
 from typing import Any
@@ -9,10 +10,35 @@ from typing import Any
 # Grid to rows, a row's name to fields of VidPrismConfig, or to `baseline`.
 Rows = dict[str, dict[str, Any]]
 FOUR = [2, 4, 8, 16]
+# The paper's head.
+PAPER = {"aggregation": "rgsta", "interaction": "both", "readout": "query"}
+RGSTA = {"aggregation": "rgsta"}
+BOTH = {"interaction": "both"}
 NO_LOSSES = {"rank_loss_weight": 0.0, "gate_loss_weight": 0.0, "diversity_loss_weight": 0.0}
-PLAIN = {"aggregation": "mean", "interaction": "none"}
 
 GRIDS: dict[str, Rows] = {
+    # Rivals on the same features.
+    "baselines": {
+        "VidPrism, the recipe": {},
+        "VidPrism, the recipe at the tower's width": {"hidden_size": None},
+        "VidPrism, the paper's head": PAPER,
+        "linear probe on the mean frame": {"baseline": "probe"},
+        "linear probe on the mean frame, whitened": {"baseline": "whitened_probe"},
+        "linear probe that may weight time": {"baseline": "timed_probe"},
+        "transformer of the same size": {"baseline": "transformer"},
+        "homogeneous mixture with a router": {"baseline": "mixture"},
+    },
+    # What the recipe does for few clips, one thing taken back at a time.
+    "small": {
+        "the recipe": {},
+        "features as they are": {"feature_norm": "none"},
+        "random residual branches": {"zero_init_residual": False},
+        "width 64": {"hidden_size": 64},
+        "the tower's width": {"hidden_size": None},
+        "the paper's head": PAPER,
+        "the paper's head, features as they are, random residual branches": PAPER
+        | {"feature_norm": "none", "zero_init_residual": False},
+    },
     # The paper's tables.
     "experts": {
         "1 expert: 4": {"rates": [4]},
@@ -24,13 +50,13 @@ GRIDS: dict[str, Rows] = {
         "hard (every r-th frame)": {"aggregation": "stride"},
         "mean": {"aggregation": "mean"},
         "max": {"aggregation": "max"},
-        "RgSTA": {"aggregation": "rgsta"},
+        "RgSTA": RGSTA,
     },
     "interaction": {
         "none": {"interaction": "none"},
         "slow to fast": {"interaction": "slow_to_fast"},
         "fast to slow": {"interaction": "fast_to_slow"},
-        "both": {"interaction": "both"},
+        "both": BOTH,
     },
     "readout": {
         "mean": {"readout": "mean"},
@@ -38,60 +64,31 @@ GRIDS: dict[str, Rows] = {
         "global query": {"readout": "query"},
     },
     "losses": {
-        "classification": NO_LOSSES,
-        "+ rank": NO_LOSSES | {"rank_loss_weight": 0.1},
-        "+ rank, gate": NO_LOSSES | {"rank_loss_weight": 0.1, "gate_loss_weight": 0.01},
-        "+ rank, gate, diversity": {
-            "rank_loss_weight": 0.1,
-            "gate_loss_weight": 0.01,
-            "diversity_loss_weight": 0.005,
-        },
+        "the paper's head, classification": PAPER | NO_LOSSES,
+        "+ rank": PAPER | NO_LOSSES | {"rank_loss_weight": 0.1},
+        "+ rank, gate": PAPER | NO_LOSSES | {"rank_loss_weight": 0.1, "gate_loss_weight": 0.01},
+        "+ rank, gate, diversity": PAPER
+        | {"rank_loss_weight": 0.1, "gate_loss_weight": 0.01, "diversity_loss_weight": 0.005},
     },
     # What the paper did not try.
     "merging": {
-        "weights over the kept frames, k = 1": {"merge_normalization": "kept"},
-        "weights over the rest, k = 1": {"merge_normalization": "rest"},
-        "weights over the kept frames, k = 2": {"merge_normalization": "kept", "kept_per_window": 2},
-        "weights over the rest, k = 2": {"merge_normalization": "rest", "kept_per_window": 2},
+        "RgSTA, weights over the kept frames, k = 1": RGSTA | {"merge_normalization": "kept"},
+        "weights over the rest, k = 1": RGSTA | {"merge_normalization": "rest"},
+        "weights over the kept frames, k = 2": RGSTA | {"merge_normalization": "kept", "kept_per_window": 2},
+        "weights over the rest, k = 2": RGSTA | {"merge_normalization": "rest", "kept_per_window": 2},
     },
     "gates": {
-        "all pairs": {"interaction_pairs": "all"},
-        "slow and fast": {"interaction_pairs": "slow_fast"},
-        "released code": {
-            "interaction_pairs": "slow_fast",
-            "interaction_gates": "edge",
-            "interaction_update": "last",
-        },
+        "both directions, all pairs": BOTH | {"interaction_pairs": "all"},
+        "slow and fast": BOTH | {"interaction_pairs": "slow_fast"},
     },
     "position": {
         "none": {"time_position": "none"},
         "learned": {"time_position": "learned"},
     },
-    # Less of a head, for few clips.
-    "small": {
-        "as it is": {},
-        "mean windows": {"aggregation": "mean"},
-        "mean windows, no interaction": PLAIN,
-        "the same, learned position": PLAIN | {"time_position": "learned"},
-        "the same, mean read-out": PLAIN | {"readout": "mean"},
-        "the same, dropout 0.5": PLAIN | {"head_dropout": 0.5},
-        "the same, width 256": PLAIN | {"hidden_size": 256},
-        "features as they are": {"feature_norm": "none"},
-    },
-    # Rivals on the same features.
-    "baselines": {
-        "VidPrism": {},
-        "VidPrism, mean windows, no interaction": PLAIN,
-        "linear probe on the mean frame": {"baseline": "probe"},
-        "linear probe that may weight time": {"baseline": "timed_probe"},
-        "transformer of the same size": {"baseline": "transformer"},
-        "homogeneous mixture with a router": {"baseline": "mixture"},
-    },
 }
 
 
 def grid_rows(names: list[str]) -> list[tuple[str, str, dict[str, Any]]]:
-    """Grid, row and changes of some grids, in order; `all` is every grid, the baselines first."""
-    first = ["baselines", "small"]
-    names = [*first, *(name for name in GRIDS if name not in first)] if "all" in names else names
+    """Grid, row and changes of some grids, in order; `all` is every grid."""
+    names = list(GRIDS) if "all" in names else names
     return [(grid, row, changes) for grid in dict.fromkeys(names) for row, changes in GRIDS[grid].items()]

@@ -6,6 +6,7 @@ training are the same. They are for comparison alone and travel with no checkpoi
 Shapes: N clips, B clips of a batch, T frames, D width, E experts, K classes.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -16,7 +17,7 @@ from ..model import VidPrismConfig, VidPrismForVideoClassification
 from ..model.outputs_vidprism import VidPrismModelOutput
 from ..model.temporal_vidprism import (
     VidPrismExpert,
-    VidPrismFeatureNorm,
+    VidPrismFeatureWhitening,
     expert_diversity_loss,
     gate_balance_loss,
     pool_windows,
@@ -88,9 +89,9 @@ class HomogeneousMixture(nn.Module):
 
 def input_layers(config: VidPrismConfig) -> nn.Sequential:
     """What frame features go through before VidPrism's streams are made."""
-    layers = [VidPrismFeatureNorm(config.feature_size)] if config.feature_norm == "running" else []
-    if config.feature_size != config.hidden_size:
-        layers.append(nn.Linear(config.feature_size, config.hidden_size))
+    if config.feature_norm == "whitened":
+        return nn.Sequential(VidPrismFeatureWhitening(config.feature_size, config.hidden_size))
+    layers = [] if config.feature_size == config.hidden_size else [nn.Linear(config.feature_size, config.hidden_size)]
     return nn.Sequential(*layers)
 
 
@@ -112,15 +113,17 @@ def parameters_of(module: nn.Module) -> int:
 class LinearProbe:
     """Multinomial logistic regression on the mean frame, with an L2 penalty chosen by cross-validation.
 
-    Frames are standardised. With time weights above 0 the classes' weights may vary with time too: beside the mean
-    frame the probe reads the frames' means under the two slowest cosines of time, at that weight (the share of their
-    variance beside the mean frame's). Penalty and time weight are those with most right clips when one group of the
-    training clips after the other is held out: no test clip has a say. It is fitted to convergence by L-BFGS.
+    Frames are standardised, or whitened as `feature_norm: whitened` does. With time weights above 0 the classes'
+    weights may vary with time too: beside the mean frame the probe reads the frames' means under the two slowest
+    cosines of time, at that weight (the share of their variance beside the mean frame's). Penalty and time weight are
+    those with most right clips when one group of the training clips after the other is held out: no test clip has a
+    say. It is fitted to convergence by L-BFGS.
 
     Args:
         num_labels: K.
         decays: Penalties to choose from, of the squared weights beside the mean loss.
         time_weights: Time weights to choose from.
+        whitened: Whether frames are whitened.
     """
 
     def __init__(
@@ -128,8 +131,10 @@ class LinearProbe:
         num_labels: int,
         decays: tuple[float, ...] = PROBE_DECAYS,
         time_weights: tuple[float, ...] = (0.0,),
+        whitened: bool = False,
     ):
         self.num_labels, self.decay, self.time_weight = num_labels, decays[0], time_weights[0]
+        self.whitened = whitened
         self._choices = [(time_weight, decay) for time_weight in time_weights for decay in decays]
 
     def fit(self, frames: torch.Tensor, labels: torch.Tensor, groups: torch.Tensor) -> "LinearProbe":
@@ -151,7 +156,7 @@ class LinearProbe:
 
     def _inputs(self, frames: torch.Tensor) -> torch.Tensor:
         """What is read of a clip, (N, D) or (N, 3 D)."""
-        frames = (frames - self._mean) / self._deviation
+        frames = self._normalised(frames)
         means = frames.mean(dim=1) * self._scales[0]
         if self.time_weight == 0:
             return means
@@ -162,7 +167,7 @@ class LinearProbe:
 
     def _solve(self, frames: torch.Tensor, labels: torch.Tensor, time_weight: float, decay: float) -> None:
         self.time_weight, self.decay = time_weight, decay
-        self._mean, self._deviation = standardisation(frames)
+        self._normalised = whitening(frames) if self.whitened else standardisation(frames)
         self._scales, width = (1.0, 1.0), frames.shape[-1]
         size = (inputs := self._inputs(frames)).var(dim=0)  # each part comes to a variance of 1, or the time weight
         of_time = (time_weight / size[width:].sum() * width).sqrt().item() if time_weight else 1.0
@@ -184,8 +189,16 @@ class LinearProbe:
         self._weight, self._bias = weight.detach(), bias.detach()
 
 
-def standardisation(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation (D,) of features (..., D); a channel that is constant has an infinite deviation."""
+def standardisation(features: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What gives features (..., D) channels of mean 0 and variance 1; one that is constant comes to 0."""
     flat = features.flatten(0, -2)
     mean, deviation = flat.mean(dim=0), flat.std(dim=0)
-    return mean, torch.where(deviation > 1e-6 * mean.abs() + 1e-12, deviation, torch.inf)
+    deviation = torch.where(deviation > 1e-6 * mean.abs() + 1e-12, deviation, torch.inf)
+    return lambda frames: (frames - mean) / deviation
+
+
+def whitening(features: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The model's whitening, fitted to features (..., D)."""
+    norm = VidPrismFeatureWhitening(features.shape[-1], features.shape[-1])
+    norm.fit([features])
+    return norm

@@ -96,8 +96,11 @@ class VidPrismConfig(PreTrainedConfig):
         time_position:
             "learned" adds a learned embedding of the frame's position to its feature; the paper has "none".
         feature_norm:
-            "running" standardises each channel of the frame features by its mean and deviation over the training
-            clips seen so far; the paper takes them as they are, "none".
+            "whitened" takes mean, scales and correlations of the training clips' frames from the frame features, by
+            a map that is fitted before the training; the paper takes them as they are, "none".
+        zero_init_residual:
+            Whether a new model's experts and messages begin with nothing to add: the last layer of each residual
+            branch is zero. The released code has them random.
         projection_head:
             Whether the two-layer head that aligns clip vectors with text embeddings is kept (converted
             checkpoints have one; classification does not use it).
@@ -139,7 +142,8 @@ class VidPrismConfig(PreTrainedConfig):
     readout: Literal["query", "mean", "max"] = "query"
     head_dropout: float = 0.0
     time_position: Literal["none", "learned"] = "none"
-    feature_norm: Literal["none", "running"] = "none"
+    feature_norm: Literal["none", "whitened"] = "none"
+    zero_init_residual: bool = False
     projection_head: bool = False
     rank_loss_weight: float = 0.1
     gate_loss_weight: float = 0.01

@@ -23,7 +23,7 @@ from .outputs_vidprism import VidPrismForVideoClassificationOutput, VidPrismMode
 from .temporal_vidprism import (
     VidPrismAttention,
     VidPrismExpert,
-    VidPrismFeatureNorm,
+    VidPrismFeatureWhitening,
     VidPrismFrameMergers,
     VidPrismGateOutput,
     VidPrismInteraction,
@@ -57,16 +57,19 @@ class VidPrismPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=1e-3)
             init.zeros_(module.bias)
         elif isinstance(module, (nn.Linear, nn.Conv1d)):
-            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if self.config.zero_init_residual and getattr(module, "ends_residual", False):
+                init.zeros_(module.weight)
+            else:
+                init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, VidPrismFeatureNorm):
+        elif isinstance(module, VidPrismFeatureWhitening):
             init.zeros_(module.mean)
-            init.ones_(module.square)
-            init.zeros_(module.batches)
+            init.eye_(module.weight)
+            init.zeros_(module.num_frames)
         elif isinstance(module, VidPrismReadout) and module.how == "query":
             init.normal_(module.query, std=0.02)
         elif isinstance(module, VidPrismTemporalModel) and module.position_embedding is not None:
@@ -90,8 +93,11 @@ class VidPrismTemporalModel(VidPrismPreTrainedModel):
     def __init__(self, config: VidPrismConfig):
         super().__init__(config)
         width, rates = config.hidden_size, config.rates
-        self.feature_norm = VidPrismFeatureNorm(config.feature_size) if config.feature_norm == "running" else None
-        self.input_projection = nn.Linear(config.feature_size, width) if config.feature_size != width else None
+        self.feature_norm, self.input_projection = None, None
+        if config.feature_norm == "whitened":
+            self.feature_norm = VidPrismFeatureWhitening(config.feature_size, width)
+        elif config.feature_size != width:
+            self.input_projection = nn.Linear(config.feature_size, width)
         self.position_embedding = None
         if config.time_position == "learned":
             self.position_embedding = nn.Parameter(torch.empty(1, config.num_frames, width))
@@ -127,9 +133,8 @@ class VidPrismTemporalModel(VidPrismPreTrainedModel):
             output_streams: Also return the streams, the frames' importance and the frames kept.
             output_losses: Also return the three auxiliary losses, unweighted.
         """
-        if self.feature_norm is not None:
-            frame_features = self.feature_norm(frame_features)
-        frames = frame_features if self.input_projection is None else self.input_projection(frame_features)
+        to_width = self.feature_norm or self.input_projection
+        frames = frame_features if to_width is None else to_width(frame_features)
         if self.position_embedding is not None:
             frames = frames + self._positions(frames.shape[1]).to(frames.dtype)
         scores, kept, rank_loss = None, None, None

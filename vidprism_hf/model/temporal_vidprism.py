@@ -9,7 +9,7 @@ start, so what is small goes through all streams in one operation: RgSTA, the ga
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -17,36 +17,74 @@ from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import eager_attention_forward
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_vidprism import VidPrismConfig
 from .tower_vidprism import QuickGELU
 
 MERGE_EPS = 1e-6  # the released code's guard of the "kept" normalisation
-NORM_EPS = 1e-4  # least variance of a channel, for those that are constant
+# Of the mean variance, what whitening adds to that of each direction: few clips do not tell the small ones.
+SHRINKAGE = 0.1
 
 
-class VidPrismFeatureNorm(nn.Module):
-    """Standardises each channel of the frame features, (B, T, D), by its mean and deviation over training clips.
+class VidPrismFeatureWhitening(nn.Module):
+    """Takes from frame features, (B, T, D_features), what training frames have in common: mean, scales, correlations.
 
-    Both are means over the batches seen in training, of late ones no less than of early ones, and are kept with the
-    weights. A batch counts itself, and no gradient flows into them: other than a batch norm, what a clip comes to
-    depends on its neighbours less and less, and not at all in evaluation.
+    An affine map to (B, T, D) that is fitted once, before a training, and kept with the weights. What tells classes
+    apart in the features of a frozen tower often lies in directions of little variance, below that of scene and
+    person: few clips do not suffice to learn that.
     """
 
-    def __init__(self, width: int):
+    def __init__(self, feature_size: int, width: int):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("square", torch.ones(width))
-        self.register_buffer("batches", torch.zeros(()))
+        if width > feature_size:
+            raise ValueError(f"feature_norm: whitening makes no {width} channels (hidden_size) of {feature_size}")
+        self.register_buffer("mean", torch.zeros(feature_size))
+        self.register_buffer("weight", torch.eye(width, feature_size))
+        self.register_buffer("num_frames", torch.zeros((), dtype=torch.long))  # that it was fitted to
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        if self.training:
-            seen = frames.detach().float().flatten(0, 1)
-            self.batches.add_(1)
-            self.mean.lerp_(seen.mean(dim=0), 1 / self.batches)
-            self.square.lerp_(seen.square().mean(dim=0), 1 / self.batches)
-        deviation = (self.square - self.mean.square()).clamp_min(NORM_EPS).sqrt()
-        return ((frames.float() - self.mean) / deviation).to(frames.dtype)
+        # In full precision: small directions are differences of large numbers.
+        with maybe_autocast(frames.device.type, enabled=False):
+            return F.linear(frames.float() - self.mean.float(), self.weight.float()).to(frames.dtype)
+
+    @torch.no_grad()
+    def fit(self, clips: Iterable[torch.Tensor]) -> None:
+        """Fits the map to the frames (..., D_features) of training clips.
+
+        With their covariance C and its mean variance v the map is (C + 0.1 v I)^(-1/2), scaled to outputs of mean
+        square 1. With D < D_features it is that of the D directions of most variance, turned at random: AdamW moves
+        all channels alike, so none should be a direction of little variance by itself.
+
+        Raises:
+            ValueError: If there are no two different frames.
+        """
+        number, total, products = 0, 0.0, 0.0
+        for clip in clips:
+            frames = clip.detach().flatten(0, -2).double().cpu()
+            number, total = number + len(frames), total + frames.sum(dim=0)
+            products = products + frames.T @ frames
+        if number < 2:
+            raise ValueError(f"{number} frames, whitening needs two at least")
+        mean = total / number
+        variances, directions = torch.linalg.eigh(products / number - torch.outer(mean, mean))
+        if variances.max() <= 1e-12 * products.diagonal().sum() / number:
+            raise ValueError("all frames have the same features")
+        live = variances > 1e-6 * variances.max()  # the others are rounding: constant channels
+        gains = torch.where(live, (variances + SHRINKAGE * variances[live].mean()).rsqrt(), 0)
+        width = len(self.weight)
+        variances, directions, gains = variances[-width:], directions[:, -width:], gains[-width:]
+        gains = gains / (gains.square() * variances)[live[-width:]].mean().sqrt()
+        turned = directions if width == len(directions) else _rotation(width)
+        self.mean.copy_(mean)
+        self.weight.copy_(turned @ (gains[:, None] * directions.T))
+        self.num_frames.fill_(number)
+
+
+def _rotation(size: int) -> torch.Tensor:
+    """A rotation that is the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
 
 
 def split_into_windows(frames: torch.Tensor, window: int, fill: float = 0.0) -> torch.Tensor:
@@ -216,6 +254,7 @@ class VidPrismInteraction(nn.Module):
                 if src < dst
             }
         )
+        end_residual(*self.fast_to_slow.values(), *([self.slow_to_fast] if upward else []))
 
     def forward(self, streams: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Exchanges information between streams.
@@ -324,6 +363,12 @@ class VidPrismGateOutput(nn.Linear):
     """The last linear layer of a gate: a class of its own because it is initialised in its own way."""
 
 
+def end_residual(*layers: nn.Module) -> None:
+    """Marks the last layers of residual branches, which `zero_init_residual` is about."""
+    for layer in layers:
+        layer.ends_residual = True
+
+
 def gate_mlp(width: int) -> nn.Sequential:
     """The gate's MLP, 2D -> D/4 -> 1, ending in a sigmoid."""
     return nn.Sequential(nn.Linear(2 * width, width // 4), nn.ReLU(), VidPrismGateOutput(width // 4, 1), nn.Sigmoid())
@@ -362,6 +407,7 @@ class VidPrismExpert(GradientCheckpointingLayer):
         self.attention_norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), QuickGELU(), nn.Linear(2 * width, width))
         self.mlp_norm = nn.LayerNorm(width)
+        end_residual(self.attention.out_proj, self.mlp[-1])
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         """(B, L, D) -> (B, L, D)."""
@@ -437,7 +483,7 @@ def expert_diversity_loss(expert_outputs: Sequence[torch.Tensor]) -> torch.Tenso
 __all__ = [
     "VidPrismAttention",
     "VidPrismExpert",
-    "VidPrismFeatureNorm",
+    "VidPrismFeatureWhitening",
     "VidPrismFrameMergers",
     "VidPrismGateOutput",
     "VidPrismInteraction",

@@ -63,6 +63,7 @@ from .run_lock import not_writable, only_run
 from .safeguard import Safeguard
 from .signals import Stopped
 from .strategies import ddp_settings, named_strategy
+from .whitening import check_whitening
 
 # What a recipe need not say.
 TRAINER_DEFAULTS = {
@@ -103,6 +104,7 @@ class FinetuneCLI(LightningCLI):
         data = self.config.data
         if data.feature_cache:
             check_frozen(self.config.model.freeze_backbone)
+        check_whitening(self.config.model.config, data.feature_cache)
         if source_kind(data.source) in ("benchmark", "hub"):
             load_processor(data.processor, data.num_frames)
 

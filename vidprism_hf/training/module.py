@@ -25,6 +25,7 @@ from .averaging import WeightEMA
 from .callbacks import BadClipReport, EpochPlace
 from .optimization import check_settings, clips_per_step, parameter_groups, scaled_learning_rate
 from .strategies import shard
+from .whitening import fit_whitening
 
 LOSS_PARTS = ("classification_loss", "rank_loss", "gate_loss", "diversity_loss")
 CLIP_LOSSES = ("classification_loss", "rank_loss", "diversity_loss")  # means over clips
@@ -160,6 +161,10 @@ class VidPrismLightningModule(L.LightningModule):
         if self.hparams.ema_decay is not None:
             wanted.append(WeightEMA(self.hparams.ema_decay))
         return [new for new in wanted if not any(isinstance(old, type(new)) for old in self.trainer.callbacks)]
+
+    def on_train_start(self) -> None:
+        """Fits the whitening of frame features, where there is one, unless a checkpoint has brought it."""
+        fit_whitening(self.model, self.trainer.train_dataloader.dataset)
 
     def on_train_epoch_start(self) -> None:
         """Tells streamed clips the epoch; Lightning tells samplers only."""
