@@ -283,3 +283,7 @@ def test_predict_with_a_model_that_has_no_classifier(tmp_path, capsys, exported,
 
 def test_evaluate_without_a_model(capsys):
     assert "name the model first" in refuse(capsys, ["evaluate", "--config", "recipes/demo.yaml"])
+
+
+def test_evaluate_without_clips(capsys, tmp_path):
+    assert "name the clips: --config RECIPE" in refuse(capsys, ["evaluate", str(tmp_path), "--data.test_clips=4"])

@@ -10,6 +10,7 @@ from small import complaint, motion_folder, run_arguments
 
 from vidprism_hf import VidPrismConfig
 from vidprism_hf.cli import main
+from vidprism_hf.evaluation.ablate import parts
 from vidprism_hf.evaluation.ablation_grids import GRIDS, grid_rows
 from vidprism_hf.training.module import check_config
 
@@ -125,12 +126,13 @@ def test_rows_are_heads_that_there_are(grid):
     rows = GRIDS[grid]
     configs = []
     for changes in rows.values():
-        config = RECIPE | {name: value for name, value in changes.items() if name != "baseline"}
-        check_config(config, 16)
-        configs.append(json.dumps([changes.get("baseline"), VidPrismConfig(num_frames=16, **config).to_dict()]))
+        changed, training = parts(changes)
+        check_config(RECIPE | changed, 16)
+        config = VidPrismConfig(num_frames=16, **RECIPE | changed).to_dict()
+        configs.append(json.dumps([changes.get("baseline"), training, config]))
     assert len(set(configs)) == len(rows)  # no two are the same
     if grid not in ("losses", "merging", "gates"):  # they vary parts that the recipe lacks
-        assert json.dumps([None, VidPrismConfig(num_frames=16, **RECIPE).to_dict()]) in configs
+        assert json.dumps([None, {}, VidPrismConfig(num_frames=16, **RECIPE).to_dict()]) in configs
 
 
 def test_all_is_every_grid():

@@ -51,6 +51,8 @@ PROBES: dict[str, dict[str, Any]] = {
 REFERENCE = ("", "the recipe", {})
 # What of a recipe's trainer a cell is trained with; the head is small, so one device and full precision do.
 OF_TRAINER = ("accelerator", "max_epochs", "gradient_clip_val", "accumulate_grad_batches")
+# What a row may change beside the head.
+OF_TRAINING = ("learning_rate", "label_smoothing")
 # What of its data has no influence on a cell.
 NOT_OF_DATA = {"root", "num_workers", "feature_cache", "feature_cache_limit", "clip_time_limit", "max_bad_fraction"}
 
@@ -270,14 +272,14 @@ class Sweep:
 
     def _key(self, changes: dict[str, Any], fold: int, seed: int) -> str:
         """The hash of all that a cell follows from. What a row says that is the recipe's anyway changes nothing."""
-        config = {name: value for name, value in changes.items() if name != "baseline"}
+        config, training = parts(changes)
         data = {name: value for name, value in own_settings(self.cli.datamodule).items() if name not in NOT_OF_DATA}
         if len(self.folds) > 1:
             data = {name: value for name, value in data.items() if not name.startswith("val_")}
         about = {
             "head": self._head_config(config).to_dict(),
             "baseline": changes.get("baseline"),
-            "model": self.settings,
+            "model": self.settings | training,
             "data": data,
             "trainer": self.trainer,
             "clips": self.folds[fold].clips,
@@ -303,18 +305,18 @@ class Sweep:
         if baseline in PROBES:
             score, size = self._probe(fold, PROBES[baseline])
         else:
-            config = {name: value for name, value in changes.items() if name != "baseline"}
-            score, size = self._head(self._head_config(config), baseline, fold, seed)
+            config, training = parts(changes)
+            score, size = self._head(self._head_config(config), training, baseline, fold, seed)
         right = [bool(right) for batch in loader(fold.val, 64) for right in score(batch).argmax(-1) == batch["labels"]]
         return Cell(right, size, round(time.perf_counter() - start, 2))
 
-    def _head(self, config: VidPrismConfig, baseline: str | None, fold: Fold, seed: int):
+    def _head(self, config: VidPrismConfig, training: dict[str, Any], baseline: str | None, fold: Fold, seed: int):
         L.seed_everything(seed, verbose=False)
         model = VidPrismForVideoClassification._from_config(config)
         model.vidprism.vision_tower.freeze()
         if baseline is not None:
             with_baseline(model, baseline)
-        module = HeadModule(**self.settings)
+        module = HeadModule(**self.settings | training)
         module.model = model.train()
         trainer = quiet_trainer(**self.trainer)
         batch_size = self.cli.datamodule.hparams.batch_size
@@ -332,6 +334,12 @@ class Sweep:
         parts = 3 if probe.time_weight else 1
         size = (parts * self.feature_size + 1) * len(self.cli.model.id2label)
         return (lambda batch: probe(batch["frame_features"].float())), size
+
+
+def parts(changes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a row changes in the head's configuration, and in its training."""
+    config = {name: value for name, value in changes.items() if name not in {"baseline", *OF_TRAINING}}
+    return config, {name: changes[name] for name in OF_TRAINING if name in changes}
 
 
 def own_settings(module: L.LightningModule | L.LightningDataModule) -> dict[str, Any]:

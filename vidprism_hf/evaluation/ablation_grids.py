@@ -7,7 +7,7 @@ that it lacks and then holds the part's default, so that rows of a grid differ i
 
 from typing import Any
 
-# Grid to rows, a row's name to fields of VidPrismConfig, or to `baseline`.
+# Grid to rows, a row's name to fields of VidPrismConfig or of the training, or to `baseline`.
 Rows = dict[str, dict[str, Any]]
 FOUR = [2, 4, 8, 16]
 # The paper's head.
@@ -38,6 +38,13 @@ GRIDS: dict[str, Rows] = {
         "the paper's head": PAPER,
         "the paper's head, features as they are, random residual branches": PAPER
         | {"feature_norm": "none", "zero_init_residual": False},
+    },
+    "training": {
+        "the recipe": {},
+        "learning rate 2e-3": {"learning_rate": 2e-3},
+        "learning rate 3e-4": {"learning_rate": 3e-4},
+        "label smoothing 0.1": {"label_smoothing": 0.1},
+        "the tower's width, learning rate 3e-4": {"hidden_size": None, "learning_rate": 3e-4},
     },
     # The paper's tables.
     "experts": {

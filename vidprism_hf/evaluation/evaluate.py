@@ -48,6 +48,7 @@ ViViT, V-JEPA 2. Keys are those of `vidprism finetune --help`, among them
 
 VideoMAE, TimeSformer and ViViT were published with a stride on Kinetics-400: recipes/README.md has it and their views.
 """
+DATA_KEYS = {"--config", "-c", "--data", "--data.source"}
 WHOLE_VIDEO = (
     "{}: frames are from the whole video (data.frame_stride is null), which may not be how it was trained; "
     "see vidprism evaluate --help"
@@ -72,6 +73,8 @@ def evaluate(argv: list[str]) -> Evaluation | None:
     if not argv or argv[0].startswith("-"):
         raise UserError("name the model first, then --config RECIPE")
     name, *rest = argv
+    if not {word.partition("=")[0] for word in rest}.intersection(DATA_KEYS):
+        raise UserError("name the clips: --config RECIPE (a run's own is its config.yaml), or --data.source CLIPS")
     cli, module = prepare(name, rest)
     recorder = ScoreRecorder(cli.config_init.evaluation.average_clips)
     trainer = cli.instantiate_trainer(logger=False, callbacks=[recorder, BadClipReport(), *progress_bars(cli)])
