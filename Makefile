@@ -36,7 +36,7 @@ $(if $(filter-out $(KNOWN),$(GIVEN)),$(error no variable $(filter-out $(KNOWN),$
 DATASET := $(strip $(DATASET))
 # A name with a recipe, else a path to clips for the folder recipe.
 RECIPE := $(or $(if $(findstring /,$(DATASET)),,$(wildcard recipes/$(DATASET).yaml)),recipes/folder.yaml)
-SOURCE := $(if $(filter recipes/folder.yaml recipes/small_data.yaml,$(RECIPE)),--data.source "$(DATASET)")
+SOURCE := $(if $(filter recipes/folder.yaml,$(RECIPE)),--data.source "$(DATASET)")
 FEW_SHOT := recipes/few_shot/$(DATASET).yaml
 option = $(if $(strip $(2)),$(1) "$(strip $(2))")
 OUT_KEY = --output

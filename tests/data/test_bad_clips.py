@@ -88,6 +88,15 @@ def test_a_bad_clip_is_opened_once_by_a_process(table, processor, tmp_path):
     assert clips[(1, 0)]["bad_clips"] == first
 
 
+def test_without_augmentation_it_gives_way_as_well(table, processor):
+    clips = ClipDataset(table, ClipReader(processor), training=True)
+    item = clips[(2, 0)]
+    assert (item["labels"], item["readable"], [name for name, *_ in item["bad_clips"]]) == (0, True, ["a0.mp4"])
+    assert item["clip_index"] in (1, 2)
+    seen = dataset(table, processor, training=False)[item["clip_index"]]
+    assert torch.equal(item["pixel_values_videos"], seen["pixel_values_videos"])
+
+
 # --- evaluation
 
 

@@ -220,6 +220,19 @@ def test_flip_is_off_where_a_label_names_a_side(folder, tmp_path):
     assert flips(module(sided, horizontal_flip=True))
 
 
+def test_without_augmentation_training_clips_are_those_of_the_evaluation(folder, monkeypatch):
+    said = []
+    monkeypatch.setattr("vidprism_hf.data.datamodule.rank_zero_info", said.append)
+    data = module(folder, augment=False, horizontal_flip=False, mixup_alpha=0.2)
+    data.setup("fit")
+    assert "training clips are seen as in the evaluation" in said[0]
+    assert "flip" not in said[0]
+    assert data.augmentation == {"view": "that of the evaluation", "mixup": 0.2, "cutmix": None}
+    clips = data.train_dataloader().dataset
+    swapped = data.val_dataloader().dataset.reader(clips.table.video(0), ())
+    assert torch.equal(clips[5, 0]["pixel_values_videos"], swapped)
+
+
 def test_processor_of_a_saved_checkpoint(folder, tmp_path, shared):
     data = module(folder, processor=str(shared / "weights/dinov2_small_as_clip_vision"))
     assert isinstance(data.video_processor, VidPrismVideoProcessor)
@@ -244,6 +257,10 @@ def test_processor_of_a_saved_checkpoint(folder, tmp_path, shared):
             r"data\.feature_cache: needs a table of all clips",
         ),
         ({"augment": False, "source": "a/b", "streaming": True}, r"data\.augment: streamed training clips are always"),
+        ({"augment": False, "train_views": 1}, r"data\.train_views=1: is of random views, and data\.augment=false"),
+        ({"augment": False, "horizontal_flip": True}, r"data\.horizontal_flip=True: is of random views"),
+        ({"augment": False, "rand_augment": 0}, r"data\.rand_augment=0: is of random views"),
+        ({"augment": False, "random_erasing": 0.2}, r"data\.random_erasing=0\.2: is of random views"),
         ({"feature_cache_limit": "50 hours"}, r"data\.feature_cache_limit=50 hours: is no size; write one like 50GB"),
         ({"source": "ucf101", "val_fraction": 0.2}, r"data\.val_fraction: data\.source ucf101 is read as a benchmark"),
         ({"source": "here", "streaming": True}, r"data\.streaming: data\.source here is read as class folders"),

@@ -431,6 +431,19 @@ def test_a_killed_process_loses_the_shard_that_it_was_writing(table, folder, mod
     torch.testing.assert_close(rows(resumed), rows(fresh), rtol=1e-5, atol=1e-6)
 
 
+def test_a_bad_clip_of_a_training_without_augmentation_gives_way(table, folder, model):
+    Path(table.video(2)).write_bytes(b"no video")
+    clips = ClipDataset(table, ClipReader(tiny_processor()), training=True)
+    parts = {"train": clips, "val": evaluation(table)}
+    train, val = FeatureCache(folder, "1GB", Tower(model).encoder, batch_size=4).cached(parts).values()
+    item, lost = train[3, 2], val[2]
+    assert (item["readable"], item["labels"], item["clip_index"]) == (True, 0, clips[3, 2]["clip_index"])
+    assert torch.equal(item["frame_features"], val[item["clip_index"]]["frame_features"])
+    assert (lost["readable"], lost["clip_index"]) == (False, 2)
+    assert item["bad_clips"] == lost["bad_clips"]
+    assert len(list(folder.glob("*-*/"))) == 1  # both have the evaluation's rows
+
+
 def test_bad_clips_are_as_without_it(table, folder, model):
     Path(table.video(2)).write_bytes(b"no video")
     Path(table.video(3)).unlink()

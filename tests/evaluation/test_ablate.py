@@ -76,8 +76,9 @@ def test_a_sweep_goes_on_where_it_was_stopped(sweep, tmp_path, capsys):
     assert len(lines) == 13
     assert {cell["key"]: cell["right"] for cell in again} == before
 
-    assert sweep(tmp_path, "--trainer.max_epochs=1") == 0  # another recipe
-    assert "8 cells, 8 to train" in capsys.readouterr().out
+    for other in ("--trainer.max_epochs=1", "--trainer.precision=bf16-mixed"):  # another training, other features
+        assert sweep(tmp_path, other) == 0
+        assert "8 cells, 8 to train" in capsys.readouterr().out
 
 
 def test_baselines_and_the_sources_own_split(sweep, tmp_path):
@@ -106,6 +107,8 @@ def test_a_folds_list_is_one_of_finetunes(sweep, source, tmp_path):
         (("--groups=^(.)",), "--folds, --groups: give one of them"),
         (("--folds=9",), "--folds 9: a class has 4 clips"),
         (("--seeds=0",), "--seeds 0: must be at least 1"),
+        (("--data.shots=2",), "data.shots: is nothing for an ablation"),
+        (("--trainer.limit_train_batches=1",), "trainer.limit_train_batches: is nothing for an ablation"),
     ],
 )
 def test_one_line_where_it_cannot_be(sweep, tmp_path, capsys, more, message):

@@ -7,31 +7,47 @@ import statistics
 
 import pytest
 
-from vidprism_hf.evaluation.ablation_report import Cell, markdown, summarise, table_csv, write_report
+from vidprism_hf.evaluation.ablation_cells import Cell
+from vidprism_hf.evaluation.ablation_report import markdown, summarise, table_csv, write_report
 from vidprism_hf.evaluation.intervals import student_interval
 
 
 def cells(*shares):
-    """`[seed][fold]` from shares of ten clips."""
-    return [[Cell([clip < share for clip in range(10)], 1000, 1.5) for share in of_seed] for of_seed in shares]
+    """Seed to the folds' cells, from shares of ten clips."""
+    return {
+        seed: [Cell([clip < share for clip in range(10)], 1000, 1.5) for share in of_seed]
+        for seed, of_seed in enumerate(shares)
+    }
 
 
-REFERENCE = cells((5, 7, 9), (5, 9, 9))
-OTHER = cells((6, 8, 10), (6, 10, 10))
+REFERENCE = cells((7, 7, 9), (7, 9, 9))
+OTHER = cells((8, 8, 10), (8, 10, 10))
 
 
 def test_means_and_intervals():
     base, other = summarise({("g", "as it is"): REFERENCE, ("g", "other"): OTHER}, REFERENCE)
-    folds = [0.5, 0.8, 0.9]
+    folds = [0.7, 0.8, 0.9]
     assert base.top1 == pytest.approx(statistics.fmean(folds))
-    half = 4.303 * statistics.stdev(folds) / math.sqrt(3)
-    assert base.low == pytest.approx(base.top1 - half)
+    half = 4.303 * statistics.stdev(folds) * math.sqrt(1 / 3 + 1 / 2)  # of three folds two are trained on
+    assert base.low == pytest.approx(max(0.0, base.top1 - half))
     assert base.high == 1.0  # an accuracy is at most that
-    assert base.seed_deviation == pytest.approx(statistics.stdev([0.7, 2.3 / 3]))
+    assert base.seed_deviation == pytest.approx(statistics.stdev([2.3 / 3, 2.5 / 3]))
     assert (base.difference, base.difference_low, base.difference_high) == (0, 0, 0)
     # One clip in ten more in every fold: how hard the folds are does not matter.
     assert other.difference == pytest.approx(0.1)
     assert other.difference_low == pytest.approx(0.1)
+
+
+def test_rows_are_compared_on_the_seeds_that_both_have():
+    later = {1: OTHER[1]}
+    (result,) = summarise({("g", "row"): later}, REFERENCE)
+    assert result.seeds == 1
+    assert result.difference == pytest.approx(0.1)
+    # A probe has nothing random: it stands beside the reference's mean.
+    (probe,) = summarise({("g", "probe"): {None: REFERENCE[0]}}, REFERENCE)
+    assert (probe.seeds, probe.seed_deviation) == (1, 0)
+    assert probe.difference == pytest.approx(2.3 / 3 - statistics.fmean([0.7, 0.8, 0.9]))
+    assert summarise({("g", "row"): {7: OTHER[1]}}, REFERENCE) == []
 
 
 def test_a_single_fold_has_no_paired_interval():
@@ -44,7 +60,7 @@ def test_a_single_fold_has_no_paired_interval():
 def test_the_table_and_its_files(tmp_path):
     results = summarise({("h", "as it is"): REFERENCE, ("h", "other"): OTHER, ("i", "alone"): OTHER}, REFERENCE)
     text = markdown(results, "What was trained.")
-    assert "|  | other | 2 | 0.00 M | 83.3 |" in text
+    assert "|  | other | 2 | 0.00 M | 90.0 |" in text
     assert "| +10.0 | +10.0 to +10.0 |" in text
     assert "alone" not in text  # nothing stands beside it in its grid
     rows = list(csv.DictReader(io.StringIO(table_csv(results))))
@@ -58,6 +74,8 @@ def test_the_table_and_its_files(tmp_path):
 def test_students_interval():
     low, high = student_interval([1.0, 2.0, 3.0])
     assert (low, high) == pytest.approx((2 - 4.303 / math.sqrt(3), 2 + 4.303 / math.sqrt(3)))
+    wider = student_interval([1.0, 2.0, 3.0], overlap=0.5)
+    assert wider[1] - 2 == pytest.approx((high - 2) * math.sqrt((1 / 3 + 0.5) / (1 / 3)))
     few, many = (student_interval([0.0, 1.0] * count) for count in (15, 16))  # on both sides of the table's end
     assert many[1] - many[0] < few[1] - few[0] < 1.05 * (many[1] - many[0])
     with pytest.raises(ValueError, match="no interval"):

@@ -4,9 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import tiny_model
+from small import card_facts, tiny_export, tiny_model, tiny_processor
 
 from vidprism_hf import VidPrismForVideoClassification
+from vidprism_hf.hub import export_model, render_card
+from vidprism_hf.hub.export import ExportError
 from vidprism_hf.model.temporal_vidprism import VidPrismFeatureWhitening
 
 CHANNELS = 64  # the tiny tower's features
@@ -101,6 +103,42 @@ def test_it_is_saved_and_the_same_in_half_precision(tmp_path, width):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         precise = norm(frames)
     torch.testing.assert_close(precise, norm(frames))
+
+
+@pytest.mark.parametrize("width", [CHANNELS, 16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_of_half_precision_keeps_the_whole_map(tmp_path, width, dtype):
+    model = tiny_model(feature_norm="whitened", hidden_size=width)
+    model.vidprism.temporal_model.feature_norm.fit(clips())
+    frames = clips(3).to(dtype).float()
+    expected = model.vidprism.temporal_model.feature_norm(frames)
+    exports = {name: tmp_path / name for name in ("saved", "exported")}
+    model.save_pretrained(exports["saved"])
+    export_model(
+        model,
+        tiny_processor(),
+        exports["exported"],
+        render_card(card_facts()),
+        dtype=str(dtype).removeprefix("torch."),
+    )
+    models = [VidPrismForVideoClassification.from_pretrained(folder, dtype=dtype) for folder in exports.values()]
+    models.append(VidPrismForVideoClassification.from_pretrained(exports["exported"]))  # as its configuration says
+    models.append(VidPrismForVideoClassification.from_pretrained(exports["saved"]).to(dtype))
+    for half in models:
+        norm = half.vidprism.temporal_model.feature_norm
+        assert half.dtype == half.classifier.weight.dtype == dtype
+        assert norm.num_frames == 640
+        assert torch.equal(norm(frames), expected)
+        assert torch.equal(norm(frames.to(dtype)), expected.to(dtype))
+        assert half(frame_features=frames.to(dtype)).logits.isfinite().all()
+
+
+def test_one_that_was_never_fitted_is_not_exported(tmp_path):
+    with pytest.raises(ExportError, match="feature_norm: whitened is not fitted") as error:
+        tiny_export(tmp_path / "model", feature_norm="whitened")
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+    tiny_model(feature_norm="whitened")(frame_features=clips(2))  # but it can be used
 
 
 def test_a_new_model_with_idle_branches_is_the_mean_of_its_windows():

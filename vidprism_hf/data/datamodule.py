@@ -84,7 +84,7 @@ class VideoDataModule(L.LightningDataModule):
         test_clips: Clips taken from each video in the final evaluation and by evaluate; what they say is averaged.
         test_crops: Crops of each such clip, 1 (centre) or 3 along the longer side.
         augment: Whether training clips are seen in random views; false trains on the view of the evaluation, which
-            serves heads on frozen towers best where clips are few. Training clips must then all be decodable.
+            serves heads on frozen towers best where clips are few, and leaves min_crop_scale and grayscale unused.
         min_crop_scale: Smallest area of a training crop as a share of the picture, above 0 and at most 1.
         horizontal_flip: Whether to mirror half of the training clips; null does unless a label speaks of
             left, right or (counter-)clockwise.
@@ -226,7 +226,8 @@ class VideoDataModule(L.LightningDataModule):
         if stage in ("fit", None):
             rank_zero_info(
                 f"Data: {self.num_clips['train']} training and {self.num_clips['val']} held-out clips of "
-                f"{len(splits.id2label)} labels; {self._flip()[1]}"
+                f"{len(splits.id2label)} labels; "
+                f"{self._flip()[1] if self.hparams.augment else 'training clips are seen as in the evaluation'}"
             )
 
     def train_dataloader(self) -> DataLoader:
@@ -326,8 +327,9 @@ class VideoDataModule(L.LightningDataModule):
     def augmentation(self) -> dict[str, Any]:
         """What training clips go through, in words."""
         hparams, crop = self.hparams, self.video_processor.crop_size
+        mixing = {name: getattr(hparams, f"{name}_alpha") or None for name in ("mixup", "cutmix")}
         if not hparams.augment:
-            return {"view": "that of the evaluation"}
+            return {"view": "that of the evaluation", **mixing}
         return {
             "crop": f"random, {hparams.min_crop_scale:g} to 1 of the frame, to {crop['height']} x {crop['width']}",
             "horizontal flip": self._flip()[1].removeprefix("horizontal flip "),
@@ -335,8 +337,7 @@ class VideoDataModule(L.LightningDataModule):
             "frames": f"every {hparams.frame_stride}th" if hparams.frame_stride else "one of each equal segment",
             "RandAugment": hparams.rand_augment,
             "random erasing": hparams.random_erasing or None,
-            "mixup": hparams.mixup_alpha or None,
-            "cutmix": hparams.cutmix_alpha or None,
+            **mixing,
             "fixed views": hparams.train_views,
         }
 
@@ -408,7 +409,7 @@ class VideoDataModule(L.LightningDataModule):
 
     def _clips(self, part: str) -> ClipDataset:
         table = self._table("train" if part == "train" else "val")
-        return ClipDataset(table, self._reader(part), self.hparams.train_views)
+        return ClipDataset(table, self._reader(part), self.hparams.train_views, training=part == "train")
 
     def _cached_clips(self, part: str) -> CachedClips:
         """The clips of a part with frame features; before a training those of all its parts are computed."""
@@ -496,6 +497,14 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "max_bad_fraction": (0, 1),
 }
 
+# What makes the random views of training, and the values that ask for none.
+VIEW_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "train_views": (None,),
+    "horizontal_flip": (None, False),
+    "rand_augment": (None,),
+    "random_erasing": (0,),
+}
+
 
 def _check_arguments(**settings: Any) -> None:
     for name, (least, most) in BOUNDS.items():
@@ -511,6 +520,12 @@ def _check_arguments(**settings: Any) -> None:
         raise DataError(f"data.clip_time_limit={limit}: must be above 0, or null for no limit")
     if crops not in (1, 3):
         raise DataError(f"data.test_crops={crops}: must be 1 or 3")
+    for name, unused in VIEW_SETTINGS.items():
+        if not settings["augment"] and settings[name] not in unused:
+            raise DataError(
+                f"data.{name}={settings[name]}: is of random views, and data.augment=false trains on the evaluation's; "
+                "leave one out"
+            )
     if settings["streaming"]:
         rules = ("shots", "val_fraction", "val_list", "val_pattern", "train_list", "allow_missing")
         for name in ("train_views", "feature_cache", *rules):

@@ -122,12 +122,17 @@ class ClipDataset(Dataset):
         table: The clips.
         reader: Makes their pixels.
         train_views: Random views of a clip that its epochs go through in turn; None draws a new one each epoch.
+        training: Whether clips are trained on; None tells it from whether the reader augments them. Without an
+            augmentation every epoch has the evaluation's one view.
     """
 
-    def __init__(self, table: ClipTable, reader: ClipReader, train_views: int | None = None):
+    def __init__(
+        self, table: ClipTable, reader: ClipReader, train_views: int | None = None, training: bool | None = None
+    ):
         self.table = table
         self.reader = reader
         self.train_views = train_views
+        self.training = reader.augmentation is not None if training is None else training
         # Of this process: a clip that hangs is not tried anew each epoch.
         self._causes: dict[int, str] = {}
         self._lasting: set[int] = set()
@@ -137,10 +142,9 @@ class ClipDataset(Dataset):
 
     def __getitem__(self, key: int | tuple) -> dict[str, Any]:
         epoch, index, *counts = key if isinstance(key, tuple) else (0, key)
-        training = self.reader.augmentation is not None
-        view = (epoch % self.train_views if self.train_views else epoch) if training else 0
+        view = (epoch % self.train_views if self.train_views else epoch) if self.reader.augmentation else 0
         pixels, bad, chosen = None, [], index
-        for chosen in self._candidates(view, index) if training else (index,):
+        for chosen in self._candidates(view, index) if self.training else (index,):
             pixels = self.read(chosen, view, bad)
             if pixels is not None:
                 break

@@ -41,8 +41,13 @@ class CachedClips(ClipDataset):
     def __init__(
         self, clips: ClipDataset, shards: ShardFolder, places: np.ndarray, blank: torch.Tensor, causes: dict[int, str]
     ):
-        super().__init__(clips.table, clips.reader, clips.train_views)
+        super().__init__(clips.table, clips.reader, clips.train_views, clips.training)
         self._shards, self._places, self._blank, self._causes = shards, places, blank, causes
+
+    @property
+    def features(self) -> str:
+        """A name of all that features follow from beside the clip: tower, precision, processor, frames, view."""
+        return self._shards.folder.name
 
     def __getitem__(self, key: int | tuple) -> dict[str, Any]:
         item = super().__getitem__(key)

@@ -17,8 +17,8 @@ import logging
 import os
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,16 +29,19 @@ import torch
 from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader, Dataset
 
+from .. import __version__
 from ..data import VideoDataModule
+from ..data.clip_contents import write_whole
 from ..data.dataset import ClipSampler, collate
 from ..data.few_shot import clip_list_hash
 from ..errors import UserError
 from ..model import VISION_PRESETS, VidPrismConfig, VidPrismForVideoClassification
 from ..training.finetune import FinetuneCLI, parse
 from ..training.module import VidPrismLightningModule
+from .ablation_cells import Cell, Cells, append_cell, read_cells
 from .ablation_grids import GRIDS, grid_rows
-from .ablation_report import Cell, summarise, write_report
-from .baselines import TIME_WEIGHTS, LinearProbe, parameters_of, with_baseline
+from .ablation_report import summarise, write_report
+from .baselines import PROBE_DECAYS, TIME_WEIGHTS, LinearProbe, parameters_of, with_baseline
 from .folds import block_folds, group_folds
 
 CELLS = "cells.jsonl"
@@ -50,7 +53,16 @@ PROBES: dict[str, dict[str, Any]] = {
 }
 REFERENCE = ("", "the recipe", {})
 # What of a recipe's trainer a cell is trained with; the head is small, so one device and full precision do.
-OF_TRAINER = ("accelerator", "max_epochs", "gradient_clip_val", "accumulate_grad_batches")
+OF_TRAINER = (
+    "accelerator",
+    "max_epochs",
+    "max_steps",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "accumulate_grad_batches",
+)
+# What it cannot be trained with, and has no influence where it is nothing.
+NOT_OF_TRAINER = ("limit_train_batches", "overfit_batches", "fast_dev_run", "max_time")
 # What a row may change beside the head.
 OF_TRAINING = ("learning_rate", "label_smoothing")
 # What of its data has no influence on a cell.
@@ -71,12 +83,14 @@ class Fold:
     Attributes:
         train: Training clips as frame features.
         val: Held-out clips as frame features.
+        features: What the features of both follow from beside the clips.
         groups: For each training clip the number of the fold that it is in otherwise, (N,).
         clips: Hash of the clips and labels of both.
     """
 
     train: Dataset
     val: Dataset
+    features: tuple[str, str]
     groups: torch.Tensor
     clips: str
 
@@ -147,6 +161,11 @@ def check_recipe(cli: FinetuneCLI) -> None:
     for name in ("checkpoint", "ema_decay", "reference_batch_size"):
         if cli.config.model[name] is not None:
             raise UserError(f"model.{name}: is nothing for an ablation, which trains heads anew; remove it")
+    if cli.config.data.shots is not None:
+        raise UserError("data.shots: is nothing for an ablation, whose folds take all clips; remove it")
+    for name in NOT_OF_TRAINER:
+        if cli.config.trainer[name]:
+            raise UserError(f"trainer.{name}: is nothing for an ablation, whose cells are trained whole; remove it")
 
 
 class Sweep:
@@ -205,11 +224,14 @@ class Sweep:
             Path(lock.lock_file).unlink(missing_ok=True)
         return False
 
-    def of_row(self, changes: dict[str, Any], seeds: range) -> list[list[Cell]]:
-        """The cells of a row, `[seed][fold]`, of the seeds that are complete."""
+    def of_row(self, changes: dict[str, Any], seeds: range) -> Cells:
+        """The cells of a row, of the seeds that are complete; of a probe, which has nothing random, under None."""
         folds = range(len(self.folds))
-        found = [[self.cells.get(self._key(changes, fold, seed)) for fold in folds] for seed in seeds]
-        return [cells for cells in found if None not in cells]
+        of_seed = {None: 0} if changes.get("baseline") in PROBES else {seed: seed for seed in seeds}
+        found = {
+            name: [self.cells.get(self._key(changes, fold, seed)) for fold in folds] for name, seed in of_seed.items()
+        }
+        return {name: cells for name, cells in found.items() if None not in cells}
 
     def about(self, options: argparse.Namespace) -> str:
         """What was trained and how, for the report."""
@@ -220,15 +242,14 @@ class Sweep:
         elif options.folds:
             how = f"{len(self.folds)} folds, contiguous blocks of each class"
         clips = sum(data.num_clips.values())
-        views = (
-            f"in {data.hparams.train_views} random views" if data.hparams.augment else "in the evaluation's own view"
-        )
+        views = f"{data.hparams.train_views} random views" if data.hparams.augment else "the evaluation's own view"
         return (
             f"{data.name}: {clips} clips of {len(data.id2label)} classes, {model['num_frames']} frames each; {how}; "
             f"seeds as the rows say. The tower is frozen; training clips are seen in {views}. Heads train for "
             f"{self.trainer['max_epochs']} epochs of batches of {data.hparams.batch_size} at a learning rate of "
             f"{model['learning_rate']:g} and weight decay {model['weight_decay']:g}, with "
-            f"`{json.dumps(self.config, sort_keys=True)}`; the last weights are tested."
+            f"`{json.dumps(self.config, sort_keys=True)}`; the last weights are tested. All rows but the probes, whose "
+            "penalty is chosen within each fold's training clips, have the settings of the recipe."
         )
 
     def _folds(self, count: int | None, pattern: str | None) -> Iterator[Fold]:
@@ -246,7 +267,7 @@ class Sweep:
         for fold in range(max(fold_of.values()) + 1):
             listing = self.output / "folds" / f"{fold}.txt"
             held_out = sorted(name for name, its in fold_of.items() if its == fold)
-            listing.write_text("".join(f"{name}\n" for name in held_out), encoding="utf-8")
+            write_whole(listing, "".join(f"{name}\n" for name in held_out).encode())  # others may read it just now
             rule = {"val_fraction": None, "val_pattern": None, "val_list": str(listing)}
             yield self._fold(VideoDataModule(**own_settings(data) | rule), fold_of)
 
@@ -265,10 +286,11 @@ class Sweep:
                 f"{bad[0]}: cannot be decoded, {len(bad)} clips in all; see vidprism data check, remove them"
             )
         groups = [] if fold_of is None else [fold_of[name] for name in names]
-        if len(set(groups)) < 2:  # five parts of the training clips serve where a choice is made among them
-            groups = [index % 5 for index in range(len(names))]
+        if len(set(groups)) < 2:  # parts of the training clips serve where a choice is made among them
+            fewest = min(Counter(train.table.labels).values())
+            groups = block_folds(names, train.table.labels, min(5, fewest)) if fewest > 1 else range(len(names))
         hashed = clip_list_hash(data.splits.train) + clip_list_hash(data.splits.val)
-        return Fold(train, val, torch.tensor(groups), hashed)
+        return Fold(train, val, (train.features, val.features), torch.as_tensor(groups), hashed)
 
     def _key(self, changes: dict[str, Any], fold: int, seed: int) -> str:
         """The hash of all that a cell follows from. What a row says that is the recipe's anyway changes nothing."""
@@ -276,14 +298,19 @@ class Sweep:
         data = {name: value for name, value in own_settings(self.cli.datamodule).items() if name not in NOT_OF_DATA}
         if len(self.folds) > 1:
             data = {name: value for name, value in data.items() if not name.startswith("val_")}
+        baseline = changes.get("baseline")
+        probe = [PROBES[baseline], PROBE_DECAYS, self.folds[fold].groups.tolist()] if baseline in PROBES else None
         about = {
+            "version": __version__,
+            "features": self.folds[fold].features,
             "head": self._head_config(config).to_dict(),
-            "baseline": changes.get("baseline"),
-            "model": self.settings | training,
+            "baseline": baseline,
+            "probe": probe,
+            "model": {name: value for name, value in (self.settings | training).items() if name != "backbone"},
             "data": data,
             "trainer": self.trainer,
             "clips": self.folds[fold].clips,
-            "seed": seed if changes.get("baseline") not in PROBES else 0,  # it has nothing random
+            "seed": 0 if probe else seed,  # a probe has nothing random
         }
         return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
@@ -307,7 +334,12 @@ class Sweep:
         else:
             config, training = parts(changes)
             score, size = self._head(self._head_config(config), training, baseline, fold, seed)
-        right = [bool(right) for batch in loader(fold.val, 64) for right in score(batch).argmax(-1) == batch["labels"]]
+        right = []
+        for batch in loader(fold.val, 64):
+            scores = score(batch)
+            if not scores.isfinite().all():
+                raise UserError(f"seed {seed}, {json.dumps(changes)}: its training diverged; lower the learning rate")
+            right += (scores.argmax(-1) == batch["labels"]).tolist()
         return Cell(right, size, round(time.perf_counter() - start, 2))
 
     def _head(self, config: VidPrismConfig, training: dict[str, Any], baseline: str | None, fold: Fold, seed: int):
@@ -348,8 +380,13 @@ def own_settings(module: L.LightningModule | L.LightningDataModule) -> dict[str,
 
 
 def loader(clips: Dataset, batch_size: int, sampler: ClipSampler | None = None) -> DataLoader:
-    """Batches of frame features, in the process itself."""
-    return DataLoader(clips, batch_size=batch_size, sampler=sampler, collate_fn=collate)
+    """Batches of frame features, in the process itself, and in full precision whatever the tower's was."""
+
+    def batch(items: list[dict[str, Any]]) -> dict[str, Any]:
+        collated = collate(items)
+        return collated | {"frame_features": collated["frame_features"].float()}
+
+    return DataLoader(clips, batch_size=batch_size, sampler=sampler, collate_fn=batch)
 
 
 def quiet_trainer(**settings: Any) -> L.Trainer:
@@ -363,22 +400,3 @@ def quiet_trainer(**settings: Any) -> L.Trainer:
         use_distributed_sampler=False,
         **settings,
     )
-
-
-def read_cells(path: Path) -> dict[str, Cell]:
-    """The finished cells by key. A line that a killed sweep left unfinished is passed over."""
-    cells = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with suppress(json.JSONDecodeError):
-            cell = json.loads(line)
-            cells[cell["key"]] = Cell([right == "1" for right in cell["right"]], cell["parameters"], cell["seconds"])
-    return cells
-
-
-def append_cell(path: Path, key: str, cell: Cell) -> None:
-    """Adds a finished cell in one write, on a line of its own."""
-    right = "".join(str(int(right)) for right in cell.right)
-    line = json.dumps({"key": key, "right": right, "parameters": cell.parameters, "seconds": cell.seconds})
-    torn = path.exists() and not path.read_bytes().endswith(b"\n")
-    with open(path, "ab") as file:
-        file.write(b"\n" * torn + line.encode() + b"\n")

@@ -1,8 +1,9 @@
 """What a sweep of `vidprism ablate` comes to: a table in Markdown and CSV, and a figure.
 
-An accuracy is the mean over folds of the mean over seeds. Its interval is Student's, of the folds: clips of one fold
-(a person, a recording) are alike and seeds share their clips, so that folds are what was drawn independently. Rows are
-compared with the recipe as it is (the first row) by the differences within folds, which leave out how hard each is.
+An accuracy is the mean over folds of the mean over seeds. Its interval is Student's, of the folds, since clips of one
+fold (a person, a recording) are alike and seeds share their clips; it is widened for the training clips that folds
+share. Rows are compared with the recipe as it is by the differences within folds, which leave out how hard each is, on
+the seeds that both have. Of twenty rows that differ by chance alone one is clear of its interval.
 """
 
 import csv
@@ -18,28 +19,9 @@ from matplotlib.figure import Figure
 
 from ..data.clip_contents import write_whole
 from ..errors import UserError
+from .ablation_cells import Cell, Cells
 from .figures import png
 from .intervals import student_interval, wilson_interval
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A trained head.
-
-    Attributes:
-        right: For each held-out clip whether it was recognised.
-        parameters: Numbers that were learned.
-        seconds: That it took.
-    """
-
-    right: list[bool]
-    parameters: int
-    seconds: float
-
-    @property
-    def top1(self) -> float:
-        """Share of the held-out clips that were recognised."""
-        return sum(self.right) / len(self.right)
 
 
 @dataclass(frozen=True)
@@ -54,7 +36,7 @@ class Result:
         top1: Mean accuracy.
         low: Lower end of its interval.
         high: Upper end.
-        seed_deviation: Standard deviation over seeds of the accuracy over all folds; 0 for one seed.
+        seed_deviation: Standard deviation over seeds of the accuracy over all folds; 0 for one seed, as probes have.
         difference: Accuracy above that of the reference.
         difference_low: Lower end of its interval; not a number for a single fold.
         difference_high: Upper end.
@@ -75,15 +57,12 @@ class Result:
     seconds: float
 
 
-Cells = list[list[Cell]]  # [seed][fold]
-
-
 def summarise(sweep: dict[tuple[str, str], Cells], reference: Cells) -> list[Result]:
     """The rows of the table; those without a cell are left out, and grids of which a single row is left.
 
     Args:
         sweep: Grid and row to its cells.
-        reference: The cells that all are compared with, seed by seed where there are as many.
+        reference: The cells that all are compared with, on the seeds that both have.
 
     Raises:
         UserError: If there are none of the reference.
@@ -92,34 +71,38 @@ def summarise(sweep: dict[tuple[str, str], Cells], reference: Cells) -> list[Res
         raise UserError("cells.jsonl: not all folds of the recipe itself are there; run the sweep without --report")
     results = []
     for (grid, row), cells in sweep.items():
-        if not cells:
+        shared = list(reference) if None in cells else [seed for seed in cells if seed in reference]
+        if not cells or not shared:
             continue
-        base = _by_fold(reference[: len(cells)])
-        folds, seeds = _by_fold(cells), [statistics.fmean(cell.top1 for cell in of_seed) for of_seed in cells]
+        base, folds = _by_fold([reference[seed] for seed in shared]), _by_fold(list(cells.values()))
+        compared = folds if None in cells else _by_fold([cells[seed] for seed in shared])
+        seeds = [statistics.fmean(cell.top1 for cell in of_seed) for of_seed in cells.values()]
+        first = next(iter(cells.values()))
         top1 = statistics.fmean(folds)
-        differences = [one - other for one, other in zip(folds, base, strict=True)]
+        differences = [one - other for one, other in zip(compared, base, strict=True)]
         several = len(folds) > 1
-        low, high = student_interval(folds) if several else wilson_interval(top1, len(cells[0][0].right))
+        overlap = 1 / (len(folds) - 1) if several else 0.0
+        low, high = student_interval(folds, overlap) if several else wilson_interval(top1, len(first[0].right))
         results.append(
             Result(
                 grid,
                 row,
                 len(cells),
-                cells[0][0].parameters,
+                first[0].parameters,
                 top1,
                 max(0.0, low),
                 min(1.0, high),
                 statistics.stdev(seeds) if len(seeds) > 1 else 0.0,
                 statistics.fmean(differences),
-                *(student_interval(differences) if several else (math.nan, math.nan)),
-                statistics.median(cell.seconds for of_seed in cells for cell in of_seed),
+                *(student_interval(differences, overlap) if several else (math.nan, math.nan)),
+                statistics.median(cell.seconds for of_seed in cells.values() for cell in of_seed),
             )
         )
     rows = Counter(result.grid for result in results)
     return [result for result in results if rows[result.grid] > 1 or len(rows) == 1]
 
 
-def _by_fold(cells: Cells) -> list[float]:
+def _by_fold(cells: list[list[Cell]]) -> list[float]:
     """Mean over seeds of each fold's accuracy."""
     return [statistics.fmean(cell.top1 for cell in of_fold) for of_fold in zip(*cells, strict=True)]
 
@@ -189,9 +172,8 @@ def figure(results: Sequence[Result]) -> bytes:
     reference = 100 * (results[0].top1 - results[0].difference)
     axes.axvline(reference, color="0.8", zorder=0)
     for result, at in zip(results, places, strict=True):
-        colour = "tab:orange" if result.grid == "baselines" and result.difference != 0 else "tab:blue"
-        axes.plot([100 * result.low, 100 * result.high], [at, at], color=colour, alpha=0.5)
-        axes.plot([100 * result.top1], [at], "o", color=colour, markersize=5)
+        axes.plot([100 * result.low, 100 * result.high], [at, at], color="tab:blue", alpha=0.5)
+        axes.plot([100 * result.top1], [at], "o", color="tab:blue", markersize=5)
     axes.set_yticks(places, [f"{result.grid}: {result.row}" for result in results])
     axes.set_ylim(place + 1, 0.5)
     axes.set_xlabel("held-out top-1, %, with 95 % intervals over folds")

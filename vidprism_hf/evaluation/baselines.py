@@ -23,7 +23,7 @@ from ..model.temporal_vidprism import (
     pool_windows,
 )
 
-PROBE_DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)
+PROBE_DECAYS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 TIME_WEIGHTS = (0.0, 0.3)
 
 
@@ -117,7 +117,7 @@ class LinearProbe:
     weights may vary with time too: beside the mean frame the probe reads the frames' means under the two slowest
     cosines of time, at that weight (the share of their variance beside the mean frame's). Penalty and time weight are
     those with most right clips when one group of the training clips after the other is held out: no test clip has a
-    say. It is fitted to convergence by L-BFGS.
+    say. It is fitted by 100 steps of L-BFGS.
 
     Args:
         num_labels: K.

@@ -31,13 +31,21 @@ def wilson_interval(share: float, trials: int, confidence: float = 0.95) -> tupl
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
-def student_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Student's 95 % interval of the mean of independent values, of which there are at least two."""
+def student_interval(values: Sequence[float], overlap: float = 0.0) -> tuple[float, float]:
+    """Student's 95 % interval of the mean of at least two values.
+
+    Args:
+        values: One a fold.
+        overlap: Held-out clips of a fold as a share of its training clips: folds share training clips, so that
+            their results are not independent. The variance of the mean is then (1 / k + overlap) of that of the k
+            values, not 1 / k (Nadeau and Bengio, 2003, "Inference for the generalization error"). 0 for independent
+            values.
+    """
     if len(values) < 2:
         raise ValueError(f"no interval of {len(values)} values")
     freedom = len(values) - 1
     t = STUDENT_95[freedom - 1] if freedom <= len(STUDENT_95) else 1.96 + 2.37 / freedom
-    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+    mean, error = statistics.fmean(values), statistics.stdev(values) * math.sqrt(1 / len(values) + overlap)
     return mean - t * error, mean + t * error
 
 

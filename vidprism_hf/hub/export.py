@@ -84,10 +84,10 @@ def export_model(
 
     Raises:
         ExportError: If the folder cannot be written, or holds anything that is no part of an export, or the weights
-            are not all there or not finite; nothing is changed then.
+            are not all there or not finite, or its whitening is not fitted; nothing is changed then.
     """
     folder = Path(folder)
-    state = prepare_weights(model.state_dict() if state_dict is None else state_dict, dtype)
+    state = prepare_weights(model.state_dict() if state_dict is None else state_dict, model.config, dtype)
     with written_beside(folder) as partial:
         save_torch_state_dict(state, partial, max_shard_size=max_shard_size)
         save_configuration(model.config, next(t.dtype for t in state.values() if t.is_floating_point()), partial)
@@ -104,22 +104,38 @@ def export_model(
     return folder
 
 
-def prepare_weights(state: Mapping[str, torch.Tensor], dtype: Precision | None) -> dict[str, torch.Tensor]:
-    """The weights as they are written: on the CPU, in the precision asked for.
+def prepare_weights(
+    state: Mapping[str, torch.Tensor], config: VidPrismConfig, dtype: Precision | None
+) -> dict[str, torch.Tensor]:
+    """The weights as they are written: on the CPU, in the precision that a model of the one asked for has them in.
 
     Raises:
-        ExportError: If there are none, or one has no finite value in that precision.
+        ExportError: If there are none, or one has no finite value in that precision, or the whitening is not fitted.
     """
-    target = getattr(torch, dtype) if dtype else None
+    precisions: dict[str, torch.dtype] = {}
+    if dtype:
+        model = empty_model(config).to(getattr(torch, dtype))
+        precisions = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     prepared = {}
     for name, tensor in state.items():
-        kept = tensor.detach().to("cpu", target if tensor.is_floating_point() else None)
+        if name.endswith("feature_norm.num_frames") and not tensor:
+            raise ExportError(
+                "feature_norm: whitened is not fitted, nothing is exported; give frame features of training clips to "
+                "model.vidprism.temporal_model.feature_norm.fit, and train the model after that"
+            )
+        kept = tensor.detach().to("cpu", precisions.get(name))
         if not torch.isfinite(kept).all():
             raise ExportError(f"{name}: holds values that are not finite as {kept.dtype}; nothing is exported")
         prepared[name] = kept
     if not any(tensor.is_floating_point() for tensor in prepared.values()):
         raise ExportError("there are no weights to export: were they gathered from all processes?")
     return prepared
+
+
+def empty_model(config: VidPrismConfig) -> VidPrismForVideoClassification:
+    """A model without weights, which tells their names, shapes and precisions."""
+    with torch.device("meta"):
+        return VidPrismForVideoClassification(copy.deepcopy(config))
 
 
 def save_configuration(config: VidPrismConfig, dtype: torch.dtype, folder: Path) -> None:
@@ -162,8 +178,7 @@ def check_weights(state: Mapping[str, torch.Tensor], folder: Path) -> None:
     Raises:
         ExportError: If one is missing or differs.
     """
-    with torch.device("meta"):
-        model = VidPrismForVideoClassification(VidPrismConfig.from_pretrained(folder))
+    model = empty_model(VidPrismConfig.from_pretrained(folder))
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     wrong = set(shapes.keys() ^ state.keys())
     unread = set(state)

@@ -97,7 +97,9 @@ class VidPrismConfig(PreTrainedConfig):
             "learned" adds a learned embedding of the frame's position to its feature; the paper has "none".
         feature_norm:
             "whitened" takes mean, scales and correlations of the training clips' frames from the frame features, by
-            a map that is fitted before the training; the paper takes them as they are, "none".
+            a map that is fitted before the training; the paper takes them as they are, "none". `vidprism finetune` fits
+            it; in Python call `model.vidprism.temporal_model.feature_norm.fit(frames)` with their frame features
+            (..., D_features) before the first step: until then the map changes nothing but the width.
         zero_init_residual:
             Whether a new model's experts and messages begin with nothing to add: the last layer of each residual
             branch is zero. The released code has them random.

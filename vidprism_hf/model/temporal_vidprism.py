@@ -9,7 +9,7 @@ start, so what is small goes through all streams in one operation: RgSTA, the ga
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -32,16 +32,25 @@ class VidPrismFeatureWhitening(nn.Module):
 
     An affine map to (B, T, D) that is fitted once, before a training, and kept with the weights. What tells classes
     apart in the features of a frozen tower often lies in directions of little variance, below that of scene and
-    person: few clips do not suffice to learn that.
+    person: few clips do not suffice to learn that. The map stays in float32 in a model of half precision: rounded, it
+    would shift all outputs by the same amount.
     """
 
     def __init__(self, feature_size: int, width: int):
         super().__init__()
         if width > feature_size:
             raise ValueError(f"feature_norm: whitening makes no {width} channels (hidden_size) of {feature_size}")
-        self.register_buffer("mean", torch.zeros(feature_size))
-        self.register_buffer("weight", torch.eye(width, feature_size))
+        # Stated, and so transformers, which builds and loads a model in its precision, leaves them in theirs.
+        self.register_buffer("mean", torch.zeros(feature_size, dtype=torch.float32))
+        self.register_buffer("weight", torch.eye(width, feature_size, dtype=torch.float32))
         self.register_buffer("num_frames", torch.zeros((), dtype=torch.long))  # that it was fitted to
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        def precise(tensor: torch.Tensor) -> torch.Tensor:
+            applied = fn(tensor)
+            return applied if applied.itemsize >= 4 else tensor.to(applied.device)
+
+        return super()._apply(precise, recurse)  # what .to(dtype), .half() and .bfloat16() go through
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
         # In full precision: small directions are differences of large numbers.
@@ -54,7 +63,9 @@ class VidPrismFeatureWhitening(nn.Module):
 
         With their covariance C and its mean variance v the map is (C + 0.1 v I)^(-1/2), scaled to outputs of mean
         square 1. With D < D_features it is that of the D directions of most variance, turned at random: AdamW moves
-        all channels alike, so none should be a direction of little variance by itself.
+        all channels alike, so none should be a direction of little variance by itself. At D = D_features there is one
+        such map. Below it the signs of directions are LAPACK's choice, so that another machine may start from another
+        rotation, as from another seed.
 
         Raises:
             ValueError: If there are no two different frames.
