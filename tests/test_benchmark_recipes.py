@@ -61,7 +61,7 @@ def test_few_shot_over_splits(clone, tmp_path):
     top1 = [metrics["top1"] for metrics in summary["splits"].values()]
     assert summary["mean"]["top1"] == pytest.approx(sum(top1) / 2)
     assert "mean" in printed
-    assert summary["splits"]["1"]["clips"]["val"] == {"expected": 2, "missing": 0, "undecodable": 0}
+    assert summary["splits"]["1"]["clips"]["val"] == {"expected": 2, "missing": 0, "undecodable": 0, "evaluated": 2}
     for split in (1, 2):
         run = tmp_path / "run" / f"split{split}"
         names = (run / "train_clips.txt").read_text().splitlines()
