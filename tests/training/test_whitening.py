@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from small import complaint, motion_folder, run_arguments
+from small import complaint, motion_folder, run_arguments, tiny_model
 
 from vidprism_hf import VidPrismForVideoClassification
 from vidprism_hf.cli import main
 from vidprism_hf.data import VideoDataModule, normalize_clips
+from vidprism_hf.errors import UserError
 from vidprism_hf.model.temporal_vidprism import VidPrismFeatureWhitening
+from vidprism_hf.training.whitening import fit_whitening
 
 WHITENED = ("--model.freeze_backbone=true", "--data.train_views=1", "--model.config.feature_norm=whitened")
 
@@ -63,3 +65,9 @@ def test_without_kept_features_it_is_refused_before_the_run(source, tmp_path, ca
     assert run(source, tmp_path / "run") == 1
     assert "model.config.feature_norm: whitened is fitted to kept features; set data.feature_cache" in complaint(capsys)
     assert not (tmp_path / "run").exists()
+
+
+def test_only_a_whitening_asks_for_kept_features():
+    fit_whitening(tiny_model(), None)  # a training on a loader of one's own
+    with pytest.raises(UserError, match="fitted to kept features"):
+        fit_whitening(tiny_model(feature_norm="whitened"), None)

@@ -164,7 +164,7 @@ class VidPrismLightningModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Fits the whitening of frame features, where there is one, unless a checkpoint has brought it."""
-        fit_whitening(self.model, self.trainer.train_dataloader.dataset)
+        fit_whitening(self.model, getattr(self.trainer.train_dataloader, "dataset", None))
 
     def on_train_epoch_start(self) -> None:
         """Tells streamed clips the epoch; Lightning tells samplers only."""

@@ -7,11 +7,16 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from ..data.feature_part import CachedClips
 from ..errors import UserError
 from ..model.temporal_vidprism import VidPrismFeatureWhitening
 
 # Clips that a fit takes: the covariance of their frames is known well enough, whatever the size of the data.
 MOST_CLIPS = 4096
+NEEDS_FEATURES = (
+    "model.config.feature_norm: whitened is fitted to kept features; set data.feature_cache to a folder and "
+    "model.freeze_backbone to true"
+)
 
 
 def check_whitening(config: dict | None, feature_cache: str | None) -> None:
@@ -21,13 +26,10 @@ def check_whitening(config: dict | None, feature_cache: str | None) -> None:
         UserError: If it does not.
     """
     if (config or {}).get("feature_norm", "none") == "whitened" and not feature_cache:
-        raise UserError(
-            "model.config.feature_norm: whitened is fitted to kept features; set data.feature_cache to a folder and "
-            "model.freeze_backbone to true"
-        )
+        raise UserError(NEEDS_FEATURES)
 
 
-def fit_whitening(model: nn.Module, clips: Dataset) -> None:
+def fit_whitening(model: nn.Module, clips: Dataset | None) -> None:
     """Fits the whitening of a model's frame features to training clips, unless it has been.
 
     On every process the same clips are taken, in the same order: at most 4096, evenly spread, each in its first view.
@@ -47,11 +49,11 @@ def fit_whitening(model: nn.Module, clips: Dataset) -> None:
                 raise UserError(f"model.config.feature_norm: {error}") from error
 
 
-def _frames(clips: Dataset) -> Iterator[torch.Tensor]:
+def _frames(clips: Dataset | None) -> Iterator[torch.Tensor]:
+    if not isinstance(clips, CachedClips):
+        raise UserError(NEEDS_FEATURES)
     number = len(clips)
     for index in np.unique(np.linspace(0, number - 1, min(number, MOST_CLIPS)).round().astype(int)).tolist():
         item = clips[0, index]
-        if "frame_features" not in item:
-            raise UserError("model.config.feature_norm: whitened is fitted to kept features; set data.feature_cache")
         if item["readable"]:
             yield item["frame_features"]
