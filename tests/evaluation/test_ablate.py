@@ -1,17 +1,25 @@
 """`vidprism ablate`: a sweep on small clips, which goes on where it was stopped, and says in one line what is wrong."""
 
 import csv
+import gc
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from small import complaint, motion_folder, run_arguments
 
 from vidprism_hf import VidPrismConfig
 from vidprism_hf.cli import main
-from vidprism_hf.evaluation.ablate import parts
+from vidprism_hf.evaluation import ablation_sweep
 from vidprism_hf.evaluation.ablation_grids import GRIDS, grid_rows
+from vidprism_hf.evaluation.ablation_sweep import HeadModule, parts
+from vidprism_hf.evaluation.baselines import parameters_of
+from vidprism_hf.model.temporal_vidprism import VidPrismFeatureWhitening
 from vidprism_hf.training.module import check_config
 
 RECIPE = yaml.safe_load((Path(__file__).parents[2] / "recipes/ablations/head.yaml").read_text())["model"]["config"]
@@ -60,25 +68,26 @@ def table(output):
 
 def test_a_sweep_goes_on_where_it_was_stopped(sweep, tmp_path, capsys):
     assert sweep(tmp_path, grid=("interaction", "readout")) == 0
-    assert "12 cells, 12 to train" in capsys.readouterr().out  # both grids have the recipe's own row
+    assert "14 cells, 14 to train" in capsys.readouterr().out  # both grids have the recipe's own row
     rows = table(tmp_path)
     assert list(rows) == [(grid, row) for grid in ("interaction", "readout") for row in GRIDS[grid]]
     assert rows["interaction", "none"]["top1"] == rows["readout", "mean"]["top1"]
     assert {len(cell["right"]) for cell in cells(tmp_path)} == {4}
     before = {cell["key"]: cell["right"] for cell in cells(tmp_path)}
+    assert not any(type(left) is HeadModule for left in gc.get_objects())  # with the weights of every cell
 
     file = tmp_path / "cells.jsonl"
     file.write_bytes(file.read_bytes()[:-10])  # killed while it wrote
     assert sweep(tmp_path, grid=("interaction", "readout")) == 0
-    assert "12 cells, 1 to train" in capsys.readouterr().out
+    assert "14 cells, 1 to train" in capsys.readouterr().out
     lines = file.read_text().splitlines()
     again = [json.loads(line) for line in lines if line.endswith("}")]
-    assert len(lines) == 13
+    assert len(lines) == 15
     assert {cell["key"]: cell["right"] for cell in again} == before
 
     for other in ("--trainer.max_epochs=1", "--trainer.precision=bf16-mixed"):  # another training, other features
         assert sweep(tmp_path, other) == 0
-        assert "8 cells, 8 to train" in capsys.readouterr().out
+        assert "10 cells, 10 to train" in capsys.readouterr().out
 
 
 def test_baselines_and_the_sources_own_split(sweep, tmp_path):
@@ -109,11 +118,56 @@ def test_a_folds_list_is_one_of_finetunes(sweep, source, tmp_path):
         (("--seeds=0",), "--seeds 0: must be at least 1"),
         (("--data.shots=2",), "data.shots: is nothing for an ablation"),
         (("--trainer.limit_train_batches=1",), "trainer.limit_train_batches: is nothing for an ablation"),
+        (
+            ("--trainer.callbacks=lightning.pytorch.callbacks.EarlyStopping", "--trainer.callbacks.monitor=val/top1"),
+            "trainer.callbacks: is nothing for an ablation",
+        ),
+        (("--resume=none",), "resume: a sweep goes on with the cells that are there"),
+        (("--trainer.devices=2",), "trainer.devices: cells are trained on one device"),
+        (("--evaluation.average_clips=prob",), "evaluation.average_clips: is nothing for an ablation"),
     ],
 )
 def test_one_line_where_it_cannot_be(sweep, tmp_path, capsys, more, message):
     assert sweep(tmp_path, *more) == 1
     assert message in complaint(capsys)
+
+
+def test_held_out_clips_have_no_part_in_a_folds_whitening(source, tmp_path, monkeypatch):
+    """A clip that differs changes the whitening of the fold that trains with it, and not of that which holds it out."""
+    other = shutil.copytree(source, tmp_path / "other")
+    shutil.copy(other / "shrinking" / "0.mp4", other / "growing" / "0.mp4")
+    whitenings = []
+
+    def spy(model):
+        layers = [layer for layer in model.modules() if isinstance(layer, VidPrismFeatureWhitening)]
+        whitenings.extend(torch.cat([buffer.flatten() for buffer in layer.buffers()]) for layer in layers)
+        return parameters_of(model)
+
+    monkeypatch.setattr(ablation_sweep, "parameters_of", spy)
+    settings = (*KEPT, '--model.config={"feature_norm": "whitened"}')
+    for clips in (source, other):
+        folder = tmp_path / f"of_{clips.name}"
+        arguments = run_arguments(clips, folder, *settings, f"--data.feature_cache={folder / 'cache'}")[1:]
+        assert main(["ablate", "--grid", "position", "--seeds=1", "--folds=2", *arguments]) == 0
+    (held_out, trained), (other_held_out, other_trained) = whitenings[0:2], whitenings[4:6]
+    assert len(whitenings) == 8  # two rows of two folds, twice
+    assert torch.equal(held_out, other_held_out)
+    assert not torch.allclose(trained, other_trained)
+
+
+@pytest.mark.slow
+def test_processes_share_a_sweep(source, tmp_path):
+    arguments = run_arguments(source, tmp_path / "sweep", *KEPT, f"--data.feature_cache={tmp_path / 'cache'}")[1:]
+    command = [sys.executable, "-m", "vidprism_hf.cli", "ablate", "--grid", "interaction", "--seeds=2", "--folds=2"]
+    both = [subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    trained = [text.count("seed") for text in said]
+    keys = [cell["key"] for cell in cells(tmp_path / "sweep")]
+    assert len(keys) == len(set(keys)) == 4 * 2 * 2 + 2  # each once: heads by fold and seed, a probe by fold
+    assert sum(trained) == len(keys)
+    assert not list((tmp_path / "sweep" / "locks").iterdir())
+    assert all("Written to" in text for text in said)
 
 
 def test_a_clip_that_cannot_be_decoded(tmp_path, capsys):

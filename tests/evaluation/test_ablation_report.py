@@ -8,7 +8,7 @@ import statistics
 import pytest
 
 from vidprism_hf.evaluation.ablation_cells import Cell
-from vidprism_hf.evaluation.ablation_report import markdown, summarise, table_csv, write_report
+from vidprism_hf.evaluation.ablation_report import Estimate, markdown, summarise, table_csv, write_report
 from vidprism_hf.evaluation.intervals import student_interval
 
 
@@ -22,49 +22,62 @@ def cells(*shares):
 
 REFERENCE = cells((7, 7, 9), (7, 9, 9))
 OTHER = cells((8, 8, 10), (8, 10, 10))
+PROBE = {None: cells((6, 8, 9))[0]}  # has nothing random
 
 
 def test_means_and_intervals():
-    base, other = summarise({("g", "as it is"): REFERENCE, ("g", "other"): OTHER}, REFERENCE)
+    base, other = summarise({("g", "as it is"): REFERENCE, ("g", "other"): OTHER}, REFERENCE, PROBE)
     folds = [0.7, 0.8, 0.9]
-    assert base.top1 == pytest.approx(statistics.fmean(folds))
+    assert base.top1.mean == pytest.approx(statistics.fmean(folds))
     half = 4.303 * statistics.stdev(folds) * math.sqrt(1 / 3 + 1 / 2)  # of three folds two are trained on
-    assert base.low == pytest.approx(max(0.0, base.top1 - half))
-    assert base.high == 1.0  # an accuracy is at most that
+    assert base.top1.low == pytest.approx(max(0.0, base.top1.mean - half))
+    assert base.top1.high == 1.0  # an accuracy is at most that
     assert base.seed_deviation == pytest.approx(statistics.stdev([2.3 / 3, 2.5 / 3]))
-    assert (base.difference, base.difference_low, base.difference_high) == (0, 0, 0)
+    assert base.over_recipe == Estimate(0, 0, 0)
     # One clip in ten more in every fold: how hard the folds are does not matter.
-    assert other.difference == pytest.approx(0.1)
-    assert other.difference_low == pytest.approx(0.1)
+    assert (other.over_recipe.mean, other.over_recipe.low) == pytest.approx((0.1, 0.1))
+    # The probe has 6, 8, 9 of ten: seeds' means are one clip and none above it.
+    differences = [0.1, 0.0, 0.0]
+    half = 4.303 * statistics.stdev(differences) * math.sqrt(1 / 3 + 1 / 2)
+    mean = statistics.fmean(differences)
+    assert (base.over_probe.mean, base.over_probe.low, base.over_probe.high) == pytest.approx(
+        (mean, mean - half, mean + half)
+    )
 
 
 def test_rows_are_compared_on_the_seeds_that_both_have():
     later = {1: OTHER[1]}
-    (result,) = summarise({("g", "row"): later}, REFERENCE)
+    (result,) = summarise({("g", "row"): later}, REFERENCE, PROBE)
     assert result.seeds == 1
-    assert result.difference == pytest.approx(0.1)
-    # A probe has nothing random: it stands beside the reference's mean.
-    (probe,) = summarise({("g", "probe"): {None: REFERENCE[0]}}, REFERENCE)
+    assert result.over_recipe.mean == pytest.approx(0.1)
+    # A probe has nothing random: it stands beside the recipe's mean.
+    (probe,) = summarise({("g", "probe"): PROBE}, REFERENCE, PROBE)
     assert (probe.seeds, probe.seed_deviation) == (1, 0)
-    assert probe.difference == pytest.approx(2.3 / 3 - statistics.fmean([0.7, 0.8, 0.9]))
-    assert summarise({("g", "row"): {7: OTHER[1]}}, REFERENCE) == []
+    assert probe.over_recipe.mean == pytest.approx(2.3 / 3 - statistics.fmean([0.7, 0.8, 0.9]))
+    assert probe.over_probe == Estimate(0, 0, 0)
+    assert summarise({("g", "row"): {7: OTHER[1]}}, REFERENCE, PROBE) == []
 
 
 def test_a_single_fold_has_no_paired_interval():
-    (result,) = summarise({("g", "row"): cells((6,))}, cells((5,)))
-    assert 0 < result.low < 0.6 < result.high < 1
-    assert math.isnan(result.difference_low)
+    (result,) = summarise({("g", "row"): cells((6,))}, cells((5,)), {})
+    assert 0 < result.top1.low < 0.6 < result.top1.high < 1
+    assert result.over_recipe.mean == pytest.approx(0.1)
+    assert math.isnan(result.over_recipe.low)
+    assert math.isnan(result.over_probe.mean)  # it has no cells
     assert result.seed_deviation == 0
 
 
 def test_the_table_and_its_files(tmp_path):
-    results = summarise({("h", "as it is"): REFERENCE, ("h", "other"): OTHER, ("i", "alone"): OTHER}, REFERENCE)
+    results = summarise({("h", "as it is"): REFERENCE, ("h", "other"): OTHER, ("i", "alone"): OTHER}, REFERENCE, PROBE)
     text = markdown(results, "What was trained.")
     assert "|  | other | 2 | 0.00 M | 90.0 |" in text
-    assert "| +10.0 | +10.0 to +10.0 |" in text
+    assert "| +10.0 | +10.0 to +10.0 | +13.3 |" in text
     assert "alone" not in text  # nothing stands beside it in its grid
     rows = list(csv.DictReader(io.StringIO(table_csv(results))))
-    assert [float(row["top1"]) for row in rows] == [result.top1 for result in results]
+    for estimate in ("top1", "over_recipe", "over_probe"):
+        for column, name in ((estimate, "mean"), (f"{estimate}_low", "low"), (f"{estimate}_high", "high")):
+            assert [float(row[column]) for row in rows] == [getattr(getattr(r, estimate), name) for r in results]
+    assert "nan" not in markdown(summarise({("g", "row"): cells((6,))}, cells((5,)), {}), "What was trained.")
     paths = write_report(results, "What was trained.", tmp_path)
     assert [path.name for path in paths] == ["ablations.md", "ablations.csv", "ablations.png"]
     assert paths[2].read_bytes().startswith(b"\x89PNG")

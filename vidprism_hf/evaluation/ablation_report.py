@@ -2,8 +2,9 @@
 
 An accuracy is the mean over folds of the mean over seeds. Its interval is Student's, of the folds, since clips of one
 fold (a person, a recording) are alike and seeds share their clips; it is widened for the training clips that folds
-share. Rows are compared with the recipe as it is by the differences within folds, which leave out how hard each is, on
-the seeds that both have. Of twenty rows that differ by chance alone one is clear of its interval.
+share. Rows are compared with the recipe as it is, and with a linear probe of the mean frame, by the differences within
+folds, which leave out how hard each is, on the seeds that both have. Of twenty rows that differ by chance alone one is
+clear of its interval.
 """
 
 import csv
@@ -12,8 +13,9 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -25,6 +27,15 @@ from .intervals import student_interval, wilson_interval
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """A mean over folds with its 95 % interval; not a number where there is none."""
+
+    mean: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+
+
+@dataclass(frozen=True)
 class Result:
     """A row of the table; shares are from 0 to 1.
 
@@ -33,13 +44,10 @@ class Result:
         row: Its name.
         seeds: How many are complete.
         parameters: Numbers that its head learns.
-        top1: Mean accuracy.
-        low: Lower end of its interval.
-        high: Upper end.
+        top1: Accuracy.
         seed_deviation: Standard deviation over seeds of the accuracy over all folds; 0 for one seed, as probes have.
-        difference: Accuracy above that of the reference.
-        difference_low: Lower end of its interval; not a number for a single fold.
-        difference_high: Upper end.
+        over_recipe: Accuracy above that of the recipe.
+        over_probe: Accuracy above that of the linear probe of the mean frame.
         seconds: Median of a cell.
     """
 
@@ -47,59 +55,70 @@ class Result:
     row: str
     seeds: int
     parameters: int
-    top1: float
-    low: float
-    high: float
+    top1: Estimate
     seed_deviation: float
-    difference: float
-    difference_low: float
-    difference_high: float
+    over_recipe: Estimate
+    over_probe: Estimate
     seconds: float
 
 
-def summarise(sweep: dict[tuple[str, str], Cells], reference: Cells) -> list[Result]:
+def summarise(sweep: dict[tuple[str, str], Cells], recipe: Cells, probe: Cells) -> list[Result]:
     """The rows of the table; those without a cell are left out, and grids of which a single row is left.
 
     Args:
         sweep: Grid and row to its cells.
-        reference: The cells that all are compared with, on the seeds that both have.
+        recipe: The cells of the recipe as it is.
+        probe: Those of the linear probe of the mean frame.
 
     Raises:
-        UserError: If there are none of the reference.
+        UserError: If there are none of the recipe.
     """
-    if not reference:
+    if not recipe:
         raise UserError("cells.jsonl: not all folds of the recipe itself are there; run the sweep without --report")
-    results = []
-    for (grid, row), cells in sweep.items():
-        shared = list(reference) if None in cells else [seed for seed in cells if seed in reference]
-        if not cells or not shared:
-            continue
-        base, folds = _by_fold([reference[seed] for seed in shared]), _by_fold(list(cells.values()))
-        compared = folds if None in cells else _by_fold([cells[seed] for seed in shared])
-        seeds = [statistics.fmean(cell.top1 for cell in of_seed) for of_seed in cells.values()]
-        first = next(iter(cells.values()))
-        top1 = statistics.fmean(folds)
-        differences = [one - other for one, other in zip(compared, base, strict=True)]
-        several = len(folds) > 1
-        overlap = 1 / (len(folds) - 1) if several else 0.0
-        low, high = student_interval(folds, overlap) if several else wilson_interval(top1, len(first[0].right))
-        results.append(
-            Result(
-                grid,
-                row,
-                len(cells),
-                first[0].parameters,
-                top1,
-                max(0.0, low),
-                min(1.0, high),
-                statistics.stdev(seeds) if len(seeds) > 1 else 0.0,
-                statistics.fmean(differences),
-                *(student_interval(differences, overlap) if several else (math.nan, math.nan)),
-                statistics.median(cell.seconds for of_seed in cells.values() for cell in of_seed),
-            )
-        )
+    results = [
+        _result(grid, row, cells, over_recipe, _difference(cells, probe))
+        for (grid, row), cells in sweep.items()
+        if not math.isnan((over_recipe := _difference(cells, recipe)).mean)
+    ]
     rows = Counter(result.grid for result in results)
     return [result for result in results if rows[result.grid] > 1 or len(rows) == 1]
+
+
+def _result(grid: str, row: str, cells: Cells, over_recipe: Estimate, over_probe: Estimate) -> Result:
+    folds = _by_fold(list(cells.values()))
+    first = next(iter(cells.values()))
+    if len(folds) > 1:
+        top1 = _estimate(folds)
+    else:
+        top1 = Estimate(folds[0], *wilson_interval(folds[0], len(first[0].right)))
+    seeds = [statistics.fmean(cell.top1 for cell in of_seed) for of_seed in cells.values()]
+    return Result(
+        grid,
+        row,
+        len(cells),
+        first[0].parameters,
+        Estimate(top1.mean, max(0.0, top1.low), min(1.0, top1.high)),
+        statistics.stdev(seeds) if len(seeds) > 1 else 0.0,
+        over_recipe,
+        over_probe,
+        statistics.median(cell.seconds for of_seed in cells.values() for cell in of_seed),
+    )
+
+
+def _difference(cells: Cells, others: Cells) -> Estimate:
+    """How far cells are above others, on the seeds that both have; a probe stands beside the mean over all seeds."""
+    if None not in cells and None not in others:
+        shared = [seed for seed in cells if seed in others]
+        cells, others = ({seed: both[seed] for seed in shared} for both in (cells, others))
+    if not cells or not others:
+        return Estimate()
+    pairs = zip(_by_fold(list(cells.values())), _by_fold(list(others.values())), strict=True)
+    return _estimate([one - other for one, other in pairs])
+
+
+def _estimate(folds: Sequence[float]) -> Estimate:
+    mean = statistics.fmean(folds)
+    return Estimate(mean, *student_interval(folds, 1 / (len(folds) - 1))) if len(folds) > 1 else Estimate(mean)
 
 
 def _by_fold(cells: list[list[Cell]]) -> list[float]:
@@ -133,31 +152,48 @@ def markdown(results: Sequence[Result], about: str) -> str:
         "",
         about,
         "",
-        "| grid | row | seeds | parameters | top-1 | 95 % interval | over seeds | against the recipe | 95 % interval |",
-        "| --- | --- | ---: | ---: | ---: | --- | ---: | ---: | --- |",
+        "| grid | row | seeds | parameters | top-1 | 95 % interval | over seeds | over the recipe | 95 % interval "
+        "| over the linear probe | 95 % interval |",
+        "| --- | --- | ---: | ---: | ---: | --- | ---: | ---: | --- | ---: | --- |",
     ]
     before = None
     for result in results:
-        low, high = result.difference_low, result.difference_high
-        interval = "" if math.isnan(low) or low == high == 0 else f"{100 * low:+.1f} to {100 * high:+.1f}"
         grid = result.grid if result.grid != before else ""
         before = result.grid
         lines.append(
-            f"| {grid} | {result.row} | {result.seeds} | {result.parameters / 1e6:.2f} M | {100 * result.top1:.1f} | "
-            f"{100 * result.low:.1f} to {100 * result.high:.1f} | ± {100 * result.seed_deviation:.1f} | "
-            f"{100 * result.difference:+.1f} | {interval} |"
+            f"| {grid} | {result.row} | {result.seeds} | {result.parameters / 1e6:.2f} M | "
+            f"{100 * result.top1.mean:.1f} | {100 * result.top1.low:.1f} to {100 * result.top1.high:.1f} | "
+            f"± {100 * result.seed_deviation:.1f} | {_points(result.over_recipe)} | {_points(result.over_probe)} |"
         )
     return "\n".join(lines) + "\n"
 
 
+def _points(difference: Estimate) -> str:
+    """Two columns: a difference in points, and its interval unless it is that of a row to itself."""
+    low, high = difference.low, difference.high
+    mean = "" if math.isnan(difference.mean) else f"{100 * difference.mean:+.1f}"
+    return f"{mean} | " + ("" if math.isnan(low) or low == high == 0 else f"{100 * low:+.1f} to {100 * high:+.1f}")
+
+
 def table_csv(results: Sequence[Result]) -> str:
-    """The table for programs, in full precision."""
+    """The table for programs, in full precision: of an estimate `x` the columns x, x_low and x_high."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    names = list(Result.__dataclass_fields__)
-    writer.writerow(names)
-    writer.writerows([getattr(result, name) for name in names] for result in results)
+    rows = [_flat(result) for result in results]
+    writer.writerow(rows[0])
+    writer.writerows(row.values() for row in rows)
     return text.getvalue()
+
+
+def _flat(result: Result) -> dict[str, Any]:
+    columns = {}
+    for field in fields(result):
+        value = getattr(result, field.name)
+        if isinstance(value, Estimate):
+            columns |= {field.name: value.mean, f"{field.name}_low": value.low, f"{field.name}_high": value.high}
+        else:
+            columns[field.name] = value
+    return columns
 
 
 def figure(results: Sequence[Result]) -> bytes:
@@ -169,13 +205,15 @@ def figure(results: Sequence[Result]) -> bytes:
         places.append(place)
     picture = Figure(figsize=(8, 0.27 * place + 1), layout="constrained")
     axes = picture.subplots()
-    reference = 100 * (results[0].top1 - results[0].difference)
-    axes.axvline(reference, color="0.8", zorder=0)
+    top1, over_recipe, over_probe = results[0].top1.mean, results[0].over_recipe.mean, results[0].over_probe.mean
+    axes.axvline(100 * (top1 - over_recipe), color="0.8", zorder=0, label="the recipe")
+    axes.axvline(100 * (top1 - over_probe), color="0.6", linestyle=":", zorder=0, label="linear probe")
     for result, at in zip(results, places, strict=True):
-        axes.plot([100 * result.low, 100 * result.high], [at, at], color="tab:blue", alpha=0.5)
-        axes.plot([100 * result.top1], [at], "o", color="tab:blue", markersize=5)
+        axes.plot([100 * result.top1.low, 100 * result.top1.high], [at, at], color="tab:blue", alpha=0.5)
+        axes.plot([100 * result.top1.mean], [at], "o", color="tab:blue", markersize=5)
     axes.set_yticks(places, [f"{result.grid}: {result.row}" for result in results])
     axes.set_ylim(place + 1, 0.5)
     axes.set_xlabel("held-out top-1, %, with 95 % intervals over folds")
     axes.grid(axis="x", alpha=0.3)
+    picture.legend(loc="outside upper right", ncols=2, frameon=False)
     return png(picture)
