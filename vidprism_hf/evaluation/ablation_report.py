@@ -213,7 +213,7 @@ def figure(results: Sequence[Result]) -> bytes:
         axes.plot([100 * result.top1.mean], [at], "o", color="tab:blue", markersize=5)
     axes.set_yticks(places, [f"{result.grid}: {result.row}" for result in results])
     axes.set_ylim(place + 1, 0.5)
-    axes.set_xlabel("held-out top-1, %, with 95 % intervals over folds")
+    axes.set_xlabel("held-out top-1, %,\nwith 95 % intervals over folds")
     axes.grid(axis="x", alpha=0.3)
     picture.legend(loc="outside upper right", ncols=2, frameon=False)
     return png(picture)
