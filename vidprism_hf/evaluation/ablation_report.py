@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..data.clip_contents import write_whole
@@ -197,23 +198,30 @@ def _flat(result: Result) -> dict[str, Any]:
 
 
 def figure(results: Sequence[Result]) -> bytes:
-    """Accuracies with their intervals, grid by grid, as PNG bytes."""
+    """Accuracies, and differences from the recipe, with their intervals, grid by grid, as PNG bytes."""
     places, place, before = [], 0.0, None
     for result in results:
         place += 1.0 if result.grid == before else 1.8
         before = result.grid
         places.append(place)
-    picture = Figure(figsize=(8, 0.27 * place + 1), layout="constrained")
-    axes = picture.subplots()
-    top1, over_recipe, over_probe = results[0].top1.mean, results[0].over_recipe.mean, results[0].over_probe.mean
-    axes.axvline(100 * (top1 - over_recipe), color="0.8", zorder=0, label="the recipe")
-    axes.axvline(100 * (top1 - over_probe), color="0.6", linestyle=":", zorder=0, label="linear probe")
-    for result, at in zip(results, places, strict=True):
-        axes.plot([100 * result.top1.low, 100 * result.top1.high], [at, at], color="tab:blue", alpha=0.5)
-        axes.plot([100 * result.top1.mean], [at], "o", color="tab:blue", markersize=5)
-    axes.set_yticks(places, [f"{result.grid}: {result.row}" for result in results])
-    axes.set_ylim(place + 1, 0.5)
-    axes.set_xlabel("held-out top-1, %,\nwith 95 % intervals over folds")
-    axes.grid(axis="x", alpha=0.3)
+    picture = Figure(figsize=(10, 0.27 * place + 1), layout="constrained")
+    accuracies, differences = picture.subplots(1, 2, sharey=True)
+    first = results[0]
+    accuracies.axvline(100 * (first.top1.mean - first.over_recipe.mean), color="0.8", label="the recipe")
+    probe = 100 * (first.top1.mean - first.over_probe.mean)
+    accuracies.axvline(probe, color="0.6", linestyle=":", label="linear probe of the mean frame")
+    differences.axvline(0, color="0.8")
+    _plot(accuracies, places, [result.top1 for result in results], "held-out top-1, %")
+    _plot(differences, places, [result.over_recipe for result in results], "over the recipe, points")
+    accuracies.set_yticks(places, [f"{result.grid}: {result.row}" for result in results])
+    accuracies.set_ylim(place + 1, 0.5)
     picture.legend(loc="outside upper right", ncols=2, frameon=False)
     return png(picture)
+
+
+def _plot(axes: Axes, places: Sequence[float], estimates: Sequence[Estimate], label: str) -> None:
+    for estimate, place in zip(estimates, places, strict=True):
+        axes.plot([100 * estimate.low, 100 * estimate.high], [place, place], color="tab:blue", alpha=0.5)
+        axes.plot([100 * estimate.mean], [place], "o", color="tab:blue", markersize=5)
+    axes.set_xlabel(f"{label}\nwith 95 % intervals over folds")
+    axes.grid(axis="x", alpha=0.3)
