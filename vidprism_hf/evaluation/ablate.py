@@ -36,8 +36,8 @@ from ..data.dataset import ClipSampler, collate
 from ..data.few_shot import clip_list_hash
 from ..errors import UserError
 from ..model import VISION_PRESETS, VidPrismConfig, VidPrismForVideoClassification
-from ..training.finetune import FinetuneCLI, parse
 from ..training.module import VidPrismLightningModule
+from ..training.recipe import FinetuneCLI, parse
 from .ablation_cells import Cell, Cells, append_cell, read_cells
 from .ablation_grids import GRIDS, grid_rows
 from .ablation_report import summarise, write_report
