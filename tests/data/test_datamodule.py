@@ -10,7 +10,7 @@ from clips import greys, render
 from jsonargparse import ArgumentParser
 
 from vidprism_hf.data import DEMO_CLASSES, DataError, VideoDataModule
-from vidprism_hf.data.datamodule import mirror_label
+from vidprism_hf.data.views import mirror_label
 from vidprism_hf.model import VidPrismVideoProcessor
 
 

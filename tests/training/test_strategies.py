@@ -21,7 +21,7 @@ from strategy_runs import RUNS, STRATEGIES, run, run_all
 
 from vidprism_hf import VidPrismLightningModule
 from vidprism_hf.cli import main
-from vidprism_hf.training.finetune import parse
+from vidprism_hf.training.recipe import parse
 from vidprism_hf.training.strategies import named_strategy
 
 ROOT = Path(__file__).parents[2]

@@ -1,9 +1,10 @@
 """Where clips come from: folders and the demo, splits, augmentation, datasets and the data module."""
 
-from .datamodule import VideoDataModule, load_processor, normalize_clips
+from .datamodule import VideoDataModule
 from .dataset import ClipDataset, ClipReader, ClipSampler
 from .demo import DEMO_CLASSES, demo_folder, render_demo
 from .folder import scan_folder
+from .processor import load_processor, normalize_clips
 from .sampling import random_in_segments
 from .tables import ClipSplits, ClipTable, DataError, FileTable
 from .transforms import ClipAugmentation

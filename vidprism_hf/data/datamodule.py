@@ -1,40 +1,32 @@
 """The Lightning data module: from a source of clips to batches of normalised pixels on the device."""
 
 import inspect
-import re
-from collections.abc import Iterable
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
-from transformers import AutoConfig
 
-from ..errors import first_line
-from ..model import VISION_PRESETS, VidPrismConfig, VidPrismVideoProcessor
+from ..model import VidPrismVideoProcessor
+from .arguments import check_arguments
 from .dataset import ClipDataset, ClipReader, ClipSampler, collate
 from .demo import DEMO_CLASSES, demo_folder
 from .epoch_place import check_same_clips, fingerprint, go_on
-from .feature_cache import FeatureCache, parse_size
+from .feature_cache import FeatureCache
 from .feature_part import CachedClips
+from .processor import load_processor, normalize_clips
 from .ranks import gathered
 from .sources import DEMO, check_source, describe_split, open_source, source_name
 from .streamed_clips import StreamedClips
 from .tables import ClipSplits, ClipTable, DataError, stable_hash
-from .transforms import BatchMixing, ClipAugmentation
+from .transforms import BatchMixing
+from .views import describe_training_views, mirrored, part_reader
 from .workers import shield_worker
 
 if TYPE_CHECKING:
     from .streaming import ClipStreams
-
-# Labels with one of these words may change their meaning in a mirror.
-MIRROR_WORDS = frozenset(
-    {"left", "right", "leftward", "rightward", "leftwards", "rightwards"}
-    | {"clockwise", "counterclockwise", "anticlockwise"}
-)
 
 
 class VideoDataModule(L.LightningDataModule):
@@ -145,7 +137,7 @@ class VideoDataModule(L.LightningDataModule):
         super().__init__()
         # Not to the logger, where names shared with the model (num_frames) would clash.
         self.save_hyperparameters(logger=False)
-        _check_arguments(**self.hparams)
+        check_arguments(self.hparams)
         parameters = inspect.signature(VideoDataModule).parameters
         check_source(self.hparams, {name: parameter.default for name, parameter in parameters.items()})
         self._splits: ClipSplits | None = None
@@ -224,10 +216,12 @@ class VideoDataModule(L.LightningDataModule):
         """Lists the clips and loads the processor, so that bad names show before training starts."""
         splits, _ = self.splits, self.video_processor
         if stage in ("fit", None):
+            seen = "training clips are seen as in the evaluation"
+            if self.hparams.augment:
+                seen = mirrored(self.hparams.horizontal_flip, self.id2label.values())[1]
             rank_zero_info(
                 f"Data: {self.num_clips['train']} training and {self.num_clips['val']} held-out clips of "
-                f"{len(splits.id2label)} labels; "
-                f"{self._flip()[1] if self.hparams.augment else 'training clips are seen as in the evaluation'}"
+                f"{len(splits.id2label)} labels; {seen}"
             )
 
     def train_dataloader(self) -> DataLoader:
@@ -326,56 +320,13 @@ class VideoDataModule(L.LightningDataModule):
     @property
     def augmentation(self) -> dict[str, Any]:
         """What training clips go through, in words."""
-        hparams, crop = self.hparams, self.video_processor.crop_size
-        mixing = {name: getattr(hparams, f"{name}_alpha") or None for name in ("mixup", "cutmix")}
-        if not hparams.augment:
-            return {"view": "that of the evaluation", **mixing}
-        return {
-            "crop": f"random, {hparams.min_crop_scale:g} to 1 of the frame, to {crop['height']} x {crop['width']}",
-            "horizontal flip": self._flip()[1].removeprefix("horizontal flip "),
-            "share without colour": hparams.grayscale,
-            "frames": f"every {hparams.frame_stride}th" if hparams.frame_stride else "one of each equal segment",
-            "RandAugment": hparams.rand_augment,
-            "random erasing": hparams.random_erasing or None,
-            **mixing,
-            "fixed views": hparams.train_views,
-        }
+        return describe_training_views(self.hparams, self.video_processor, self.id2label.values())
+
+    def _reader(self, part: str) -> ClipReader:
+        return part_reader(part, self.hparams, self.video_processor, self.id2label.values())
 
     def _mixes(self) -> bool:
         return self.hparams.mixup_alpha > 0 or self.hparams.cutmix_alpha > 0
-
-    def _flip(self) -> tuple[bool, str]:
-        """Whether to mirror clips, and the reason in words."""
-        asked = self.hparams.horizontal_flip
-        sided = mirror_label(self.id2label.values())
-        if asked is not None:
-            doubt = f", although label {sided!r} names a side" if asked and sided else ""
-            return asked, f"horizontal flip {'on' if asked else 'off'} as asked{doubt}"
-        if sided is not None:
-            return False, f"horizontal flip off, since label {sided!r} names a side"
-        return True, "horizontal flip on, since no label names a side"
-
-    def _reader(self, part: str) -> ClipReader:
-        hparams, crop, settings = self.hparams, self.video_processor.crop_size, {}
-        if part == "train" and hparams.augment:
-            settings["augmentation"] = ClipAugmentation(
-                (crop["height"], crop["width"]),
-                min_crop_scale=hparams.min_crop_scale,
-                horizontal_flip=self._flip()[0],
-                grayscale=hparams.grayscale,
-                rand_augment=hparams.rand_augment,
-                random_erasing=hparams.random_erasing,
-                mean=self.video_processor.image_mean,
-            )
-        elif part == "test":
-            settings = {"num_clips": hparams.test_clips, "num_crops": hparams.test_crops}
-        return ClipReader(
-            self.video_processor,
-            frame_stride=hparams.frame_stride,
-            seed=hparams.seed,
-            time_limit=hparams.clip_time_limit,
-            **settings,
-        )
 
     def _loader(self, part: str) -> DataLoader:
         """The loader of a part: train, val, or test, which is val in all test views."""
@@ -428,115 +379,3 @@ class VideoDataModule(L.LightningDataModule):
             found = cache.cached({name: self._clips(name) for name in parts})
             self._cached |= {(*key, name): clips for name, clips in found.items()}
         return self._cached[(*key, part)]
-
-
-def load_processor(name: str, num_frames: int) -> VidPrismVideoProcessor:
-    """The processor of a preset, a VidPrism checkpoint or a CLIP checkpoint.
-
-    Args:
-        name: Preset (b32, b16, l14, tiny), folder or Hub id.
-        num_frames: Frames per clip.
-
-    Raises:
-        DataError: If there is no such checkpoint.
-    """
-    if name in VISION_PRESETS:
-        # Presets are OpenAI's CLIP, whose mean and deviation are the processor's own: nothing to fetch.
-        edge = VidPrismConfig.from_preset(name).vision_config.image_size
-        return VidPrismVideoProcessor(
-            num_frames=num_frames, size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge}
-        )
-    try:
-        if isinstance(AutoConfig.from_pretrained(name), VidPrismConfig):
-            return VidPrismVideoProcessor.from_pretrained(name, num_frames=num_frames)
-        return VidPrismVideoProcessor.from_vision_pretrained(name, num_frames)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise DataError(
-            f"{name}: no CLIP or VidPrism checkpoint ({first_line(error)}); give a folder, a Hub id or "
-            f"one of {', '.join(VISION_PRESETS)}"
-        ) from error
-
-
-def mirror_label(labels: Iterable[str]) -> str | None:
-    """The first label with a word that a mirror may turn wrong, None if there is none."""
-    for label in labels:
-        words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", label)
-        if MIRROR_WORDS.intersection(word.lower() for word in words):
-            return label
-    return None
-
-
-def normalize_clips(pixels: torch.Tensor, processor: VidPrismVideoProcessor) -> torch.Tensor:
-    """Turns uint8 pixels (..., 3, H, W) into the float32 ones that the processor's full output holds."""
-    mean, std = (_per_channel(tuple(values), pixels.device) for values in (processor.image_mean, processor.image_std))
-    return (pixels.float() * processor.rescale_factor - mean) / std
-
-
-@lru_cache
-def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """A value for each channel, (C, 1, 1). Kept: a copy to the device waits for the work queued there."""
-    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
-
-
-# Least and greatest value of each number; None is no bound. A value that is null is not looked at.
-BOUNDS: dict[str, tuple[float | None, float | None]] = {
-    "batch_size": (1, None),
-    "num_frames": (1, None),
-    "num_workers": (0, None),
-    "split": (1, 3),
-    "shots": (1, None),
-    "seed": (0, None),
-    "train_views": (1, None),
-    "frame_stride": (1, None),
-    "test_clips": (1, None),
-    "grayscale": (0, 1),
-    "rand_augment": (0, 30),
-    "random_erasing": (0, 1),
-    "mixup_alpha": (0, None),
-    "cutmix_alpha": (0, None),
-    "max_bad_fraction": (0, 1),
-}
-
-# What makes the random views of training, and the values that ask for none.
-VIEW_SETTINGS: dict[str, tuple[Any, ...]] = {
-    "train_views": (None,),
-    "horizontal_flip": (None, False),
-    "rand_augment": (None,),
-    "random_erasing": (0,),
-}
-
-
-def _check_arguments(**settings: Any) -> None:
-    for name, (least, most) in BOUNDS.items():
-        value = settings[name]
-        if value is None or (value >= least and (most is None or value <= most)):
-            continue
-        bounds = f"at least {least}" if most is None else f"between {least} and {most}"
-        raise DataError(f"data.{name}={value}: must be {bounds}")
-    scale, limit, crops = (settings[name] for name in ("min_crop_scale", "clip_time_limit", "test_crops"))
-    if not 0 < scale <= 1:
-        raise DataError(f"data.min_crop_scale={scale}: must be above 0 and at most 1")
-    if limit is not None and limit <= 0:
-        raise DataError(f"data.clip_time_limit={limit}: must be above 0, or null for no limit")
-    if crops not in (1, 3):
-        raise DataError(f"data.test_crops={crops}: must be 1 or 3")
-    for name, unused in VIEW_SETTINGS.items():
-        if not settings["augment"] and settings[name] not in unused:
-            raise DataError(
-                f"data.{name}={settings[name]}: is of random views, and data.augment=false trains on the evaluation's; "
-                "leave one out"
-            )
-    if settings["streaming"]:
-        rules = ("shots", "val_fraction", "val_list", "val_pattern", "train_list", "allow_missing")
-        for name in ("train_views", "feature_cache", *rules):
-            if settings[name]:
-                raise DataError(f"data.{name}: needs a table of all clips, which data.streaming has not; remove one")
-        if not settings["augment"]:
-            raise DataError("data.augment: streamed training clips are always augmented; set it to true")
-    parse_size(settings["feature_cache_limit"])
-    if settings["feature_cache"]:
-        if settings["train_views"] is None and settings["augment"]:
-            raise DataError("data.feature_cache: needs data.train_views, the number of random views of each clip")
-        for name in ("mixup_alpha", "cutmix_alpha"):
-            if settings[name]:
-                raise DataError(f"data.{name}: mixes pixels, which data.feature_cache replaces; use one of them")

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_only
 
 from ..errors import UserError
 
@@ -33,6 +34,12 @@ def gathered(value: T, group: Any = None) -> list[T]:
     values: list[Any] = [None] * world
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+@rank_zero_only
+def print_once(text: str) -> None:
+    """Prints on the first process alone."""
+    print(text, flush=True)
 
 
 class Ranks:

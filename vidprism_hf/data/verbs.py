@@ -25,7 +25,7 @@ from rich.text import Text
 from ..errors import UserError, printable
 from .bad_clips import FILE_NAME, BadClip, bad_clip_table, write_bad_clips
 from .benchmarks import BENCHMARKS, prepare
-from .datamodule import VideoDataModule, load_processor
+from .datamodule import VideoDataModule
 from .dataset import ClipReader
 from .inspection import (
     SHEET_FRAMES,
@@ -43,6 +43,7 @@ from .inspection import (
     save_picture,
     spread_over_classes,
 )
+from .processor import load_processor
 from .sources import RULES, source_kind
 from .tables import ClipSplits, DataError
 

@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 
 from ..errors import UserError
-from ..training.finetune import FinetuneCLI, parse
+from ..training.recipe import FinetuneCLI, parse
 from .ablation_grids import GRIDS, grid_rows
 from .ablation_report import summarise, write_report
 from .ablation_sweep import OF_TRAINER, Sweep

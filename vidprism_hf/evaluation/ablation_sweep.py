@@ -33,8 +33,8 @@ from ..data.dataset import ClipSampler, collate
 from ..data.few_shot import clip_list_hash
 from ..errors import UserError
 from ..model import VISION_PRESETS, VidPrismConfig, VidPrismForVideoClassification
-from ..training.finetune import FinetuneCLI
 from ..training.module import VidPrismLightningModule
+from ..training.recipe import FinetuneCLI
 from .ablation_cells import Cell, Cells, append_cell, read_cells
 from .baselines import PROBE_DECAYS, TIME_WEIGHTS, LinearProbe, parameters_of, with_baseline
 from .folds import block_folds, group_folds

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..data.bad_clips import bad_clip_table
+from ..data.ranks import print_once
 from ..errors import UserError, first_line, why_not_loaded
 from ..hub.card import eval_results, evaluation_body, plain
 from ..hub.card_merge import states_results, with_evaluation
@@ -23,8 +24,8 @@ from ..hub.export import README, is_vidprism_config
 from ..model import VidPrismConfig
 from ..training.callbacks import BadClipReport
 from ..training.card_facts import dataset_facts
-from ..training.finetune import FinetuneCLI, parse, print_once, progress_bars
 from ..training.module import read_checkpoint_config
+from ..training.recipe import FinetuneCLI, parse, progress_bars
 from ..training.run_lock import lock_path, only_run
 from .labels import matched_labels
 from .other_models import OtherClassifier, load_other

@@ -15,120 +15,34 @@ from functools import partial
 from pathlib import Path
 
 import yaml
-from jsonargparse import ArgumentError
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import (
-    Callback,
-    GradientAccumulationScheduler,
-    LearningRateMonitor,
-    RichProgressBar,
-    TQDMProgressBar,
-)
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from ..data import VideoDataModule, load_processor
+from ..data import VideoDataModule
 from ..data.bad_clips import BadClip, TooManyBadClips, bad_clip_table
 from ..data.clip_contents import write_whole
 from ..data.few_shot import save_clip_list
-from ..data.sources import source_kind
-from ..errors import UserError, first_line
+from ..data.ranks import print_once
+from ..errors import UserError
 from ..evaluation.records import write_evaluation
 from ..evaluation.report import Evaluation, rounded
 from ..evaluation.scores import ScoreRecorder
-from ..evaluation.testing import EvaluationSettings, NotEvaluated, evaluate_held_out, subject_of
+from ..evaluation.testing import NotEvaluated, evaluate_held_out, subject_of
 from ..hub.export import refuse_other_content
-from ..hub.licenses import check_license
 from .averaging import WiseFT
 from .callbacks import BadClipReport
 from .card_facts import CardRecorder, Measured, bad_clips, clip_counts, dataset_facts, kept_by, switched_on
-from .checkpointing import BEST, LAST, PREVIOUS, CheckpointSettings, KeptCheckpoint, SafeCheckpointIO, damage
-from .exporting import (
-    TRAIN_LIST,
-    ExportedCheckpoint,
-    ExportSettings,
-    export_best,
-    export_kept,
-    export_or_warn,
-    export_run,
-)
-from .module import VidPrismLightningModule, check_frozen
+from .checkpointing import BEST, LAST, PREVIOUS, KeptCheckpoint, SafeCheckpointIO, damage
+from .exporting import TRAIN_LIST, ExportedCheckpoint, export_best, export_kept, export_or_warn, export_run
 from .push_callback import PushToHub, push_open
+from .recipe import FinetuneCLI, parse, progress_bars
 from .resuming import AUTO, METRICS, Start, agreed, begin, free_name
 from .run_lock import not_writable, only_run
 from .safeguard import Safeguard
 from .signals import Stopped
-from .strategies import ddp_settings, named_strategy
-from .whitening import check_whitening
-
-# What a recipe need not say.
-TRAINER_DEFAULTS = {
-    "max_epochs": 30,
-    "log_every_n_steps": 10,
-    # ClipSampler shares clips among processes itself: every held-out clip once, none twice.
-    "use_distributed_sampler": False,
-}
-
-
-class FinetuneCLI(LightningCLI):
-    """LightningCLI with the run's folder, and the links between data and model."""
-
-    def add_arguments_to_parser(self, parser):
-        parser.add_argument("--output", type=str, default="runs/finetune", help="Folder of the run.")
-        parser.add_argument(
-            "--resume",
-            type=str,
-            default=AUTO,
-            help="auto goes on with a stopped run in the output folder; none begins anew and keeps the folder as "
-            "<folder>.1; a checkpoint of the folder goes on from there, with other settings if they are given. The "
-            "same command typed again goes on.",
-        )
-        parser.add_class_arguments(CheckpointSettings, "checkpoint")
-        parser.add_class_arguments(ExportSettings, "export")
-        parser.add_class_arguments(EvaluationSettings, "evaluation")
-        parser.link_arguments("model.num_frames", "data.num_frames")
-        parser.link_arguments(
-            ("model.backbone", "model.checkpoint"),
-            "data.processor",
-            compute_fn=lambda backbone, checkpoint: checkpoint or backbone,
-        )
-        parser.link_arguments("data.id2label", "model.id2label", apply_on="instantiate")
-
-    def before_instantiate_classes(self) -> None:
-        """Looks for licence and backbone before data are fetched, which may be hundreds of gigabytes."""
-        check_license("export.license", self.config.export.license)
-        data = self.config.data
-        if data.feature_cache:
-            check_frozen(self.config.model.freeze_backbone)
-        check_whitening(self.config.model.config, data.feature_cache)
-        if source_kind(data.source) in ("benchmark", "hub"):
-            load_processor(data.processor, data.num_frames)
-
-    def instantiate_trainer(self, **settings) -> Trainer:
-        """Builds the recipe's trainer.
-
-        Raises:
-            UserError: If this machine cannot give what the recipe asks for.
-        """
-        trainer = self.config_init.trainer
-        asked = trainer.callbacks or []
-        # A list of its own for each trainer, which puts default callbacks into the list that it is given. The run's
-        # own come first: what a recipe's callback exports holds what they keep of the same epoch.
-        callbacks = [*settings.pop("callbacks", []), *(asked if isinstance(asked, list) else [asked])]
-        accumulates = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
-        accumulates = accumulates or trainer.accumulate_grad_batches > 1
-        strategy = named_strategy(trainer.strategy, accumulates)
-        try:
-            built = super().instantiate_trainer(callbacks=callbacks, strategy=strategy, **settings)
-        except (MisconfigurationException, ValueError) as error:
-            raise UserError(f"trainer: {first_line(error)}") from error
-        if strategy == "auto" and type(built.strategy) is DDPStrategy:  # Lightning has found several devices
-            built.strategy._ddp_kwargs.update(ddp_settings(accumulates))
-        return built
 
 
 def finetune(argv: list[str]) -> None:
@@ -143,7 +57,7 @@ def finetune(argv: list[str]) -> None:
         ExportError: If the export cannot be written.
     """
     argv = list(argv)
-    cli = parse(argv)
+    cli = parse(argv, finetune.__doc__)
     output = Path(cli.config.output)
     if output.name in ("", ".."):  # it may have to be renamed
         output = output.resolve()
@@ -196,35 +110,6 @@ def fit(trainer: Trainer, cli: FinetuneCLI, start: Start, argv: list[str]) -> No
         safeguard.release()
 
 
-def parse(argv: list[str]) -> FinetuneCLI:
-    """Parses a recipe and overrides, and builds data and model.
-
-    Raises:
-        UserError: With jsonargparse's message as one line, if a key does not exist or a value does not fit.
-    """
-    try:
-        # LightningCLI warns of its own arguments where the process has some too, which are the same here.
-        warnings.filterwarnings("ignore", "LightningCLI's args parameter")
-        return FinetuneCLI(
-            VidPrismLightningModule,
-            VideoDataModule,
-            args=argv,
-            run=False,
-            seed_everything_default=0,
-            save_config_callback=None,
-            trainer_defaults=TRAINER_DEFAULTS,
-            auto_configure_optimizers=False,
-            parser_kwargs={
-                "exit_on_error": False,
-                "allow_abbrev": False,  # a misspelt key is an error, not the beginning of another one
-                "prog": "vidprism finetune",
-                "description": finetune.__doc__,
-            },
-        )
-    except ArgumentError as error:
-        raise UserError(" ".join(str(error).split())) from error
-
-
 def tower_ensemble(cli: FinetuneCLI) -> list[Callback]:
     """What averages the tower for the final test, if the recipe asks for it.
 
@@ -274,13 +159,6 @@ def build_trainer(cli: FinetuneCLI, output: Path, more: Sequence[Callback] = ())
         if isinstance(callback, PushToHub):  # a recipe's (trainer.callbacks), which cannot name a function
             callback.export = lambda trainer, module, folder: export_kept(cli, trainer, folder)
     return trainer
-
-
-def progress_bars(cli: FinetuneCLI) -> list[Callback]:
-    """Rich on a terminal; elsewhere plain lines for a log file; none where the recipe wants none."""
-    if cli.config.trainer.enable_progress_bar is False:
-        return []
-    return [RichProgressBar() if os.isatty(1) else TQDMProgressBar(refresh_rate=20)]
 
 
 def best_checkpoint(output: Path) -> Path:
@@ -371,12 +249,6 @@ def save_settings(cli: FinetuneCLI, output: Path) -> None:
         write_whole(output / "config.yaml", cli.parser.dump(cli.config, skip_none=False).encode())
     except OSError as error:
         raise not_writable(output, error) from error
-
-
-@rank_zero_only
-def print_once(text: str) -> None:
-    """Prints on the first process alone."""
-    print(text, flush=True)
 
 
 def print_bad_clips(clips: list[BadClip]) -> None:
