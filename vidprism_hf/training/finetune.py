@@ -57,7 +57,7 @@ def finetune(argv: list[str]) -> None:
         ExportError: If the export cannot be written.
     """
     argv = list(argv)
-    cli = parse(argv, finetune.__doc__)
+    cli = parse(argv, finetune.__doc__.partition("\n")[0])
     output = Path(cli.config.output)
     if output.name in ("", ".."):  # it may have to be renamed
         output = output.resolve()
