@@ -124,7 +124,7 @@ def test_a_folds_list_is_one_of_finetunes(sweep, source, tmp_path):
         ),
         (("--resume=none",), "resume: a sweep goes on with the cells that are there"),
         (("--trainer.devices=2",), "trainer.devices: cells are trained on one device"),
-        (("--evaluation.average_clips=prob",), "evaluation.average_clips: is nothing for an ablation"),
+        (("--data.test_clips=4",), "data.test_clips, data.test_crops: cells are tested in a single view"),
     ],
 )
 def test_one_line_where_it_cannot_be(sweep, tmp_path, capsys, more, message):

@@ -18,10 +18,13 @@ from .ablation_sweep import OF_TRAINER, Sweep
 
 # What all rows are compared with.
 REFERENCES = (("", "the recipe", {}), ("", "linear probe", {"baseline": "probe"}))
-# Sections of a recipe of which a cell has nothing, but for OF_TRAINER, the tower's precision, and what follows.
-UNUSED = ("trainer", "checkpoint", "export", "evaluation")
-OF_SHOWING = (
+# What a recipe's trainer may say beside OF_TRAINER: the tower's precision, one device, and what changes no weight.
+OF_RUN = (
     "precision",
+    "devices",
+    "check_val_every_n_epoch",
+    "val_check_interval",
+    "num_sanity_val_steps",
     "logger",
     "log_every_n_steps",
     "enable_progress_bar",
@@ -91,24 +94,20 @@ def check_recipe(cli: FinetuneCLI) -> None:
     Raises:
         UserError: If it does not.
     """
-    if not cli.config.data.feature_cache:
+    data, defaults = cli.config.data, cli.parser.get_defaults()
+    if not data.feature_cache:
         raise UserError("data.feature_cache: name a folder for the features; recipes/ablations/head.yaml is an example")
     for name in ("checkpoint", "ema_decay", "reference_batch_size"):
         if cli.config.model[name] is not None:
             raise UserError(f"model.{name}: is nothing for an ablation, which trains heads anew; remove it")
-    if cli.config.data.shots is not None:
+    if data.shots is not None:
         raise UserError("data.shots: is nothing for an ablation, whose folds take all clips; remove it")
-    if cli.config.resume != cli.parser.get_defaults().resume:
+    if cli.config.resume != defaults.resume:
         raise UserError("resume: a sweep goes on with the cells that are there; another output folder begins anew")
     if cli.config.trainer.devices not in ("auto", 1, "1"):
         raise UserError("trainer.devices: cells are trained on one device; start several processes to share a sweep")
-    _check_unused(cli)
-
-
-def _check_unused(cli: FinetuneCLI) -> None:
-    """What is nothing to a cell is refused rather than ignored, but for what only shows and logs a run."""
-    defaults = cli.parser.get_defaults()
-    for section in UNUSED:
-        for name, value in vars(cli.config[section]).items():
-            if name not in {"devices", *OF_TRAINER, *OF_SHOWING} and value != defaults[section].get(name):
-                raise UserError(f"{section}.{name}: is nothing for an ablation, whose cells train a head; remove it")
+    if (data.test_clips, data.test_crops) != (1, 1):
+        raise UserError("data.test_clips, data.test_crops: cells are tested in a single view; set both to 1")
+    for name, value in vars(cli.config.trainer).items():
+        if name not in {*OF_TRAINER, *OF_RUN} and value != defaults.trainer.get(name):
+            raise UserError(f"trainer.{name}: is nothing for an ablation, whose cells are trained whole; remove it")
