@@ -4,8 +4,11 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,7 @@ from vidprism_hf.errors import UserError
 from vidprism_hf.evaluation.evaluate import evaluate, refresh_export
 from vidprism_hf.model import decode_video, segment_centers
 
+ROOT = Path(__file__).parents[2]
 BROKEN = "val/shrinking/1.mp4"
 
 
@@ -229,7 +233,7 @@ def test_two_processes_with_uneven_shares_find_the_same(export, source, tmp_path
     command = [sys.executable, "-m", "vidprism_hf.cli", "evaluate", *two]
     done = subprocess.run(
         [*command, "--trainer.devices=2", "--trainer.strategy=ddp"],
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -240,3 +244,47 @@ def test_two_processes_with_uneven_shares_find_the_same(export, source, tmp_path
     assert done.stdout.count("on 4 of 5 held-out clips") == 1  # the first process alone prints
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
     assert results(tmp_path / "two")["protocol"]["frames"] == NUM_FRAMES
+
+
+@pytest.mark.slow
+def test_a_signal_ends_processes_that_wait_for_each_other(export, source, tmp_path):
+    """The first has come to the end of its share, the second to a clip that nobody goes on sending."""
+    root = shutil.copytree(source, tmp_path / "clips")
+    slow = root / "val" / "growing" / "1.mp4"
+    slow.unlink()
+    os.mkfifo(slow)
+    more = ("--data.num_workers=1", "--data.clip_time_limit=null", "--trainer.enable_progress_bar=true")
+    settings = arguments(export, root, *more)
+    command = [sys.executable, "-m", "vidprism_hf.cli", "evaluate", *settings]
+    with subprocess.Popen(
+        [*command, "--trainer.devices=2", "--trainer.strategy=ddp"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    ) as first:
+        try:
+            said = b""
+            while b"100%" not in said.rpartition(b"Testing")[2]:
+                said += (more := os.read(first.stdout.fileno(), 1 << 16))
+                assert more, said.decode()
+            sender = when_read(slow)
+            time.sleep(1)  # until the first one waits
+            os.killpg(first.pid, signal.SIGTERM)
+            first.communicate(timeout=60)  # until nobody can write to it: all processes have ended, loaders too
+            os.close(sender)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(first.pid, signal.SIGKILL)
+    assert first.returncode == -signal.SIGTERM
+    assert not list((tmp_path / "model").rglob("evaluation.json"))
+
+
+def when_read(pipe: Path) -> int:
+    """The end to write to of a pipe, as soon as somebody reads it."""
+    for _ in range(600):
+        with suppress(OSError):
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        time.sleep(0.1)
+    raise TimeoutError(pipe)

@@ -12,6 +12,7 @@ from pathlib import Path
 import lightning as L
 import yaml
 from huggingface_hub.errors import StrictDataclassError
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities import rank_zero_only
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -26,6 +27,7 @@ from ..training.card_facts import dataset_facts
 from ..training.finetune import FinetuneCLI, parse, print_once, progress_bars
 from ..training.module import read_checkpoint_config
 from ..training.run_lock import lock_path, only_run
+from ..training.signals import SignalWatch
 from .labels import matched_labels
 from .other_models import OtherClassifier, load_other
 from .records import check_folder, evaluations_of, write_evaluation
@@ -77,7 +79,9 @@ def evaluate(argv: list[str]) -> Evaluation | None:
         raise UserError("name the clips: --config RECIPE (a run's own is its config.yaml), or --data.source CLIPS")
     cli, module = prepare(name, rest)
     recorder = ScoreRecorder(cli.config_init.evaluation.average_clips)
-    trainer = cli.instantiate_trainer(logger=False, callbacks=[recorder, BadClipReport(), *progress_bars(cli)])
+    # Under Lightning's own handler of SIGTERM processes that wait for each other do so until they are killed.
+    ends = LambdaCallback(on_test_start=lambda trainer, module: SignalWatch().leave_at_once(trainer))
+    trainer = cli.instantiate_trainer(logger=False, callbacks=[recorder, BadClipReport(), ends, *progress_bars(cli)])
     subject = subject_of(trainer, config_of(name, module), cli.datamodule, name, dataset_facts(cli.datamodule))
     subject = replace(subject, chose_checkpoint=chose_checkpoint(subject))
     output = cli.config_init.evaluation.output
