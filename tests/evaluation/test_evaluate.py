@@ -11,10 +11,12 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
 import yaml
 from small import LABELS, NUM_FRAMES, complaint, files_of, motion_folder, tiny_export
+from transformers import VideoMAEConfig, VideoMAEForVideoClassification, VideoMAEVideoProcessor
 
 from vidprism_hf import VidPrismForVideoClassification, VidPrismVideoProcessor
 from vidprism_hf.cli import main
@@ -23,6 +25,8 @@ from vidprism_hf.data.transforms import test_views as crops_of
 from vidprism_hf.errors import UserError
 from vidprism_hf.evaluation.evaluate import evaluate, refresh_export
 from vidprism_hf.model import decode_video, segment_centers
+
+pytest_plugins = ["hub_server.fixtures"]
 
 ROOT = Path(__file__).parents[2]
 BROKEN = "val/shrinking/1.mp4"
@@ -211,6 +215,77 @@ def test_a_part_of_the_clips_is_not_for_the_card(export, source, tmp_path, capsy
     assert files_of(export) == before
 
 
+@pytest.fixture
+def our_hub(hub, tmp_path, monkeypatch):
+    """The one that models are loaded from."""
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    names = {"ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_CACHE": str(tmp_path / "cache")}
+    for name, value in (names | {"HF_HUB_OFFLINE": False}).items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    return hub
+
+
+def small_videomae(folder: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    config = VideoMAEConfig(
+        image_size=16,
+        patch_size=8,
+        num_frames=4,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        id2label=dict(enumerate(LABELS)),
+    )
+    VideoMAEForVideoClassification(config).save_pretrained(folder)
+    processor = VideoMAEVideoProcessor(size={"shortest_edge": 24}, crop_size={"height": 16, "width": 16})
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("make", [lambda folder, seed: tiny_export(folder, seed=seed), small_videomae])
+def test_a_revision_of_a_model_on_the_hub(make, source, our_hub, tmp_path, monkeypatch, capsys):
+    """Each commit has records of its own, which are those of the same model in a folder."""
+    monkeypatch.chdir(tmp_path)
+    folders = [make(tmp_path / name, seed) for seed, name in enumerate(("first", "second"))]
+    found = []
+    for folder in folders:
+        repository = our_hub.add_model("org/model", folder)
+        assert main(["evaluate", *arguments(folder, source, f"--evaluation.output={folder.name}-found")]) == 0
+        found.append(results(tmp_path / f"{folder.name}-found"))
+        assert (found[-1].pop("model"), found[-1].pop("commit")) == (str(folder), None)
+    assert found[0]["calibration"] != found[1]["calibration"]
+    newest = repository.commit("main")
+    first, second = newest.parent, newest.oid
+    capsys.readouterr()
+    for options, commit, expected in (
+        (["--revision", first], first, found[0]),
+        (["--revision=main"], second, found[1]),
+        ([], second, found[1]),
+    ):
+        assert main(["evaluate", *arguments("org/model", source, *options)]) == 0
+        assert f"org/model at {commit[:12]} on 4 of 5 held-out clips" in capsys.readouterr().out
+        (kept,) = Path("runs", f"org--model-{commit[:12]}", "evaluation").iterdir()
+        record = results(kept)
+        assert (record.pop("model"), record.pop("commit")) == ("org/model", commit)
+        assert record == expected
+    assert len(list(Path("runs").iterdir())) == 2  # the newest twice in the same place
+    output = f"--evaluation.output={kept}"
+    assert main(["evaluate", *arguments("org/model", source, output, "--revision", first)]) == 1
+    assert "evaluation.json: is that of another commit" in complaint(capsys)
+
+
+def test_a_revision_that_is_not_there(export, source, our_hub, capsys):
+    our_hub.add_model("org/model", export)
+    for name, options, said in (
+        ("org/model", ["--revision", "none"], "org/model at none: cannot be loaded ("),
+        ("org/model", ["--revision"], "--revision: is empty"),
+        (export, ["--revision", "main"], f"--revision main: {export} is a folder"),
+    ):
+        assert main(["evaluate", *arguments(name, source, *options)]) == 1
+        assert complaint(capsys).startswith(f"vidprism evaluate: {said}")
+
+
 def test_results_that_cannot_be_written(export, source, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(["evaluate", *arguments(export, source, f"--evaluation.output={tmp_path / 'file'}")]) == 1
@@ -220,7 +295,8 @@ def test_results_that_cannot_be_written(export, source, tmp_path, capsys):
 def test_help(capsys):
     assert main(["evaluate", "--help"]) == 0
     printed = capsys.readouterr().out
-    for words in ("V-JEPA 2", "--data.test_crops", "--evaluation.average_clips score|prob", "--trainer.devices"):
+    options = "--revision", "--data.test_crops", "--evaluation.average_clips score|prob", "--trainer.devices"
+    for words in ("V-JEPA 2", *options):
         assert words in printed
 
 
