@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -284,6 +285,18 @@ def test_a_revision_that_is_not_there(export, source, our_hub, capsys):
     ):
         assert main(["evaluate", *arguments(name, source, *options)]) == 1
         assert complaint(capsys).startswith(f"vidprism evaluate: {said}")
+
+
+def test_the_makefiles_folder_of_results(export, source, tmp_path, monkeypatch):
+    """OUT is the run's folder elsewhere; an evaluation makes no run."""
+    name, *settings = arguments(export, source)
+    monkeypatch.chdir(ROOT)
+    given = [f"MODEL={name}", f"OUT={tmp_path / 'the results'}", f"ARGS={shlex.join(settings)}"]
+    printed = subprocess.run(["make", "-n", "evaluate", *given], capture_output=True, text=True, check=True).stdout
+    command = shlex.split(printed.splitlines()[-1])
+    assert main(command[command.index("evaluate") :]) == 0
+    assert {path.name for path in (tmp_path / "the results").iterdir()} == {"evaluation.json", "confusion.png"}
+    assert results(tmp_path / "the results")["model"] == name
 
 
 def test_results_that_cannot_be_written(export, source, tmp_path, capsys):
