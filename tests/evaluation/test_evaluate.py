@@ -3,15 +3,21 @@
 import dataclasses
 import json
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
 import yaml
 from small import LABELS, NUM_FRAMES, complaint, files_of, motion_folder, tiny_export
+from transformers import VideoMAEConfig, VideoMAEForVideoClassification, VideoMAEVideoProcessor
 
 from vidprism_hf import VidPrismForVideoClassification, VidPrismVideoProcessor
 from vidprism_hf.cli import main
@@ -21,6 +27,9 @@ from vidprism_hf.errors import UserError
 from vidprism_hf.evaluation.evaluate import evaluate, refresh_export
 from vidprism_hf.model import decode_video, segment_centers
 
+pytest_plugins = ["hub_server.fixtures"]
+
+ROOT = Path(__file__).parents[2]
 BROKEN = "val/shrinking/1.mp4"
 
 
@@ -207,6 +216,89 @@ def test_a_part_of_the_clips_is_not_for_the_card(export, source, tmp_path, capsy
     assert files_of(export) == before
 
 
+@pytest.fixture
+def our_hub(hub, tmp_path, monkeypatch):
+    """The one that models are loaded from."""
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    names = {"ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_CACHE": str(tmp_path / "cache")}
+    for name, value in (names | {"HF_HUB_OFFLINE": False}).items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    return hub
+
+
+def small_videomae(folder: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    config = VideoMAEConfig(
+        image_size=16,
+        patch_size=8,
+        num_frames=4,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        id2label=dict(enumerate(LABELS)),
+    )
+    VideoMAEForVideoClassification(config).save_pretrained(folder)
+    processor = VideoMAEVideoProcessor(size={"shortest_edge": 24}, crop_size={"height": 16, "width": 16})
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("make", [lambda folder, seed: tiny_export(folder, seed=seed), small_videomae])
+def test_a_revision_of_a_model_on_the_hub(make, source, our_hub, tmp_path, monkeypatch, capsys):
+    """Each commit has records of its own, which are those of the same model in a folder."""
+    monkeypatch.chdir(tmp_path)
+    folders = [make(tmp_path / name, seed) for seed, name in enumerate(("first", "second"))]
+    found = []
+    for folder in folders:
+        repository = our_hub.add_model("org/model", folder)
+        assert main(["evaluate", *arguments(folder, source, f"--evaluation.output={folder.name}-found")]) == 0
+        found.append(results(tmp_path / f"{folder.name}-found"))
+        assert (found[-1].pop("model"), found[-1].pop("commit")) == (str(folder), None)
+    assert found[0]["calibration"] != found[1]["calibration"]
+    newest = repository.commit("main")
+    first, second = newest.parent, newest.oid
+    capsys.readouterr()
+    for options, commit, expected in (
+        (["--revision", first], first, found[0]),
+        (["--revision=main"], second, found[1]),
+        ([], second, found[1]),
+    ):
+        assert main(["evaluate", *arguments("org/model", source, *options)]) == 0
+        assert f"org/model at {commit[:12]} on 4 of 5 held-out clips" in capsys.readouterr().out
+        (kept,) = Path("runs", f"org--model-{commit[:12]}", "evaluation").iterdir()
+        record = results(kept)
+        assert (record.pop("model"), record.pop("commit")) == ("org/model", commit)
+        assert record == expected
+    assert len(list(Path("runs").iterdir())) == 2  # the newest twice in the same place
+    output = f"--evaluation.output={kept}"
+    assert main(["evaluate", *arguments("org/model", source, output, "--revision", first)]) == 1
+    assert "evaluation.json: is that of another commit" in complaint(capsys)
+
+
+def test_a_revision_that_is_not_there(export, source, our_hub, capsys):
+    our_hub.add_model("org/model", export)
+    for name, options, said in (
+        ("org/model", ["--revision", "none"], "org/model at none: cannot be loaded ("),
+        ("org/model", ["--revision"], "--revision: is empty"),
+        (export, ["--revision", "main"], f"--revision main: {export} is a folder"),
+    ):
+        assert main(["evaluate", *arguments(name, source, *options)]) == 1
+        assert complaint(capsys).startswith(f"vidprism evaluate: {said}")
+
+
+def test_the_makefiles_folder_of_results(export, source, tmp_path, monkeypatch):
+    """OUT is the run's folder elsewhere; an evaluation makes no run."""
+    name, *settings = arguments(export, source)
+    monkeypatch.chdir(ROOT)
+    given = [f"MODEL={name}", f"OUT={tmp_path / 'the results'}", f"ARGS={shlex.join(settings)}"]
+    printed = subprocess.run(["make", "-n", "evaluate", *given], capture_output=True, text=True, check=True).stdout
+    command = shlex.split(printed.splitlines()[-1])
+    assert main(command[command.index("evaluate") :]) == 0
+    assert {path.name for path in (tmp_path / "the results").iterdir()} == {"evaluation.json", "confusion.png"}
+    assert results(tmp_path / "the results")["model"] == name
+
+
 def test_results_that_cannot_be_written(export, source, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(["evaluate", *arguments(export, source, f"--evaluation.output={tmp_path / 'file'}")]) == 1
@@ -216,7 +308,8 @@ def test_results_that_cannot_be_written(export, source, tmp_path, capsys):
 def test_help(capsys):
     assert main(["evaluate", "--help"]) == 0
     printed = capsys.readouterr().out
-    for words in ("V-JEPA 2", "--data.test_crops", "--evaluation.average_clips score|prob", "--trainer.devices"):
+    options = "--revision", "--data.test_crops", "--evaluation.average_clips score|prob", "--trainer.devices"
+    for words in ("V-JEPA 2", *options):
         assert words in printed
 
 
@@ -229,7 +322,7 @@ def test_two_processes_with_uneven_shares_find_the_same(export, source, tmp_path
     command = [sys.executable, "-m", "vidprism_hf.cli", "evaluate", *two]
     done = subprocess.run(
         [*command, "--trainer.devices=2", "--trainer.strategy=ddp"],
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -240,3 +333,47 @@ def test_two_processes_with_uneven_shares_find_the_same(export, source, tmp_path
     assert done.stdout.count("on 4 of 5 held-out clips") == 1  # the first process alone prints
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
     assert results(tmp_path / "two")["protocol"]["frames"] == NUM_FRAMES
+
+
+@pytest.mark.slow
+def test_a_signal_ends_processes_that_wait_for_each_other(export, source, tmp_path):
+    """The first has come to the end of its share, the second to a clip that nobody goes on sending."""
+    root = shutil.copytree(source, tmp_path / "clips")
+    slow = root / "val" / "growing" / "1.mp4"
+    slow.unlink()
+    os.mkfifo(slow)
+    more = ("--data.num_workers=1", "--data.clip_time_limit=null", "--trainer.enable_progress_bar=true")
+    settings = arguments(export, root, *more)
+    command = [sys.executable, "-m", "vidprism_hf.cli", "evaluate", *settings]
+    with subprocess.Popen(
+        [*command, "--trainer.devices=2", "--trainer.strategy=ddp"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    ) as first:
+        try:
+            said = b""
+            while b"100%" not in said.rpartition(b"Testing")[2]:
+                said += (more := os.read(first.stdout.fileno(), 1 << 16))
+                assert more, said.decode()
+            sender = when_read(slow)
+            time.sleep(1)  # until the first one waits
+            os.killpg(first.pid, signal.SIGTERM)
+            first.communicate(timeout=60)  # until nobody can write to it: all processes have ended, loaders too
+            os.close(sender)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(first.pid, signal.SIGKILL)
+    assert first.returncode == -signal.SIGTERM
+    assert not list((tmp_path / "model").rglob("evaluation.json"))
+
+
+def when_read(pipe: Path) -> int:
+    """The end to write to of a pipe, as soon as somebody reads it."""
+    for _ in range(600):
+        with suppress(OSError):
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        time.sleep(0.1)
+    raise TimeoutError(pipe)

@@ -220,8 +220,10 @@ def test_one_of_the_hub(motion_clips, tmp_path):
         env["PYTHONPATH"] = str(Path(__file__).parents[2])
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    (found,) = (tmp_path / "runs" / "org--videomae-small" / "evaluation").glob("*/evaluation.json")
+    (found,) = (tmp_path / "runs").glob("org--videomae-small-*/evaluation/*/evaluation.json")
     one, two = (json.loads(path.read_text()) for path in (tmp_path / "local" / "evaluation.json", found))
     assert two.pop("model") == "org/videomae-small"
     assert one.pop("model") == str(folder)
+    assert found.parts[-4] == f"org--videomae-small-{two.pop('commit')[:12]}"
+    assert one.pop("commit") is None
     assert one == two

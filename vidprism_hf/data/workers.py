@@ -5,6 +5,8 @@ import signal
 import threading
 from multiprocessing import parent_process
 
+LOOK_SECONDS = 5.0  # between two looks at whether the training process is still there
+
 
 def shield_worker(worker_id: int) -> None:
     """Lets a loader process live on when its job is told to stop, as `worker_init_fn` of a DataLoader.
@@ -22,6 +24,7 @@ def shield_worker(worker_id: int) -> None:
 
 
 def _obey(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
+    started_by, told = os.getppid(), None
+    while os.getppid() == started_by and (told is None or told.si_pid != parent):
+        told = signal.sigtimedwait({signal.SIGTERM}, LOOK_SECONDS)
     os._exit(0)

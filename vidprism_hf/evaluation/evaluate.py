@@ -11,7 +11,9 @@ from pathlib import Path
 
 import lightning as L
 import yaml
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import StrictDataclassError
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities import rank_zero_only
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -27,6 +29,7 @@ from ..training.card_facts import dataset_facts
 from ..training.module import read_checkpoint_config
 from ..training.recipe import FinetuneCLI, parse, progress_bars
 from ..training.run_lock import lock_path, only_run
+from ..training.signals import SignalWatch
 from .labels import matched_labels
 from .other_models import OtherClassifier, load_other
 from .records import check_folder, evaluations_of, write_evaluation
@@ -39,6 +42,7 @@ USAGE = """usage: vidprism evaluate MODEL --config RECIPE [--key value]
 MODEL is an export, or any video classifier of transformers in a folder or on the Hub: VidPrism, VideoMAE, TimeSformer,
 ViViT, V-JEPA 2. Keys are those of `vidprism finetune --help`, among them
 
+  --revision REVISION                     branch, tag or commit of a model on the Hub (main)
   --model.num_frames N                    frames of a view, for a VidPrism without learned positions; else the model's
   --data.frame_stride N                   of each clip every Nth frame; without it frames are from the whole video
   --data.test_clips N                     clips of each video, from N places in time
@@ -49,6 +53,8 @@ ViViT, V-JEPA 2. Keys are those of `vidprism finetune --help`, among them
 
 VideoMAE, TimeSformer and ViViT were published with a stride on Kinetics-400: recipes/README.md has it and their views.
 """
+# What of an export evaluation reads.
+EXPORT_FILES = {"allow_patterns": ["*.json", "*.safetensors"], "ignore_patterns": ["*/*"]}
 DATA_KEYS = {"--config", "-c", "--data", "--data.source"}
 WHOLE_VIDEO = (
     "{}: frames are from the whole video (data.frame_stride is null), which may not be how it was trained; "
@@ -73,14 +79,17 @@ def evaluate(argv: list[str]) -> Evaluation | None:
         return None
     if not argv or argv[0].startswith("-"):
         raise UserError("name the model first, then --config RECIPE")
-    name, *rest = argv
+    name, (revision, rest) = argv[0], asked(argv[1:], "--revision")
     if not {word.partition("=")[0] for word in rest}.intersection(DATA_KEYS):
         raise UserError("name the clips: --config RECIPE (a run's own is its config.yaml), or --data.source CLIPS")
-    cli, module = prepare(name, rest)
+    config, commit = find(name, revision)
+    cli, module = prepare(name, config, commit, rest)
     recorder = ScoreRecorder(cli.config_init.evaluation.average_clips)
-    trainer = cli.instantiate_trainer(logger=False, callbacks=[recorder, BadClipReport(), *progress_bars(cli)])
-    subject = subject_of(trainer, config_of(name, module), cli.datamodule, name, dataset_facts(cli.datamodule))
-    subject = replace(subject, chose_checkpoint=chose_checkpoint(subject))
+    # Under Lightning's own handler of SIGTERM processes that wait for each other do so until they are killed.
+    ends = LambdaCallback(on_test_start=lambda trainer, module: SignalWatch().leave_at_once(trainer))
+    trainer = cli.instantiate_trainer(logger=False, callbacks=[recorder, BadClipReport(), ends, *progress_bars(cli)])
+    subject = subject_of(trainer, config_of(module), cli.datamodule, name, dataset_facts(cli.datamodule))
+    subject = replace(subject, commit=commit, chose_checkpoint=chose_checkpoint(subject))
     output = cli.config_init.evaluation.output
     rank_zero_only(check_folder)(subject, output)
     evaluation = evaluate_held_out(trainer, module, cli.datamodule, subject)
@@ -88,26 +97,64 @@ def evaluate(argv: list[str]) -> Evaluation | None:
     return evaluation
 
 
-def prepare(name: str, settings: list[str]) -> tuple[FinetuneCLI, L.LightningModule]:
+def asked(settings: list[str], option: str) -> tuple[str | None, list[str]]:
+    """The value that the command line itself gives an option, empty where it has none, and the rest of the line."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(option, nargs="?", const="", dest="value")
+    found, others = parser.parse_known_args(settings)
+    return found.value, others
+
+
+def find(name: str, revision: str | None) -> tuple[PreTrainedConfig, str | None]:
+    """The configuration of a model, and of one on the Hub the commit that a revision is at.
+
+    Raises:
+        UserError: If there is no such model, or revision of it.
+    """
+    if revision == "":
+        raise UserError("--revision: is empty; name a branch, tag or commit, or leave it out")
+    if os.path.isdir(name) and revision is not None:
+        raise UserError(f"--revision {revision}: {name} is a folder, which has none; leave it out")
+    commit, unknown = None, None
+    if not os.path.isdir(name):
+        try:
+            commit = HfApi().resolve_revision(name, revision=revision).resolved
+        except Exception as error:  # to load the model fails, too, and tells more of the cause
+            unknown = error
+    place = name if revision is None else f"{name} at {revision}"
+    try:
+        config = AutoConfig.from_pretrained(name, revision=commit or revision, trust_remote_code=False)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise UserError(f"{place}: cannot be loaded ({why_not_loaded(name, error)})") from error
+    if unknown is not None:
+        raise UserError(f"{place}: cannot be loaded ({first_line(unknown)})") from unknown
+    return config, commit
+
+
+def prepare(
+    name: str, config: PreTrainedConfig, commit: str | None, settings: list[str]
+) -> tuple[FinetuneCLI, L.LightningModule]:
     """The data of a recipe, with the processor of a model, and the module that tests it.
+
+    Args:
+        name: Of the model.
+        config: Its configuration.
+        commit: Of a model on the Hub.
+        settings: What the command line says beside it.
 
     Raises:
         UserError: If the model cannot be loaded, or its labels are not the data's.
     """
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise UserError(f"{name}: cannot be loaded ({why_not_loaded(name, error)})") from error
     # The model brings its configuration. The recipe's number of frames is for training; one that is typed is for this.
-    asked = asked_frames(settings)
-    own = {"model.checkpoint": name, "model.config": "null"}
+    frames, _ = asked(settings, "--model.num_frames")
     if isinstance(config, VidPrismConfig):
-        cli = parse([*settings, *arguments(own if asked else own | {"model.num_frames": config.num_frames})])
+        own = {"model.checkpoint": fetched(name, commit) if commit else name, "model.config": "null"}
+        cli = parse([*settings, *arguments(own if frames else own | {"model.num_frames": config.num_frames})])
         return cli, cli.model
-    model, processor = load_other(name, config)
-    if asked and asked != str(processor.num_frames):
-        raise UserError(f"model.num_frames={asked}: {name} takes {processor.num_frames} frames; leave it out")
-    own |= {"model.checkpoint": "null", "model.backbone": "tiny", "data.feature_cache": "null"}
+    model, processor = load_other(name, config, commit)
+    if frames and frames != str(processor.num_frames):
+        raise UserError(f"model.num_frames={frames}: {name} takes {processor.num_frames} frames; leave it out")
+    own = {"model.checkpoint": "null", "model.config": "null", "model.backbone": "tiny", "data.feature_cache": "null"}
     cli = parse([*settings, *arguments(own | {"model.num_frames": processor.num_frames})])
     cli.datamodule.video_processor = processor
     order = matched_labels(name, config.id2label, cli.datamodule.id2label)
@@ -116,11 +163,16 @@ def prepare(name: str, settings: list[str]) -> tuple[FinetuneCLI, L.LightningMod
     return cli, OtherClassifier(model, order)
 
 
-def asked_frames(settings: list[str]) -> str | None:
-    """The number of frames that the command line itself asks for."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--model.num_frames", nargs="?", dest="asked")
-    return parser.parse_known_args(settings)[0].asked
+def fetched(name: str, commit: str) -> str:
+    """The folder of an export on the Hub at a commit: what trains knows no revisions.
+
+    Raises:
+        UserError: If it cannot be fetched.
+    """
+    try:
+        return snapshot_download(name, revision=commit, **EXPORT_FILES)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} at {commit}: cannot be loaded ({first_line(error)})") from error
 
 
 def arguments(values: dict[str, object]) -> list[str]:
@@ -128,11 +180,11 @@ def arguments(values: dict[str, object]) -> list[str]:
     return [f"--{name}={value}" for name, value in values.items()]
 
 
-def config_of(name: str, module: L.LightningModule) -> PreTrainedConfig:
+def config_of(module: L.LightningModule) -> PreTrainedConfig:
     """The configuration of the model that a module tests, which may not have built it yet."""
     if module.model is not None:
         return module.model.config
-    config = read_checkpoint_config(name)
+    config = read_checkpoint_config(module.hparams.checkpoint)
     config.num_frames = module.hparams.num_frames
     return config
 
@@ -158,7 +210,7 @@ def keep_and_tell(evaluation: Evaluation, output: str | None) -> None:
     if evaluation.unreadable:
         print(bad_clip_table(evaluation.unreadable))
     print_evaluation(evaluation)
-    with only_run(Path(output) if output else evaluations_of(evaluation.model)):
+    with only_run(Path(output) if output else evaluations_of(evaluation)):
         folder = write_evaluation(evaluation, output)
     print(f"\nWritten to {folder}")
     export = Path(evaluation.model)

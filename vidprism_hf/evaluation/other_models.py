@@ -98,17 +98,25 @@ class OtherClassifier(L.LightningModule):
         return {"logits": logits[:, self.order].unflatten(0, (-1, views.shape[1]))}
 
 
-def load_other(name: str, config: PreTrainedConfig) -> tuple[PreTrainedModel, OtherProcessor]:
+def load_other(
+    name: str, config: PreTrainedConfig, revision: str | None = None
+) -> tuple[PreTrainedModel, OtherProcessor]:
     """Loads a classifier of transformers, in float32, and its processor. No code of the repository is run.
+
+    Args:
+        name: Folder or Hub id.
+        config: Its configuration.
+        revision: Branch, tag or commit on the Hub; main if None.
 
     Raises:
         UserError: If it is none, cannot be loaded, or some of its weights are not there.
     """
     frames = frames_of(name, config)
     try:
-        settings = {"config": config, "dtype": torch.float32, "trust_remote_code": False}
+        where = {"revision": revision, "trust_remote_code": False}
+        settings = {"config": config, "dtype": torch.float32, **where}
         model, info = AutoModelForVideoClassification.from_pretrained(name, output_loading_info=True, **settings)
-        processor = OtherProcessor(AutoVideoProcessor.from_pretrained(name, trust_remote_code=False), frames)
+        processor = OtherProcessor(AutoVideoProcessor.from_pretrained(name, **where), frames)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, StrictDataclassError, SafetensorError) as error:
         raise UserError(f"{name}: cannot be evaluated ({why_not_loaded(name, error)})") from error
     if missing := sorted(info["missing_keys"]):

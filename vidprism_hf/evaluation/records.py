@@ -11,19 +11,20 @@ from typing import Any
 from ..data.clip_contents import write_whole
 from ..errors import UserError
 from .figures import confusion_matrix
-from .report import Evaluation, Subject
+from .report import SHORT, Evaluation, Subject
 
 RESULTS, CONFUSION = "evaluation.json", "confusion.png"
 ELSEWHERE = "name another folder by --evaluation.output"
 
 
-def evaluations_of(model: str) -> Path:
+def evaluations_of(subject: Subject) -> Path:
     """Where evaluations of a model are kept: in `evaluation/` beside its folder, there below its name unless that is
-    `export`, as the one of a run is called; of an id of the Hub below runs/.
+    `export`, as the one of a run is called; of a commit of one on the Hub below runs/.
     """
-    if not os.path.isdir(model):
-        return Path("runs") / model.replace("/", "--") / "evaluation"
-    folder = Path(model)
+    if not os.path.isdir(subject.model):
+        commit = f"-{subject.commit[:SHORT]}" if subject.commit else ""
+        return Path("runs") / (subject.model.replace("/", "--") + commit) / "evaluation"
+    folder = Path(subject.model)
     if folder.name in ("", ".."):  # `.`, too
         folder = folder.resolve()
     kept = folder.parent / "evaluation"
@@ -36,7 +37,7 @@ def check_folder(subject: Subject, output: str | None) -> None:
     Raises:
         UserError: If the folder cannot be written, or holds another evaluation.
     """
-    folder = Path(output) if output else evaluations_of(subject.model)
+    folder = Path(output) if output else evaluations_of(subject)
     if output:
         refuse_other(folder, subject.about)
     try:
@@ -61,7 +62,7 @@ def write_evaluation(evaluation: Evaluation, output: str | None = None) -> Path:
     Raises:
         UserError: If the folder cannot be written, or `output` holds another evaluation.
     """
-    folder = Path(output) if output else evaluations_of(evaluation.model) / evaluation.folder_name
+    folder = Path(output) if output else evaluations_of(evaluation) / evaluation.folder_name
     about, clips = evaluation.about, evaluation.evaluated
     if output:
         refuse_other(folder, about, clips)

@@ -23,6 +23,7 @@ from .scores import AverageClips
 MOST_CLASSES = 20  # on the terminal; of more the worst are shown
 MOST_COLUMNS = 160  # of the terminal
 MOST_MISSING = 3  # names on the terminal
+SHORT = 12  # digits of a commit
 DIGITS = 6  # a share's; what is beyond them differs between processes
 PACKAGES = ("vidprism_hf", "torch", "transformers")
 FULL_PRECISION = "32-true"
@@ -81,6 +82,7 @@ class Subject:
 
     Attributes:
         model: Folder or Hub id.
+        commit: Of a model on the Hub; None of a folder.
         dataset: Its name.
         dataset_id: The dataset's id on the Hub, if it has one.
         split: How the clips were held out, in a phrase.
@@ -94,6 +96,7 @@ class Subject:
     """
 
     model: str
+    commit: str | None = None
     dataset: str
     dataset_id: str | None = None
     split: str
@@ -106,6 +109,11 @@ class Subject:
     chose_checkpoint: bool = False
 
     @property
+    def title(self) -> str:
+        """What is evaluated, in a phrase."""
+        return f"{self.model} at {self.commit[:SHORT]}" if self.commit else self.model
+
+    @property
     def conditions(self) -> str:
         """What figures must have in common to be compared, in a phrase."""
         return f"{self.protocol}; {self.split}"
@@ -116,6 +124,7 @@ class Subject:
         dataset = {"name": self.dataset, "id": self.dataset_id, "split": self.split, "sha256": self.sha256}
         return {
             "model": self.model,
+            "commit": self.commit,
             "dataset": dataset,
             "protocol": {**vars(self.protocol), "text": str(self.protocol)},
         }
@@ -266,7 +275,7 @@ def rounded(value: Any) -> Any:
 
 def print_evaluation(evaluation: Evaluation) -> None:
     """Prints what a person wants to know of it."""
-    print(f"{evaluation.model} on {evaluation.counts.phrase('held-out clips')} of {printable(evaluation.dataset)}")
+    print(f"{evaluation.title} on {evaluation.counts.phrase('held-out clips')} of {printable(evaluation.dataset)}")
     print(f"{evaluation.protocol}; {printable(evaluation.split)}")
     for sentence in evaluation.caveats:
         print(sentence)

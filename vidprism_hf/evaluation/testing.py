@@ -24,7 +24,7 @@ class EvaluationSettings:
     Args:
         average_clips: What is averaged over the views of a clip: score, the logits, or prob, the probabilities.
         output: Folder that evaluate writes evaluation.json and confusion.png into; null is one below evaluation/
-            beside the model's folder, or below runs/ for an id of the Hub.
+            beside the model's folder, or below runs/ for a model on the Hub.
     """
 
     average_clips: AverageClips = "score"
