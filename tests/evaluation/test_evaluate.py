@@ -259,18 +259,21 @@ def test_a_revision_of_a_model_on_the_hub(make, source, our_hub, tmp_path, monke
     newest = repository.commit("main")
     first, second = newest.parent, newest.oid
     capsys.readouterr()
-    for options, commit, expected in (
-        (["--revision", first], first, found[0]),
-        (["--revision=main"], second, found[1]),
-        ([], second, found[1]),
+    for options, commit, expected, offline in (
+        (["--revision", first], first, found[0], False),
+        (["--revision=main"], second, found[1], False),
+        ([], second, found[1], False),
+        (["--revision", first], first, found[0], True),  # from the cache, as on a node without a network
+        ([], second, found[1], True),
     ):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
         assert main(["evaluate", *arguments("org/model", source, *options)]) == 0
         assert f"org/model at {commit[:12]} on 4 of 5 held-out clips" in capsys.readouterr().out
         (kept,) = Path("runs", f"org--model-{commit[:12]}", "evaluation").iterdir()
         record = results(kept)
         assert (record.pop("model"), record.pop("commit")) == ("org/model", commit)
         assert record == expected
-    assert len(list(Path("runs").iterdir())) == 2  # the newest twice in the same place
+    assert len(list(Path("runs").iterdir())) == 2  # the same commit in the same place
     output = f"--evaluation.output={kept}"
     assert main(["evaluate", *arguments("org/model", source, output, "--revision", first)]) == 1
     assert "evaluation.json: is that of another commit" in complaint(capsys)

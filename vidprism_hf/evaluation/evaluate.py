@@ -11,11 +11,12 @@ from pathlib import Path
 
 import lightning as L
 import yaml
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities import rank_zero_only
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import CONFIG_NAME
 
 from ..data.bad_clips import bad_clip_table
 from ..data.ranks import print_once
@@ -117,9 +118,9 @@ def find(name: str, revision: str | None) -> tuple[PreTrainedConfig, str | None]
         raise UserError(f"--revision {revision}: {name} is a folder, which has none; leave it out")
     commit, unknown = None, None
     if not os.path.isdir(name):
-        try:
-            commit = HfApi().resolve_revision(name, revision=revision).resolved
-        except Exception as error:  # to load the model fails, too, and tells more of the cause
+        try:  # the cache keeps files below their commit, which is known without a network, too
+            commit = Path(hf_hub_download(name, CONFIG_NAME, revision=revision)).parent.name
+        except (OSError, ValueError) as error:  # to load the model fails, too, and tells more of the cause
             unknown = error
     place = name if revision is None else f"{name} at {revision}"
     try:
