@@ -36,7 +36,6 @@ GRIDS: dict[str, Rows] = {
         "width 64": {"hidden_size": 64},
         "the tower's width": {"hidden_size": None},
         "the paper's head": PAPER,
-        "the paper's head at the tower's width": PAPER | {"hidden_size": None},
         "the paper's head, features as they are, random residual branches": PAPER
         | {"feature_norm": "none", "zero_init_residual": False},
     },
@@ -46,8 +45,6 @@ GRIDS: dict[str, Rows] = {
         "learning rate 3e-4": {"learning_rate": 3e-4},
         "label smoothing 0.1": {"label_smoothing": 0.1},
         "the tower's width, learning rate 3e-4": {"hidden_size": None, "learning_rate": 3e-4},
-        "the paper's head at the tower's width, learning rate 3e-4": PAPER
-        | {"hidden_size": None, "learning_rate": 3e-4},
     },
     # The paper's tables.
     "experts": {
