@@ -4,6 +4,7 @@ import csv
 import gc
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,8 @@ from vidprism_hf.model.temporal_vidprism import VidPrismFeatureWhitening
 from vidprism_hf.training.module import check_config
 
 RECIPE = yaml.safe_load((Path(__file__).parents[2] / "recipes/ablations/head.yaml").read_text())["model"]["config"]
-KEPT = ("--model.freeze_backbone=true", "--data.train_views=1", "--data.val_fraction=0.5")
+KEPT = ("--model.freeze_backbone=true", "--data.train_views=1")
+OWN_SPLIT = "--data.val_fraction=0.5"
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +87,15 @@ def test_a_sweep_goes_on_where_it_was_stopped(sweep, tmp_path, capsys):
     assert len(lines) == 15
     assert {cell["key"]: cell["right"] for cell in again} == before
 
-    for other in ("--trainer.max_epochs=1", "--trainer.precision=bf16-mixed"):  # another training, other features
+    # Another training, of which a probe has nothing; other features; and what no head has anything of.
+    others = {"--trainer.max_epochs=1": 8, "--trainer.precision=bf16-mixed": 10, "--model.layer_decay=0.5": 0}
+    for other, missing in others.items():
         assert sweep(tmp_path, other) == 0
-        assert "10 cells, 10 to train" in capsys.readouterr().out
+        assert f"10 cells, {missing} to train" in capsys.readouterr().out
 
 
 def test_baselines_and_the_sources_own_split(sweep, tmp_path):
-    assert sweep(tmp_path, grid=("baselines",), folds=()) == 0
+    assert sweep(tmp_path, OWN_SPLIT, grid=("baselines",), folds=()) == 0
     rows = table(tmp_path)
     assert [row for _, row in rows] == list(GRIDS["baselines"])
     sizes = {row: int(values["parameters"]) for (_, row), values in rows.items()}
@@ -102,7 +106,7 @@ def test_baselines_and_the_sources_own_split(sweep, tmp_path):
 
 def test_a_folds_list_is_one_of_finetunes(sweep, source, tmp_path):
     assert sweep(tmp_path / "sweep", grid=("position",), folds=("--groups=^([0-9])",)) == 0
-    listing = tmp_path / "sweep" / "folds" / "3.txt"
+    (listing,) = (tmp_path / "sweep" / "folds").glob("*/3.txt")
     assert listing.read_text() == "growing/3.mp4\nshrinking/3.mp4\n"
     run = run_arguments(source, tmp_path / "run", "--trainer.max_epochs=1", f"--data.val_list={listing}")
     assert main(run) == 0
@@ -114,6 +118,8 @@ def test_a_folds_list_is_one_of_finetunes(sweep, source, tmp_path):
         (("--data.feature_cache=null",), "data.feature_cache: name a folder for the features"),
         (("--model.ema_decay=0.9",), "model.ema_decay: is nothing for an ablation"),
         (("--groups=^(.)",), "--folds, --groups: give one of them"),
+        ((OWN_SPLIT,), "data.val_fraction: --folds and --groups say what is held out"),
+        (("--trainer.max_epochs=0",), "trainer.max_epochs=0: nothing would be trained"),
         (("--folds=9",), "--folds 9: a class has 4 clips"),
         (("--seeds=0",), "--seeds 0: must be at least 1"),
         (("--data.shots=2",), "data.shots: is nothing for an ablation"),
@@ -175,7 +181,36 @@ def test_a_clip_that_cannot_be_decoded(tmp_path, capsys):
     (clips / "growing" / "1.mp4").write_bytes(b"no video")
     settings = (*KEPT, f"--data.feature_cache={tmp_path / 'cache'}")
     assert main(["ablate", "--folds=2", *run_arguments(clips, tmp_path / "out", *settings)[1:]]) == 1
-    assert "growing/1.mp4: cannot be decoded" in complaint(capsys)
+    assert "growing/1.mp4: cannot be decoded, as 1 of 8 clips" in complaint(capsys)
+
+
+def test_clips_that_have_changed(source, tmp_path, capsys):
+    clips = shutil.copytree(source, tmp_path / "clips")
+    arguments = run_arguments(clips, tmp_path / "out", *KEPT, f"--data.feature_cache={tmp_path / 'cache'}")[1:]
+    for expected in (6, 0):
+        assert main(["ablate", "--grid", "position", "--seeds=1", "--folds=2", *arguments]) == 0
+        assert f"6 cells, {expected} to train" in capsys.readouterr().out
+    shutil.copy(clips / "shrinking" / "0.mp4", clips / "growing" / "0.mp4")
+    assert main(["ablate", "--grid", "position", "--seeds=1", "--folds=2", *arguments]) == 0
+    assert "6 cells, 6 to train" in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_with_a_whole_cell(sweep, tmp_path, capsys, monkeypatch):
+    train = ablation_sweep.Sweep._train
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return train(*arguments)
+
+    monkeypatch.setattr(ablation_sweep.Sweep, "_train", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        sweep(tmp_path, grid=("position",))
+    assert stopped.value.code == 130
+    assert "Stopped with 1 of 6 cells: the same command goes on" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert sweep(tmp_path, "--report", grid=("position",)) == 1
+    assert sweep(tmp_path, grid=("position",)) == 0
+    assert "6 cells, 5 to train" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("grid", GRIDS)

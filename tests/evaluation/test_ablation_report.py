@@ -7,8 +7,9 @@ import statistics
 
 import pytest
 
+from vidprism_hf.errors import UserError
 from vidprism_hf.evaluation.ablation_cells import Cell
-from vidprism_hf.evaluation.ablation_report import Estimate, markdown, summarise, table_csv, write_report
+from vidprism_hf.evaluation.ablation_report import markdown, summarise, table_csv, write_report
 from vidprism_hf.evaluation.intervals import student_interval
 
 
@@ -33,9 +34,11 @@ def test_means_and_intervals():
     assert base.top1.low == pytest.approx(max(0.0, base.top1.mean - half))
     assert base.top1.high == 1.0  # an accuracy is at most that
     assert base.seed_deviation == pytest.approx(statistics.stdev([2.3 / 3, 2.5 / 3]))
-    assert base.over_recipe == Estimate(0, 0, 0)
+    assert base.over_recipe.mean == 0
+    assert math.isnan(base.over_recipe.low)  # folds that are all the same tell no interval
     # One clip in ten more in every fold: how hard the folds are does not matter.
-    assert (other.over_recipe.mean, other.over_recipe.low) == pytest.approx((0.1, 0.1))
+    assert other.over_recipe.mean == pytest.approx(0.1)
+    assert math.isnan(other.over_recipe.low)
     # The probe has 6, 8, 9 of ten: seeds' means are one clip and none above it.
     differences = [0.1, 0.0, 0.0]
     half = 4.303 * statistics.stdev(differences) * math.sqrt(1 / 3 + 1 / 2)
@@ -52,10 +55,17 @@ def test_rows_are_compared_on_the_seeds_that_both_have():
     assert result.over_recipe.mean == pytest.approx(0.1)
     # A probe has nothing random: it stands beside the recipe's mean.
     (probe,) = summarise({("g", "probe"): PROBE}, REFERENCE, PROBE)
-    assert (probe.seeds, probe.seed_deviation) == (1, 0)
+    assert probe.seeds == 1
+    assert math.isnan(probe.seed_deviation)
     assert probe.over_recipe.mean == pytest.approx(2.3 / 3 - statistics.fmean([0.7, 0.8, 0.9]))
-    assert probe.over_probe == Estimate(0, 0, 0)
-    assert summarise({("g", "row"): {7: OTHER[1]}}, REFERENCE, PROBE) == []
+    assert probe.over_probe.mean == 0
+    with pytest.raises(UserError, match="no row of these grids"):
+        summarise({("g", "row"): {7: OTHER[1]}}, REFERENCE, PROBE)
+
+
+def test_nothing_but_the_recipe():
+    with pytest.raises(UserError, match="no row of these grids"):
+        summarise({("g", "as it is"): REFERENCE, ("h", "as it is"): REFERENCE}, REFERENCE, PROBE)
 
 
 def test_a_single_fold_has_no_paired_interval():
@@ -64,19 +74,20 @@ def test_a_single_fold_has_no_paired_interval():
     assert result.over_recipe.mean == pytest.approx(0.1)
     assert math.isnan(result.over_recipe.low)
     assert math.isnan(result.over_probe.mean)  # it has no cells
-    assert result.seed_deviation == 0
+    assert math.isnan(result.seed_deviation)
 
 
 def test_the_table_and_its_files(tmp_path):
     results = summarise({("h", "as it is"): REFERENCE, ("h", "other"): OTHER, ("i", "alone"): OTHER}, REFERENCE, PROBE)
     text = markdown(results, "What was trained.")
-    assert "|  | other | 2 | 0.00 M | 90.0 |" in text
-    assert "| +10.0 | +10.0 to +10.0 | +13.3 |" in text
+    assert "|  | other | 2 | 1,000 | 90.0 |" in text
+    assert "| +10.0 |  | +13.3 |" in text
     assert "alone" not in text  # nothing stands beside it in its grid
     rows = list(csv.DictReader(io.StringIO(table_csv(results))))
     for estimate in ("top1", "over_recipe", "over_probe"):
         for column, name in ((estimate, "mean"), (f"{estimate}_low", "low"), (f"{estimate}_high", "high")):
-            assert [float(row[column]) for row in rows] == [getattr(getattr(r, estimate), name) for r in results]
+            values = [getattr(getattr(result, estimate), name) for result in results]
+            assert [float(row[column]) for row in rows] == pytest.approx(values, nan_ok=True)
     assert "nan" not in markdown(summarise({("g", "row"): cells((6,))}, cells((5,)), {}), "What was trained.")
     paths = write_report(results, "What was trained.", tmp_path)
     assert [path.name for path in paths] == ["ablations.md", "ablations.csv", "ablations.png"]

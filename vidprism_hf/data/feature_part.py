@@ -36,18 +36,21 @@ class CachedClips(ClipDataset):
         places: Shard and row for each view and clip, (views, N, 2).
         blank: Features of a clip of zeros.
         causes: Why clips are bad, by index; they have no places.
+        digest: The hash of all that the features follow from: tower, precision, processor, views, clips in order.
     """
 
     def __init__(
-        self, clips: ClipDataset, shards: ShardFolder, places: np.ndarray, blank: torch.Tensor, causes: dict[int, str]
+        self,
+        clips: ClipDataset,
+        shards: ShardFolder,
+        places: np.ndarray,
+        blank: torch.Tensor,
+        causes: dict[int, str],
+        digest: str,
     ):
         super().__init__(clips.table, clips.reader, clips.train_views, clips.training)
         self._shards, self._places, self._blank, self._causes = shards, places, blank, causes
-
-    @property
-    def features(self) -> str:
-        """A name of all that features follow from beside the clip: tower, precision, processor, frames, view."""
-        return self._shards.folder.name
+        self.digest = digest
 
     def __getitem__(self, key: int | tuple) -> dict[str, Any]:
         item = super().__getitem__(key)
@@ -137,7 +140,8 @@ class Part:
         for index, keys in enumerate(self.keys):
             if index not in self.causes:
                 places[:, index] = [self.places[key] for key in keys]
-        return CachedClips(self.clips, self.shards, places, self.shards.row(*self.places[BLANK]), self.causes)
+        blank, digest = self.shards.row(*self.places[BLANK]), row_hash(self.shards.folder.name, self.keys)
+        return CachedClips(self.clips, self.shards, places, blank, self.causes, digest)
 
 
 def row_hash(*parts: object) -> str:

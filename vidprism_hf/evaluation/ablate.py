@@ -10,8 +10,9 @@ import os
 import warnings
 from pathlib import Path
 
+from ..data.tables import DataError
 from ..errors import UserError
-from ..training.recipe import FinetuneCLI, parse
+from ..training.recipe import FinetuneCLI, check_length, parse
 from .ablation_grids import GRIDS, grid_rows
 from .ablation_report import summarise, write_report
 from .ablation_sweep import OF_TRAINER, Sweep
@@ -49,21 +50,24 @@ def main(argv: list[str]) -> int:
     # A cell takes seconds: what Lightning has to say of each trainer would be all there is to read.
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\.")
-    cli = parse(recipe)
+    cli = _parse_recipe(recipe, options.folds is not None or options.groups is not None)
     check_recipe(cli)
     output = Path(cli.config.output)
     try:
         sweep = Sweep(cli, output, options.folds, options.groups)
-        rows = grid_rows(options.grid)
-        seeds = range(options.seeds)
+        grids, seeds = grid_rows(options.grid), range(options.seeds)
+        rows = [*REFERENCES, *grids]
         if not options.report:
-            sweep.run([*REFERENCES, *rows], seeds)
-        cells = {(grid, name): sweep.of_row(changes, seeds) for grid, name, changes in rows}
+            sweep.run(rows, seeds)
+        cells = {(grid, name): sweep.of_row(changes, seeds) for grid, name, changes in grids}
         results = summarise(cells, *(sweep.of_row(changes, seeds) for _, _, changes in REFERENCES))
-        for path in write_report(results, sweep.about(options), output):
+        for path in write_report(results, sweep.about(options, rows, seeds), output):
             print(f"Written to {path}")
     except OSError as error:
-        raise UserError(f"output {output}: cannot be written ({error.strerror}); choose another folder") from error
+        place, reason = error.filename or f"output {output}", error.strerror or error
+        raise UserError(
+            f"{place}: cannot be read or written ({reason}); see to it, or choose another output"
+        ) from error
     return 0
 
 
@@ -88,6 +92,19 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, recipe
 
 
+def _parse_recipe(recipe: list[str], own_folds: bool) -> FinetuneCLI:
+    """Data and model of a recipe; one whose clips a sweep holds out itself needs no rule of its own."""
+    if not own_folds:
+        return parse(recipe)
+    if typed := next((word for word in recipe if word.startswith("--data.val_")), None):
+        raise UserError(f"{typed.partition('=')[0][2:]}: --folds and --groups say what is held out; remove it")
+    no_rule = ("--data.val_list=null", "--data.val_pattern=null", "--data.val_fraction=0.5")  # one that nothing follows
+    try:
+        return parse([*recipe, *no_rule])
+    except DataError as error:
+        raise DataError(f"{error} (--folds and --groups take a folder with a folder for each class)") from error
+
+
 def check_recipe(cli: FinetuneCLI) -> None:
     """Looks whether a recipe trains a head from kept features.
 
@@ -100,6 +117,7 @@ def check_recipe(cli: FinetuneCLI) -> None:
     for name in ("checkpoint", "ema_decay", "reference_batch_size"):
         if cli.config.model[name] is not None:
             raise UserError(f"model.{name}: is nothing for an ablation, which trains heads anew; remove it")
+    check_length(cli.config.trainer)
     if data.shots is not None:
         raise UserError("data.shots: is nothing for an ablation, whose folds take all clips; remove it")
     if cli.config.resume != defaults.resume:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..data.clip_contents import write_whole
@@ -29,7 +28,7 @@ from .intervals import student_interval, wilson_interval
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over folds with its 95 % interval; not a number where there is none."""
+    """A mean over folds with its 95 % interval; not a number where there is none, as of folds that are all the same."""
 
     mean: float = math.nan
     low: float = math.nan
@@ -46,7 +45,8 @@ class Result:
         seeds: How many are complete.
         parameters: Numbers that its head learns.
         top1: Accuracy.
-        seed_deviation: Standard deviation over seeds of the accuracy over all folds; 0 for one seed, as probes have.
+        seed_deviation: Standard deviation over seeds of the accuracy over all folds; not a number for one seed, as
+            probes have.
         over_recipe: Accuracy above that of the recipe.
         over_probe: Accuracy above that of the linear probe of the mean frame.
         seconds: Median of a cell.
@@ -72,7 +72,7 @@ def summarise(sweep: dict[tuple[str, str], Cells], recipe: Cells, probe: Cells) 
         probe: Those of the linear probe of the mean frame.
 
     Raises:
-        UserError: If there are none of the recipe.
+        UserError: If there are none of the recipe, or no row beside it.
     """
     if not recipe:
         raise UserError("cells.jsonl: not all folds of the recipe itself are there; run the sweep without --report")
@@ -82,7 +82,10 @@ def summarise(sweep: dict[tuple[str, str], Cells], recipe: Cells, probe: Cells) 
         if not math.isnan((over_recipe := _difference(cells, recipe)).mean)
     ]
     rows = Counter(result.grid for result in results)
-    return [result for result in results if rows[result.grid] > 1 or len(rows) == 1]
+    results = [result for result in results if rows[result.grid] > 1 or len(rows) == 1]
+    if not results:
+        raise UserError("cells.jsonl: no row of these grids is there as a whole; run the sweep without --report")
+    return results
 
 
 def _result(grid: str, row: str, cells: Cells, over_recipe: Estimate, over_probe: Estimate) -> Result:
@@ -99,7 +102,7 @@ def _result(grid: str, row: str, cells: Cells, over_recipe: Estimate, over_probe
         len(cells),
         first[0].parameters,
         Estimate(top1.mean, max(0.0, top1.low), min(1.0, top1.high)),
-        statistics.stdev(seeds) if len(seeds) > 1 else 0.0,
+        statistics.stdev(seeds) if len(seeds) > 1 else math.nan,
         over_recipe,
         over_probe,
         statistics.median(cell.seconds for of_seed in cells.values() for cell in of_seed),
@@ -119,7 +122,9 @@ def _difference(cells: Cells, others: Cells) -> Estimate:
 
 def _estimate(folds: Sequence[float]) -> Estimate:
     mean = statistics.fmean(folds)
-    return Estimate(mean, *student_interval(folds, 1 / (len(folds) - 1))) if len(folds) > 1 else Estimate(mean)
+    if max(folds) - min(folds) < 1e-9:
+        return Estimate(mean)
+    return Estimate(mean, *student_interval(folds, 1 / (len(folds) - 1)))
 
 
 def _by_fold(cells: list[list[Cell]]) -> list[float]:
@@ -161,19 +166,21 @@ def markdown(results: Sequence[Result], about: str) -> str:
     for result in results:
         grid = result.grid if result.grid != before else ""
         before = result.grid
+        over_recipe, over_probe = (_points(estimate, "+") for estimate in (result.over_recipe, result.over_probe))
+        spread = "" if math.isnan(result.seed_deviation) else f"± {100 * result.seed_deviation:.1f}"
         lines.append(
-            f"| {grid} | {result.row} | {result.seeds} | {result.parameters / 1e6:.2f} M | "
-            f"{100 * result.top1.mean:.1f} | {100 * result.top1.low:.1f} to {100 * result.top1.high:.1f} | "
-            f"± {100 * result.seed_deviation:.1f} | {_points(result.over_recipe)} | {_points(result.over_probe)} |"
+            f"| {grid} | {result.row} | {result.seeds} | {result.parameters:,} | {_points(result.top1)} | {spread} | "
+            f"{over_recipe} | {over_probe} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def _points(difference: Estimate) -> str:
-    """Two columns: a difference in points, and its interval unless it is that of a row to itself."""
-    low, high = difference.low, difference.high
-    mean = "" if math.isnan(difference.mean) else f"{100 * difference.mean:+.1f}"
-    return f"{mean} | " + ("" if math.isnan(low) or low == high == 0 else f"{100 * low:+.1f} to {100 * high:+.1f}")
+def _points(estimate: Estimate, sign: str = "") -> str:
+    """Two columns: a mean in points, and its interval."""
+    mean, low, high = (
+        "" if math.isnan(share) else f"{round(100 * share, 1) + 0.0:{sign}.1f}" for share in vars(estimate).values()
+    )
+    return f"{mean} | {low} to {high}" if low else f"{mean} | "
 
 
 def table_csv(results: Sequence[Result]) -> str:
@@ -198,30 +205,27 @@ def _flat(result: Result) -> dict[str, Any]:
 
 
 def figure(results: Sequence[Result]) -> bytes:
-    """Accuracies, and differences from the recipe, with their intervals, grid by grid, as PNG bytes."""
+    """Accuracies and differences with their intervals, grid by grid, as PNG bytes."""
     places, place, before = [], 0.0, None
     for result in results:
         place += 1.0 if result.grid == before else 1.8
         before = result.grid
         places.append(place)
-    picture = Figure(figsize=(10, 0.27 * place + 1), layout="constrained")
-    accuracies, differences = picture.subplots(1, 2, sharey=True)
-    first = results[0]
-    accuracies.axvline(100 * (first.top1.mean - first.over_recipe.mean), color="0.8", label="the recipe")
-    probe = 100 * (first.top1.mean - first.over_probe.mean)
-    accuracies.axvline(probe, color="0.6", linestyle=":", label="linear probe of the mean frame")
-    differences.axvline(0, color="0.8")
-    _plot(accuracies, places, [result.top1 for result in results], "held-out top-1, %")
-    _plot(differences, places, [result.over_recipe for result in results], "over the recipe, points")
-    accuracies.set_yticks(places, [f"{result.grid}: {result.row}" for result in results])
-    accuracies.set_ylim(place + 1, 0.5)
-    picture.legend(loc="outside upper right", ncols=2, frameon=False)
+    panels = {
+        "held-out top-1, %": [result.top1 for result in results],
+        "over the recipe, points": [result.over_recipe for result in results],
+        "over the linear probe, points": [result.over_probe for result in results],
+    }
+    picture = Figure(figsize=(12, 0.27 * place + 1), layout="constrained")
+    every = picture.subplots(1, len(panels), sharey=True)
+    for axes, (label, estimates) in zip(every, panels.items(), strict=True):
+        if label.endswith("points"):
+            axes.axvline(0, color="0.6")
+        for estimate, place in zip(estimates, places, strict=True):
+            axes.plot([100 * estimate.low, 100 * estimate.high], [place, place], color="tab:blue", alpha=0.5)
+            axes.plot([100 * estimate.mean], [place], "o", color="tab:blue", markersize=5)
+        axes.set_xlabel(f"{label}\nwith 95 % intervals")
+        axes.grid(axis="x", alpha=0.3)
+    every[0].set_yticks(places, [f"{result.grid}: {result.row}" for result in results])
+    every[0].set_ylim(places[-1] + 1, 0.5)
     return png(picture)
-
-
-def _plot(axes: Axes, places: Sequence[float], estimates: Sequence[Estimate], label: str) -> None:
-    for estimate, place in zip(estimates, places, strict=True):
-        axes.plot([100 * estimate.low, 100 * estimate.high], [place, place], color="tab:blue", alpha=0.5)
-        axes.plot([100 * estimate.mean], [place], "o", color="tab:blue", markersize=5)
-    axes.set_xlabel(f"{label}\nwith 95 % intervals over folds")
-    axes.grid(axis="x", alpha=0.3)

@@ -13,7 +13,9 @@ import argparse
 import gc
 import hashlib
 import json
+import signal
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,11 +37,13 @@ from ..errors import UserError
 from ..model import VISION_PRESETS, VidPrismConfig, VidPrismForVideoClassification
 from ..training.module import VidPrismLightningModule
 from ..training.recipe import FinetuneCLI
+from ..training.signals import SignalWatch, Stopped
 from .ablation_cells import Cell, Cells, append_cell, read_cells
-from .baselines import PROBE_DECAYS, TIME_WEIGHTS, LinearProbe, parameters_of, with_baseline
+from .baselines import PROBE_PENALTIES, TIME_WEIGHTS, LinearProbe, parameters_of, with_baseline
 from .folds import block_folds, group_folds
 
 CELLS = "cells.jsonl"
+AGAIN = "the same command goes on"
 # Linear probes: what each is built with.
 PROBES: dict[str, dict[str, Any]] = {
     "probe": {},
@@ -55,10 +59,14 @@ OF_TRAINER = (
     "gradient_clip_algorithm",
     "accumulate_grad_batches",
 )
+GridRows = list[tuple[str, str, dict[str, Any]]]  # grid, name and changes
 # What a row may change beside the head.
 OF_TRAINING = ("learning_rate", "label_smoothing")
-# What of its data has no influence on a cell.
-NOT_OF_DATA = {"root", "num_workers", "feature_cache", "feature_cache_limit", "clip_time_limit", "max_bad_fraction"}
+# What of its model has no influence on a head.
+OF_TOWER = {
+    *("backbone", "freeze_backbone", "freeze_layers"),
+    *("backbone_lr_scale", "layer_decay", "gradient_checkpointing"),
+}
 
 
 class HeadModule(VidPrismLightningModule):
@@ -75,9 +83,9 @@ class Fold:
     Attributes:
         train: Training clips as frame features.
         val: Held-out clips as frame features.
-        features: What the features of both follow from beside the clips.
+        features: Hashes of the features of both.
         groups: For each training clip the number of the fold that it is in otherwise, (N,).
-        clips: Hash of the clips and labels of both.
+        clips: Hash of the names and labels of both, in order.
     """
 
     train: Dataset
@@ -100,7 +108,6 @@ class Sweep:
 
     def __init__(self, cli: FinetuneCLI, output: Path, folds: int | None, groups: str | None):
         self.cli, self.output = cli, output
-        (output / "locks").mkdir(parents=True, exist_ok=True)
         self.settings = {name: value for name, value in own_settings(cli.model).items() if name != "config"}
         self.config = cli.model.hparams.config or {}
         trainer = cli.config.trainer
@@ -109,7 +116,7 @@ class Sweep:
         self.feature_size = self.folds[0].val[0]["frame_features"].shape[-1]
         self.cells = read_cells(output / CELLS)
 
-    def run(self, rows: list[tuple[str, str, dict[str, Any]]], seeds: range) -> None:
+    def run(self, rows: GridRows, seeds: range) -> None:
         """Trains the cells that are not there, seed by seed: a sweep that is stopped has whole tables first."""
         wanted: dict[str, tuple[str, dict[str, Any], int, int]] = {}
         for seed in seeds:
@@ -118,9 +125,20 @@ class Sweep:
                     wanted.setdefault(self._key(changes, fold, seed), (name, changes, fold, seed))
         missing = {key: cell for key, cell in wanted.items() if key not in self.cells}
         print(f"{len(wanted)} cells, {len(missing)} to train", flush=True)
-        busy = [self._run_cell(key, cell, wait=False) for key, cell in missing.items()]
-        for key, cell in (item for item, skipped in zip(missing.items(), busy, strict=True) if skipped):
-            self._run_cell(key, cell, wait=True)
+        (self.output / "locks").mkdir(parents=True, exist_ok=True)
+        watch = SignalWatch()
+        watch.install(quiet_trainer(accelerator="cpu"), "stopping after this cell")
+        try:
+            busy = []
+            for wait in (False, True):  # those that another process trains come last, should it not end them
+                for key, cell in list(missing.items()) if not wait else busy:
+                    if self._run_cell(key, cell, wait):
+                        busy.append((key, cell))
+                    if watch.received:
+                        print(f"Stopped with {len(self.cells.keys() & wanted.keys())} of {len(wanted)} cells: {AGAIN}")
+                        raise Stopped(watch.received)
+        finally:
+            watch.restore()
 
     def _run_cell(self, key: str, cell: tuple[str, dict[str, Any], int, int], wait: bool) -> bool:
         """Trains a cell unless it is there; returns whether it was left to another process that trains it just now."""
@@ -153,7 +171,13 @@ class Sweep:
         }
         return {name: cells for name, cells in found.items() if None not in cells}
 
-    def about(self, options: argparse.Namespace) -> str:
+    def _missing(self, rows: GridRows, seeds: range) -> str:
+        """How much of a sweep is not there, in a sentence."""
+        wanted = {self._key(row[2], fold, seed) for row in rows for fold in range(len(self.folds)) for seed in seeds}
+        there = len(wanted & self.cells.keys())
+        return "" if there == len(wanted) else f" **Not finished: {there} of {len(wanted)} cells.**"
+
+    def about(self, options: argparse.Namespace, rows: GridRows, seeds: range) -> str:
         """What was trained and how, for the report."""
         data, model = self.cli.datamodule, self.settings
         how = "the source's own split"
@@ -166,11 +190,18 @@ class Sweep:
         return (
             f"{data.name}: {clips} clips of {len(data.id2label)} classes, {model['num_frames']} frames each; {how}; "
             f"seeds as the rows say. The tower is frozen; training clips are seen in {views}. Heads train for "
-            f"{self.trainer['max_epochs']} epochs of batches of {data.hparams.batch_size} at a learning rate of "
+            f"{self._length()} of batches of {data.hparams.batch_size} at a learning rate of "
             f"{model['learning_rate']:g} and weight decay {model['weight_decay']:g}, with "
             f"`{json.dumps(self.config, sort_keys=True)}`; the last weights are tested. All rows but the probes, whose "
-            "penalty is chosen within each fold's training clips, have the settings of the recipe."
+            "penalty is chosen within each fold's training clips, have the settings of the recipe. top-1 is the mean "
+            "over folds." + self._missing(rows, seeds)
         )
+
+    def _length(self) -> str:
+        """How long heads train, in words."""
+        epochs, steps = self.trainer["max_epochs"], self.trainer["max_steps"]
+        bounds = {f"{epochs} epochs": epochs, f"{steps} steps": steps}
+        return " and at most ".join(text for text, number in bounds.items() if number not in (None, -1))
 
     def _folds(self, count: int | None, pattern: str | None) -> Iterator[Fold]:
         """The folds, with their features, which the tower computes where they are missing."""
@@ -183,9 +214,10 @@ class Sweep:
         labels = np.concatenate([table.labels for table in tables])
         folds = group_folds(names, pattern) if pattern is not None else block_folds(names, labels, count)
         fold_of = dict(zip(names, folds.tolist(), strict=True))
-        (self.output / "folds").mkdir(exist_ok=True)
+        lists = self.output / "folds" / hashlib.sha256(json.dumps(fold_of, sort_keys=True).encode()).hexdigest()[:8]
+        lists.mkdir(parents=True, exist_ok=True)
         for fold in range(max(fold_of.values()) + 1):
-            listing = self.output / "folds" / f"{fold}.txt"
+            listing = lists / f"{fold}.txt"
             held_out = sorted(name for name, its in fold_of.items() if its == fold)
             write_whole(listing, "".join(f"{name}\n" for name in held_out).encode())  # others may read it just now
             rule = {"val_fraction": None, "val_pattern": None, "val_list": str(listing)}
@@ -195,7 +227,13 @@ class Sweep:
         trainer = quiet_trainer(
             accelerator=self.trainer["accelerator"], precision=self.cli.config.trainer.precision, max_epochs=0
         )
-        trainer.fit(self.cli.model, datamodule=data)
+        try:
+            with warnings.catch_warnings():  # of a schedule, which this has none of
+                warnings.filterwarnings("ignore", "model.warmup_epochs")
+                trainer.fit(self.cli.model, datamodule=data)
+        except SystemExit as error:  # Lightning's answer to Ctrl-C
+            print(f"Stopped while features were computed: {AGAIN}")
+            raise Stopped(signal.SIGINT) from error
         train, val = data.train_dataloader().dataset, data.val_dataloader().dataset
         names = [train.table.name(index) for index in range(len(train))]
         bad = [
@@ -203,35 +241,33 @@ class Sweep:
         ]
         if bad:
             raise UserError(
-                f"{bad[0]}: cannot be decoded, {len(bad)} clips in all; see vidprism data check, remove them"
+                f"{bad[0]}: cannot be decoded, as {len(bad)} of {len(train) + len(val)} clips; vidprism data check "
+                "lists them, remove them"
             )
         groups = [] if fold_of is None else [fold_of[name] for name in names]
         if len(set(groups)) < 2:  # parts of the training clips serve where a choice is made among them
             fewest = min(Counter(train.table.labels).values())
-            groups = block_folds(names, train.table.labels, min(5, fewest)) if fewest > 1 else range(len(names))
-        hashed = clip_list_hash(data.splits.train) + clip_list_hash(data.splits.val)
-        return Fold(train, val, (train.features, val.features), torch.as_tensor(groups), hashed)
+            blocks = np.arange(len(names)) * 5 // len(names)  # of all clips, where a class has but one
+            groups = block_folds(names, train.table.labels, min(5, fewest)) if fewest > 1 else blocks
+        clips = clip_list_hash(data.splits.train, in_order=True) + clip_list_hash(data.splits.val, in_order=True)
+        return Fold(train, val, (train.digest, val.digest), torch.as_tensor(groups), clips)
 
-    def _key(self, changes: dict[str, Any], fold: int, seed: int) -> str:
+    def _key(self, changes: dict[str, Any], index: int, seed: int) -> str:
         """The hash of all that a cell follows from. What a row says that is the recipe's anyway changes nothing."""
-        config, training = parts(changes)
-        data = {name: value for name, value in own_settings(self.cli.datamodule).items() if name not in NOT_OF_DATA}
-        if len(self.folds) > 1:
-            data = {name: value for name, value in data.items() if not name.startswith("val_")}
-        baseline = changes.get("baseline")
-        probe = [PROBES[baseline], PROBE_DECAYS, self.folds[fold].groups.tolist()] if baseline in PROBES else None
-        about = {
-            "version": __version__,
-            "features": self.folds[fold].features,
-            "head": self._head_config(config).to_dict(),
-            "baseline": baseline,
-            "probe": probe,
-            "model": {name: value for name, value in (self.settings | training).items() if name != "backbone"},
-            "data": data,
-            "trainer": self.trainer,
-            "clips": self.folds[fold].clips,
-            "seed": 0 if probe else seed,  # a probe has nothing random
-        }
+        fold, baseline = self.folds[index], changes.get("baseline")
+        about = {"version": __version__, "features": fold.features, "clips": fold.clips, "baseline": baseline}
+        if baseline in PROBES:  # which has nothing random
+            about |= {"probe": [PROBES[baseline], PROBE_PENALTIES, fold.groups.tolist()]}
+        else:
+            config, training = parts(changes)
+            model = {name: value for name, value in (self.settings | training).items() if name not in OF_TOWER}
+            about |= {
+                "head": self._head_config(config).to_dict(),
+                "model": model,
+                "batch_size": self.cli.datamodule.hparams.batch_size,
+                "trainer": self.trainer,
+                "seed": seed,
+            }
         return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
     def _head_config(self, changes: dict[str, Any]) -> VidPrismConfig:

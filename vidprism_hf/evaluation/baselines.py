@@ -23,7 +23,7 @@ from ..model.temporal_vidprism import (
     pool_windows,
 )
 
-PROBE_DECAYS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+PROBE_PENALTIES = tuple(10 ** (exponent / 2) for exponent in range(-8, 5))
 TIME_WEIGHTS = (0.0, 0.3)
 
 
@@ -111,17 +111,18 @@ def parameters_of(module: nn.Module) -> int:
 
 
 class LinearProbe:
-    """Multinomial logistic regression on the mean frame, with an L2 penalty chosen by cross-validation.
+    """Ridge regression of the classes on the mean frame, with a penalty chosen by cross-validation.
 
-    Frames are standardised, or whitened as `feature_norm: whitened` does. With time weights above 0 the classes'
+    Frames are taken as they are, or whitened as `feature_norm: whitened` does. With time weights above 0 the classes'
     weights may vary with time too: beside the mean frame the probe reads the frames' means under the two slowest
     cosines of time, at that weight (the share of their variance beside the mean frame's). Penalty and time weight are
     those with most right clips when one group of the training clips after the other is held out: no test clip has a
-    say. It is fitted by 100 steps of L-BFGS.
+    say.
 
     Args:
         num_labels: K.
-        decays: Penalties to choose from, of the squared weights beside the mean loss.
+        penalties: To choose from, of the squared weights beside the sum of squared errors, in units of the mean
+            squared length of what the probe reads of a clip.
         time_weights: Time weights to choose from.
         whitened: Whether frames are whitened.
     """
@@ -129,72 +130,65 @@ class LinearProbe:
     def __init__(
         self,
         num_labels: int,
-        decays: tuple[float, ...] = PROBE_DECAYS,
+        penalties: tuple[float, ...] = PROBE_PENALTIES,
         time_weights: tuple[float, ...] = (0.0,),
         whitened: bool = False,
     ):
-        self.num_labels, self.decay, self.time_weight = num_labels, decays[0], time_weights[0]
-        self.whitened = whitened
-        self._choices = [(time_weight, decay) for time_weight in time_weights for decay in decays]
+        self.num_labels, self.whitened = num_labels, whitened
+        self._penalties, self._time_weights = penalties, time_weights
 
     def fit(self, frames: torch.Tensor, labels: torch.Tensor, groups: torch.Tensor) -> "LinearProbe":
         """Fits to frames (N, T, D), labels (N,) and group numbers (N,), of which there are at least two."""
-        right = dict.fromkeys(self._choices, 0)
-        for group in groups.unique() if len(self._choices) > 1 else ():
+        right = {(weight, penalty): 0 for weight in self._time_weights for penalty in self._penalties}
+        for group in groups.unique() if len(right) > 1 else ():
             inner, held_out = groups != group, groups == group
-            for choice in self._choices:
-                self._solve(frames[inner], labels[inner], *choice)
-                right[choice] += (self(frames[held_out]).argmax(-1) == labels[held_out]).sum().item()
+            for weight in self._time_weights:
+                solve = self._prepared(frames[inner], labels[inner], weight)
+                inputs = self._inputs(frames[held_out])
+                for penalty in self._penalties:
+                    solve(penalty)
+                    right[weight, penalty] += (self._logits(inputs).argmax(-1) == labels[held_out]).sum().item()
         # Of equally good ones the plainest: the least weight on time, then the strongest penalty.
-        best = max(self._choices, key=lambda choice: (right[choice], -choice[0], choice[1]))
-        self._solve(frames, labels, *best)
+        self.time_weight, self.penalty = max(right, key=lambda choice: (right[choice], -choice[0], choice[1]))
+        self._prepared(frames, labels, self.time_weight)(self.penalty)
         return self
 
     def __call__(self, frames: torch.Tensor) -> torch.Tensor:
         """Logits (N, K) of frames (N, T, D)."""
-        return (self._inputs(frames) - self._centre) @ self._weight + self._bias
+        return self._logits(self._inputs(frames))
+
+    def _logits(self, inputs: torch.Tensor) -> torch.Tensor:
+        return (inputs - self._centre) @ self._weight + self._bias
 
     def _inputs(self, frames: torch.Tensor) -> torch.Tensor:
         """What is read of a clip, (N, D) or (N, 3 D)."""
-        frames = self._normalised(frames)
+        frames = self._normalised(frames).double()
         means = frames.mean(dim=1) * self._scales[0]
         if self.time_weight == 0:
             return means
         time = (torch.arange(frames.shape[1]) + 0.5) / frames.shape[1]
-        waves = torch.stack([torch.cos(torch.pi * order * time) for order in (1, 2)])
+        waves = torch.stack([torch.cos(torch.pi * order * time) for order in (1, 2)]).double()
         slow = torch.einsum("ntd,kt->nkd", frames, waves).flatten(1) / frames.shape[1]
         return torch.cat([means, slow * self._scales[1]], dim=1)
 
-    def _solve(self, frames: torch.Tensor, labels: torch.Tensor, time_weight: float, decay: float) -> None:
-        self.time_weight, self.decay = time_weight, decay
-        self._normalised = whitening(frames) if self.whitened else standardisation(frames)
+    def _prepared(self, frames: torch.Tensor, labels: torch.Tensor, time_weight: float) -> Callable[[float], None]:
+        """What solves for a penalty. It is the dual form, since there are few clips."""
+        self.time_weight = time_weight
+        self._normalised = whitening(frames) if self.whitened else lambda frames: frames
         self._scales, width = (1.0, 1.0), frames.shape[-1]
         size = (inputs := self._inputs(frames)).var(dim=0)  # each part comes to a variance of 1, or the time weight
         of_time = (time_weight / size[width:].sum() * width).sqrt().item() if time_weight else 1.0
         self._scales = ((width / size[:width].sum()).sqrt().item(), of_time)
-        inputs = self._inputs(frames)
-        self._centre = inputs.mean(dim=0)
-        inputs = inputs - self._centre
-        weight = torch.zeros(inputs.shape[1], self.num_labels, requires_grad=True)
-        bias = torch.zeros(self.num_labels, requires_grad=True)
-        optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+        inputs, targets = self._inputs(frames), F.one_hot(labels, self.num_labels).double()
+        self._centre, self._bias = inputs.mean(dim=0), targets.mean(dim=0)
+        inputs, targets = inputs - self._centre, targets - self._bias
+        values, vectors = torch.linalg.eigh(inputs @ inputs.T)
+        to_weight, turned, unit = inputs.T @ vectors, vectors.T @ targets, values.mean()
 
-        def closure():
-            optimizer.zero_grad()
-            loss = F.cross_entropy(inputs @ weight + bias, labels) + decay * weight.square().sum()
-            loss.backward()
-            return loss
+        def solve(penalty: float) -> None:
+            self._weight = to_weight @ (turned / (values.clamp(min=0) + penalty * unit)[:, None])
 
-        optimizer.step(closure)
-        self._weight, self._bias = weight.detach(), bias.detach()
-
-
-def standardisation(features: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What gives features (..., D) channels of mean 0 and variance 1; one that is constant comes to 0."""
-    flat = features.flatten(0, -2)
-    mean, deviation = flat.mean(dim=0), flat.std(dim=0)
-    deviation = torch.where(deviation > 1e-6 * mean.abs() + 1e-12, deviation, torch.inf)
-    return lambda frames: (frames - mean) / deviation
+        return solve
 
 
 def whitening(features: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

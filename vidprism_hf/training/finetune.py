@@ -38,7 +38,7 @@ from .card_facts import CardRecorder, Measured, bad_clips, clip_counts, dataset_
 from .checkpointing import BEST, LAST, PREVIOUS, KeptCheckpoint, SafeCheckpointIO, damage
 from .exporting import TRAIN_LIST, ExportedCheckpoint, export_best, export_kept, export_or_warn, export_run
 from .push_callback import PushToHub, push_open
-from .recipe import FinetuneCLI, parse, progress_bars
+from .recipe import FinetuneCLI, check_length, parse, progress_bars
 from .resuming import AUTO, METRICS, Start, agreed, begin, free_name
 from .run_lock import not_writable, only_run
 from .safeguard import Safeguard
@@ -142,11 +142,7 @@ def build_trainer(cli: FinetuneCLI, output: Path, more: Sequence[Callback] = ())
         CSVLogger(output, name="logs", version=free_name(output / "logs" / "csv").name),
     ]
     asked = cli.config_init.trainer
-    for name in ("max_epochs", "max_steps"):
-        if asked[name] == 0:
-            raise UserError(f"trainer.{name}=0: nothing would be trained; set it to 1 or more")
-    if asked.accumulate_grad_batches < 1:
-        raise UserError(f"trainer.accumulate_grad_batches={asked.accumulate_grad_batches}: must be at least 1")
+    check_length(asked)
     if asked.default_root_dir is not None:
         raise UserError("trainer.default_root_dir: the run's folder is output; set that")
     logger = loggers if asked.logger in (None, True) else asked.logger

@@ -6,7 +6,7 @@ Keys are those of `vidprism finetune --help`; evaluate and ablate read recipes i
 import os
 import warnings
 
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningCLI
@@ -84,7 +84,7 @@ class FinetuneCLI(LightningCLI):
         strategy = named_strategy(trainer.strategy, accumulates)
         try:
             built = super().instantiate_trainer(callbacks=callbacks, strategy=strategy, **settings)
-        except (MisconfigurationException, ValueError) as error:
+        except (MisconfigurationException, ValueError, TypeError) as error:
             raise UserError(f"trainer: {first_line(error)}") from error
         if strategy == "auto" and type(built.strategy) is DDPStrategy:  # Lightning has found several devices
             built.strategy._ddp_kwargs.update(ddp_settings(accumulates))
@@ -122,6 +122,19 @@ def parse(argv: list[str], description: str | None = None) -> FinetuneCLI:
         )
     except ArgumentError as error:
         raise UserError(" ".join(str(error).split())) from error
+
+
+def check_length(trainer: Namespace) -> None:
+    """Looks whether a trainer's settings train at all.
+
+    Raises:
+        UserError: If they do not.
+    """
+    for name in ("max_epochs", "max_steps"):
+        if trainer[name] == 0:
+            raise UserError(f"trainer.{name}=0: nothing would be trained; set it to 1 or more")
+    if trainer.accumulate_grad_batches < 1:
+        raise UserError(f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: must be at least 1")
 
 
 def progress_bars(cli: FinetuneCLI) -> list[Callback]:
