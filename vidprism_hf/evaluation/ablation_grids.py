@@ -44,6 +44,8 @@ GRIDS: dict[str, Rows] = {
         "learning rate 2e-3": {"learning_rate": 2e-3},
         "learning rate 3e-4": {"learning_rate": 3e-4},
         "label smoothing 0.1": {"label_smoothing": 0.1},
+        "weight decay 1": {"weight_decay": 1.0},
+        "dropout 0.5 before the classifier": {"head_dropout": 0.5},
         "the tower's width, learning rate 3e-4": {"hidden_size": None, "learning_rate": 3e-4},
     },
     # The paper's tables.

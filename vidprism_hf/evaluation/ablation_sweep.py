@@ -61,7 +61,7 @@ OF_TRAINER = (
 )
 GridRows = list[tuple[str, str, dict[str, Any]]]  # grid, name and changes
 # What a row may change beside the head.
-OF_TRAINING = ("learning_rate", "label_smoothing")
+OF_TRAINING = ("learning_rate", "label_smoothing", "weight_decay")
 # What of its model has no influence on a head.
 OF_TOWER = {
     *("backbone", "freeze_backbone", "freeze_layers"),

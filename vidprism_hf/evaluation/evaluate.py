@@ -1,6 +1,6 @@
 """`vidprism evaluate`: any classifier of videos on the held-out clips of a recipe's data.
 
-It is the one module of this room that knows the training, whose recipes it reads.
+As ablate.py it knows the training, whose recipes it reads.
 """
 
 import argparse
