@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small import NUM_FRAMES, run_arguments, tiny_export
+from small import NUM_FRAMES, complaint, run_arguments, tiny_export
 
 from vidprism_hf.cli import main
 
@@ -14,6 +14,16 @@ def test_a_run_without_validation_ends_with_its_last_checkpoint(motion_clips, tm
     assert main(run_arguments(motion_clips, tmp_path / "run", *more)) == 0
     assert "No epoch was validated" in capsys.readouterr().out
     assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
+
+
+def test_a_run_by_steps(motion_clips, tmp_path, capsys):
+    assert main(run_arguments(motion_clips, tmp_path / "run", "--trainer.max_epochs=-1", "--trainer.max_steps=3")) == 0
+    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 3
+    assert checkpoint["lr_schedulers"][0]["_last_lr"][0] == pytest.approx(0)  # the schedule has come to its end
+    capsys.readouterr()
+    assert main(run_arguments(motion_clips, tmp_path / "endless", "--trainer.max_epochs=-1")) == 1
+    assert "set trainer.max_steps, too" in complaint(capsys)
 
 
 def test_another_runs_checkpoint_is_refused(motion_clips, tmp_path, capsys):
