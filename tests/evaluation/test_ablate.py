@@ -3,6 +3,7 @@
 import csv
 import gc
 import json
+import logging
 import shutil
 import signal
 import subprocess
@@ -69,8 +70,10 @@ def table(output):
 
 
 def test_a_sweep_goes_on_where_it_was_stopped(sweep, tmp_path, capsys):
+    level = logging.getLogger("lightning.pytorch").level
     assert sweep(tmp_path, grid=("interaction", "readout")) == 0
     assert "14 cells, 14 to train" in capsys.readouterr().out  # both grids have the recipe's own row
+    assert logging.getLogger("lightning.pytorch").level == level  # quiet while it runs, and no longer
     rows = table(tmp_path)
     assert list(rows) == [(grid, row) for grid in ("interaction", "readout") for row in GRIDS[grid]]
     assert rows["interaction", "none"]["top1"] == rows["readout", "mean"]["top1"]

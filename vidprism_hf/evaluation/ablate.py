@@ -8,6 +8,8 @@ import argparse
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..data.tables import DataError
@@ -47,9 +49,25 @@ def main(argv: list[str]) -> int:
     options, recipe = _parse(argv)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("vidprism ablate trains its cells one after the other: do not launch it with torchrun or srun")
-    # A cell takes seconds: what Lightning has to say of each trainer would be all there is to read.
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"lightning\.")
+    with _quiet_lightning():
+        return _sweep(options, recipe)
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """A cell takes seconds: what Lightning has to say of each trainer would be all there is to read."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lightning\.")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _sweep(options: argparse.Namespace, recipe: list[str]) -> int:
     cli = _parse_recipe(recipe, options.folds is not None or options.groups is not None)
     check_recipe(cli)
     output = Path(cli.config.output)

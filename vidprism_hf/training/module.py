@@ -214,9 +214,7 @@ class VidPrismLightningModule(L.LightningModule):
         optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.999), eps=1e-8, fused=self._fused())
         total = self.trainer.estimated_stepping_batches
         if total == math.inf:
-            raise UserError(
-                "trainer.max_epochs=-1: the learning rate falls to an end; set trainer.max_steps, too"
-            )
+            raise UserError("trainer.max_epochs=-1: the learning rate falls to an end; set trainer.max_steps, too")
         self.trainer.fit_loop.setup_data()  # with max_epochs=-1 Lightning has not counted the batches
         steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         warmup = round(steps_per_epoch * hparams.warmup_epochs)
