@@ -14,7 +14,7 @@ from rich.table import Table
 
 from vidprism_hf import VideoDataModule, VidPrismForVideoClassification
 from vidprism_hf.data import ClipDataset
-from vidprism_hf.data.demo import DEMO_CLASSES, DEMO_PAIRS
+from vidprism_hf.data.sources.demo import DEMO_CLASSES, DEMO_PAIRS
 
 RIDGE = 10.0
 

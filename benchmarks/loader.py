@@ -18,7 +18,7 @@ from report import add_report_options, write_report
 from torch.utils.data import DataLoader
 
 from vidprism_hf.data import ClipDataset, ClipSampler, VideoDataModule, random_in_segments
-from vidprism_hf.data.dataset import collate
+from vidprism_hf.data.loading.dataset import collate
 from vidprism_hf.model import decode_video
 
 

@@ -24,10 +24,11 @@ from lightning.pytorch.profilers import Profiler
 from report import add_report_options, write_report
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from vidprism_hf.data import ClipAugmentation, VideoDataModule, datamodule, dataset
+from vidprism_hf.data import ClipAugmentation, VideoDataModule, datamodule
+from vidprism_hf.data.loading import dataset
 from vidprism_hf.model import VidPrismTemporalModel
 from vidprism_hf.model.tower_vidprism import VidPrismVisionTower
-from vidprism_hf.training import finetune
+from vidprism_hf.training import run as finetune
 from vidprism_hf.training.module import VidPrismLightningModule
 
 MARK = "part: "

@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from vidprism_hf import VidPrismConfig
-from vidprism_hf.data.benchmarks import BENCHMARKS
+from vidprism_hf.data.sources.benchmarks import BENCHMARKS
 from vidprism_hf.evaluation.compute import giga_macs_per_view, million_parameters, without_memory
 from vidprism_hf.hub.card import BASE_LICENSES, TAGS, bibtex
 from vidprism_hf.model import VISION_PRESETS

@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from clips import render
 
-from vidprism_hf.data.benchmark_parts import WebArchives, WebFiles
-from vidprism_hf.data.benchmarks import BENCHMARKS, Benchmark
+from vidprism_hf.data.fetch.benchmark_parts import WebArchives, WebFiles
+from vidprism_hf.data.sources.benchmarks import BENCHMARKS, Benchmark
 
 CLASSES = {
     "ucf101": ("ApplyEyeMakeup", "Archery"),

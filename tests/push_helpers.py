@@ -8,8 +8,8 @@ import pytest
 from small import files_of, tiny_model
 
 from vidprism_hf.hub.card import addressed
+from vidprism_hf.hub.errors import PushError
 from vidprism_hf.hub.push import push_export
-from vidprism_hf.hub.refusals import PushError
 from vidprism_hf.hub.retries import Patience
 
 QUICK = Patience(tries=3, first_pause=0.001, longest_pause=0.004, longest_wait=3, connect_timeout=5, timeout=10)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from vidprism_hf import VidPrismForVideoClassification, VidPrismVideoProcessor
-from vidprism_hf.data.demo import demo_frames, write_clip
+from vidprism_hf.data.sources.demo import demo_frames, write_clip
 from vidprism_hf.hub import CardFacts, export_model, render_card
 
 LABELS = ("growing", "shrinking")  # two of the demo's motions, opposite to each other

@@ -9,7 +9,7 @@ from benchmark_layouts import REPOSITORIES, local_copy, published
 from hub_server import Hub
 
 from vidprism_hf import VidPrismForVideoClassification
-from vidprism_hf.data.benchmarks import BENCHMARKS
+from vidprism_hf.data.sources.benchmarks import BENCHMARKS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 # What a true run does not set: toy counts, two CPU cores, and an end after a few steps.

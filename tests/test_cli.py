@@ -15,7 +15,7 @@ from hub_server import Hub
 from small import complaint, files_of, run_arguments, tiny_export
 
 from vidprism_hf import VidPrismModel
-from vidprism_hf.cli import VERBS, main
+from vidprism_hf.cli.main import VERBS, main
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def test_unknown_verb(capsys):
 
 @pytest.mark.slow
 def test_module_and_exit_status():
-    command = [sys.executable, "-m", "vidprism_hf.cli", "predict", "nowhere/at_all", "clip.mp4"]
+    command = [sys.executable, "-m", "vidprism_hf", "predict", "nowhere/at_all", "clip.mp4"]
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 1

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from small import LABELS, files_of, run_arguments
 
 from vidprism_hf import VidPrismForVideoClassification, VidPrismLightningModule, VidPrismVideoProcessor
-from vidprism_hf.cli import main
+from vidprism_hf.cli.main import main
 
 pytestmark = pytest.mark.slow
 
@@ -158,9 +158,9 @@ def test_two_processes_export_and_push_the_same_files(run, motion_clips, tmp_pat
     """From the same weights, which a learning rate of zero keeps: all that the strategy is not named in is equal."""
     start = ("--trainer.max_epochs=1", "--model.learning_rate=0", f"--model.checkpoint={run / 'export'}")
     assert main(run_arguments(motion_clips, tmp_path / "one", *start)) == 0
-    push = ("--trainer.callbacks+=vidprism_hf.training.push_callback.PushToHub", "--trainer.callbacks.repo=alice/two")
+    push = ("--trainer.callbacks+=vidprism_hf.training.callbacks.push.PushToHub", "--trainer.callbacks.repo=alice/two")
     two = run_arguments(motion_clips, tmp_path / "two", *start, *push)
-    command = [sys.executable, "-m", "vidprism_hf.cli", *two, "--trainer.devices=2", "--trainer.strategy=ddp"]
+    command = [sys.executable, "-m", "vidprism_hf", *two, "--trainer.devices=2", "--trainer.strategy=ddp"]
     with Hub() as hub:
         env = hub.environment(tmp_path / "home", hub.user("alice")) | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=Path(__file__).parents[1], env=env, capture_output=True, text=True)
@@ -265,7 +265,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(motion_clips, tmp_path):
     arguments = run_arguments(motion_clips, output, "--trainer.max_epochs=2000")
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "vidprism_hf.cli", *arguments],
+        [sys.executable, "-m", "vidprism_hf", *arguments],
         cwd=Path(__file__).parents[1],
         env=env,
         stdout=subprocess.PIPE,

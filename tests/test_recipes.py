@@ -7,8 +7,8 @@ import yaml
 from benchmark_layouts import local_copy
 from small import LABELS, motion_folder
 
-from vidprism_hf.data.benchmarks import BENCHMARKS
-from vidprism_hf.training.recipe import parse
+from vidprism_hf.cli.recipe import parse
+from vidprism_hf.data.sources.benchmarks import BENCHMARKS
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = sorted(FOLDER.rglob("*.yaml"))

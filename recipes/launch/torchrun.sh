@@ -16,5 +16,5 @@ HEAD=${HEAD:-localhost:0}
 # trainer.devices and trainer.num_nodes must be what torchrun starts: Lightning takes its processes as they are.
 exec torchrun --nnodes "$NODES" --nproc-per-node "$DEVICES" \
   --rdzv-backend c10d --rdzv-endpoint "$HEAD" --rdzv-id "${RUN:-vidprism}" \
-  -m vidprism_hf.cli finetune --config "$RECIPE" \
+  -m vidprism_hf finetune --config "$RECIPE" \
   --trainer.devices "$DEVICES" --trainer.num_nodes "$NODES" --trainer.strategy "$STRATEGY" "$@"

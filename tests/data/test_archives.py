@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vidprism_hf.data.archives import archive_groups, unpack
+from vidprism_hf.data.fetch.archives import archive_groups, unpack
 from vidprism_hf.data.tables import DataError
 
 FILES = {"clips/run/a b.avi": os.urandom(50_000), "clips/walk/ü.avi": os.urandom(70_000), "clips/list.txt": b""}

@@ -10,9 +10,9 @@ import torch
 from clips import greys, render
 
 from vidprism_hf.data import ClipAugmentation, ClipDataset, ClipReader, FileTable, load_processor
-from vidprism_hf.data.bad_clips import BadClip, BadClipLog, TooManyBadClips, check_bad_clips, write_bad_clips
-from vidprism_hf.data.dataset import collate
-from vidprism_hf.data.time_limit import TimeLimit
+from vidprism_hf.data.bad_videos import BadClip, BadClipLog, TooManyBadClips, check_bad_clips, write_bad_clips
+from vidprism_hf.data.loading.dataset import collate
+from vidprism_hf.data.reading.time_limit import TimeLimit
 
 NAMES = ["a0.mp4", "a1.mp4", "a2.mp4", "b0.mp4", "b1.mp4"]
 LABELS = [0, 0, 0, 1, 1]

@@ -10,7 +10,7 @@ from clips import greys, render
 from jsonargparse import ArgumentParser
 
 from vidprism_hf.data import DEMO_CLASSES, DataError, VideoDataModule
-from vidprism_hf.data.views import mirror_label
+from vidprism_hf.data.loading.views import mirror_label
 from vidprism_hf.model import VidPrismVideoProcessor
 
 
@@ -162,7 +162,7 @@ def test_labels_of_the_demo_are_known_before_it_is_rendered(tmp_path):
 
 
 def test_demo_is_rendered_by_prepare_data(tmp_path, monkeypatch):
-    monkeypatch.setattr("vidprism_hf.data.demo.demo_folder.__defaults__", (0, 2, 1))
+    monkeypatch.setattr("vidprism_hf.data.sources.demo.demo_folder.__defaults__", (0, 2, 1))
     data = VideoDataModule("demo", root=str(tmp_path), processor="tiny", num_frames=4, seed=3)
     data.prepare_data()
     (rendered,) = (tmp_path / "demo_clips").iterdir()

@@ -16,7 +16,7 @@ from vidprism_hf.data import (
     FileTable,
     load_processor,
 )
-from vidprism_hf.data.dataset import collate, example
+from vidprism_hf.data.loading.dataset import collate, example
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vidprism_hf.data import DEMO_CLASSES, DataError, demo_folder, render_demo, scan_folder
-from vidprism_hf.data.demo import DEMO_PAIRS, HEIGHT, WIDTH, demo_frames, write_clip
+from vidprism_hf.data.sources.demo import DEMO_PAIRS, HEIGHT, WIDTH, demo_frames, write_clip
 from vidprism_hf.model import decode_video
 
 TRAIN, VAL = 40, 24
@@ -144,7 +144,7 @@ def test_interrupted_rendering_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vidprism_hf.data.demo.write_clip", fail)
+    monkeypatch.setattr("vidprism_hf.data.sources.demo.write_clip", fail)
     with pytest.raises(KeyboardInterrupt):
         demo_folder(tmp_path)
     assert list((tmp_path / "demo_clips").iterdir()) == []

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from web_server import serve_folder
 
-from vidprism_hf.data import download
-from vidprism_hf.data.download import fetch_file, remote_size, require_space
+from vidprism_hf.data.fetch import download
+from vidprism_hf.data.fetch.download import fetch_file, remote_size, require_space
 from vidprism_hf.data.tables import DataError
 
 CONTENT = bytes(range(256)) * 40

@@ -17,19 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small import files_of, tiny_model, tiny_processor
 
-from vidprism_hf.data import (
-    ClipAugmentation,
-    ClipDataset,
-    ClipReader,
-    DataError,
-    FileTable,
-    feature_shards,
-    normalize_clips,
-)
-from vidprism_hf.data import clip_contents as contents
-from vidprism_hf.data import feature_cache as module
-from vidprism_hf.data.feature_cache import FeatureCache, parse_size
-from vidprism_hf.data.frame_encoder import FrameEncoder, tower_digest
+from vidprism_hf.data import ClipAugmentation, ClipDataset, ClipReader, DataError, FileTable, normalize_clips
+from vidprism_hf.data.features import cache as module
+from vidprism_hf.data.features import shards as feature_shards
+from vidprism_hf.data.features.cache import FeatureCache, parse_size
+from vidprism_hf.data.features.encoder import FrameEncoder, tower_digest
+from vidprism_hf.data.fetch import contents
 from vidprism_hf.model import VideoDecodeError, decode_video
 
 LABELS = [0, 1, 0, 1, 0]
@@ -104,7 +97,7 @@ def no_videos(monkeypatch):
     def call(*args, **kwargs):
         raise AssertionError("a video was decoded")
 
-    return lambda: monkeypatch.setattr("vidprism_hf.data.dataset.decode_video", call)
+    return lambda: monkeypatch.setattr("vidprism_hf.data.loading.dataset.decode_video", call)
 
 
 # --- what it keeps
@@ -268,7 +261,7 @@ def test_a_memo_that_is_damaged_costs_time_only(table, folder, model):
 
 
 def test_a_clip_that_changes_while_it_is_read_is_bad(table, folder, model, monkeypatch):
-    monkeypatch.setattr("vidprism_hf.data.feature_part.signature", lambda path: None)
+    monkeypatch.setattr("vidprism_hf.data.features.split.signature", lambda path: None)
     items = cached(folder, Tower(model), evaluation(table))
     assert items[0]["bad_clips"] == [("0.mp4", 0, "changes while it is read")]
     assert not items[0]["readable"]
@@ -512,13 +505,13 @@ def test_what_may_be_otherwise_next_time_is_tried_again(table, folder, model, mo
     clips = evaluation(table)
     clips.reader.time_limit = 1.0
     with monkeypatch.context() as patch:
-        patch.setattr("vidprism_hf.data.dataset.decode_video", failing)
+        patch.setattr("vidprism_hf.data.loading.dataset.decode_video", failing)
         assert cached(folder, Tower(model), clips)[2]["bad_clips"] == [("2.mp4", 0, "bad")]
     if passing == "decoder":
         tower = Tower(model)
         assert not cached(folder, tower, evaluation(table))[2]["readable"]
         assert tower.clips == 0
-        monkeypatch.setattr("vidprism_hf.data.feature_part.DECODER", "another")
+        monkeypatch.setattr("vidprism_hf.data.features.split.DECODER", "another")
     tower = Tower(model)
     assert cached(folder, tower, evaluation(table))[2]["readable"]
     assert tower.clips == 1

@@ -18,8 +18,8 @@ from huggingface_hub import HfFileSystem
 from small import LABELS
 from torch.utils.data import DataLoader
 
-from vidprism_hf.data.hub_source import hub_splits
-from vidprism_hf.data.streaming import hub_streams
+from vidprism_hf.data.sources.hub import hub_splits
+from vidprism_hf.data.streaming.open import hub_streams
 from vidprism_hf.data.tables import DataError
 from vidprism_hf.model import decode_video
 
@@ -516,7 +516,7 @@ def test_a_repository_without_clips(hub, tmp_path):
 
 CODE = """
 import sys
-from vidprism_hf.data.hub_source import hub_splits
+from vidprism_hf.data.sources.hub import hub_splits
 splits = hub_splits("org/motions", sys.argv[1])
 print(len(splits.train), len(splits.val), splits.train.name(0), len(splits.train.video(0)))
 """

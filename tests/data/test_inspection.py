@@ -18,7 +18,7 @@ from clips import greys, render
 from PIL import Image
 from small import LABELS, complaint, files_of
 
-from vidprism_hf.cli import main
+from vidprism_hf.cli.main import main
 from vidprism_hf.data import FileTable
 from vidprism_hf.data.inspection import (
     LABEL_WIDTH,
@@ -229,7 +229,7 @@ def test_a_loop_that_ends_early_leaves_no_process(parts):
 
 def test_check_of_a_clip_that_crashes_the_decoder(work, capsys, copied, monkeypatch):
     (copied / "val" / LABELS[0] / "deadly.mp4").write_text("segfault")
-    monkeypatch.setattr("vidprism_hf.data.verbs.clip_figures", act_on_deadly)
+    monkeypatch.setattr("vidprism_hf.cli.data.clip_figures", act_on_deadly)
     assert main(["data", "check", str(copied)]) == 1
     clip = ("val", LABELS[0], f"val/{LABELS[0]}/deadly.mp4")
     assert listed(work / "bad_clips.csv") == {clip: "crashed the decoder (Segmentation fault)"}
@@ -242,7 +242,7 @@ def act_on_deadly(video: str) -> ClipFigures:
 @pytest.mark.slow
 def test_interrupt(work, copied):
     os.mkfifo(copied / "train" / LABELS[0] / "hangs.avi")
-    command = [sys.executable, "-m", "vidprism_hf.cli", "data", "check", str(copied), "--time_limit=500"]
+    command = [sys.executable, "-m", "vidprism_hf", "data", "check", str(copied), "--time_limit=500"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vidprism_hf.data import DataError
-from vidprism_hf.data.list_files import read_label_names
-from vidprism_hf.data.lists import scan_lists
+from vidprism_hf.data.sources.annotation_formats import read_label_names
+from vidprism_hf.data.sources.annotations import scan_lists
 
 
 def make(root, *names):

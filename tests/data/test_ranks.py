@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch.distributed as dist
 
-from vidprism_hf.data.ranks import Ranks, gathered, rank_and_world
+from vidprism_hf.distributed import Ranks, gathered, rank_and_world
 from vidprism_hf.errors import UserError
 
 WORLD = 2

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vidprism_hf.data.sampling import FrameSampling, dense_indices, random_in_segments
+from vidprism_hf.data.reading.sampling import FrameSampling, dense_indices, random_in_segments
 from vidprism_hf.model import segment_centers
 
 TOTALS = st.integers(1, 5000) | st.integers(1, 40)  # many videos shorter than a clip

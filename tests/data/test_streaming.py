@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from vidprism_hf.data import streamed_clips, streamed_rows
-from vidprism_hf.data.hub_tables import Labels
-from vidprism_hf.data.streamed_clips import StreamedClips
-from vidprism_hf.data.streamed_rows import StreamedRow, StreamedRows
-from vidprism_hf.data.streaming import shard_classes
+from vidprism_hf.data.sources.hub_tables import Labels
+from vidprism_hf.data.streaming import dataset as streamed_clips
+from vidprism_hf.data.streaming import rows as streamed_rows
+from vidprism_hf.data.streaming.dataset import StreamedClips
+from vidprism_hf.data.streaming.open import shard_classes
+from vidprism_hf.data.streaming.rows import StreamedRow, StreamedRows
 from vidprism_hf.data.tables import DataError
 from vidprism_hf.model import VideoDecodeError
 

@@ -10,8 +10,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from vidprism_hf import VidPrismVideoProcessor
-from vidprism_hf.data import transforms  # its test_views, imported by name, would be taken for a test
-from vidprism_hf.data.transforms import BatchMixing, ClipAugmentation
+from vidprism_hf.data.reading import transforms
+from vidprism_hf.data.reading.transforms import BatchMixing, ClipAugmentation
 
 OPTIONS = [
     {},

@@ -16,11 +16,11 @@ import yaml
 from small import complaint, motion_folder, run_arguments
 
 from vidprism_hf import VidPrismConfig
-from vidprism_hf.cli import main
-from vidprism_hf.evaluation import ablation_sweep
-from vidprism_hf.evaluation.ablation_grids import GRIDS, grid_rows
-from vidprism_hf.evaluation.ablation_sweep import HeadModule, parts
-from vidprism_hf.evaluation.baselines import parameters_of
+from vidprism_hf.ablation import study as ablation_sweep
+from vidprism_hf.ablation.baselines import parameters_of
+from vidprism_hf.ablation.grids import GRIDS, grid_rows
+from vidprism_hf.ablation.study import HeadModule, parts
+from vidprism_hf.cli.main import main
 from vidprism_hf.model.temporal_vidprism import VidPrismFeatureWhitening
 from vidprism_hf.training.module import check_config
 
@@ -167,7 +167,7 @@ def test_held_out_clips_have_no_part_in_a_folds_whitening(source, tmp_path, monk
 @pytest.mark.slow
 def test_processes_share_a_sweep(source, tmp_path):
     arguments = run_arguments(source, tmp_path / "sweep", *KEPT, f"--data.feature_cache={tmp_path / 'cache'}")[1:]
-    command = [sys.executable, "-m", "vidprism_hf.cli", "ablate", "--grid", "interaction", "--seeds=2", "--folds=2"]
+    command = [sys.executable, "-m", "vidprism_hf", "ablate", "--grid", "interaction", "--seeds=2", "--folds=2"]
     both = [subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]

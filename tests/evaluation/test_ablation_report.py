@@ -7,9 +7,9 @@ import statistics
 
 import pytest
 
+from vidprism_hf.ablation.report import markdown, summarise, table_csv, write_report
+from vidprism_hf.ablation.trials import Cell
 from vidprism_hf.errors import UserError
-from vidprism_hf.evaluation.ablation_cells import Cell
-from vidprism_hf.evaluation.ablation_report import markdown, summarise, table_csv, write_report
 from vidprism_hf.evaluation.intervals import student_interval
 
 

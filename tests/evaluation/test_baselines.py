@@ -4,7 +4,7 @@ import pytest
 import torch
 from small import tiny_model
 
-from vidprism_hf.evaluation.baselines import TIME_WEIGHTS, LinearProbe, parameters_of, with_baseline
+from vidprism_hf.ablation.baselines import TIME_WEIGHTS, LinearProbe, parameters_of, with_baseline
 
 CHANNELS = 64  # the tiny tower's features
 

@@ -20,9 +20,9 @@ from small import LABELS, NUM_FRAMES, complaint, files_of, motion_folder, tiny_e
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification, VideoMAEVideoProcessor
 
 from vidprism_hf import VidPrismForVideoClassification, VidPrismVideoProcessor
-from vidprism_hf.cli import main
+from vidprism_hf.cli.main import main
 from vidprism_hf.data import normalize_clips
-from vidprism_hf.data.transforms import test_views as crops_of
+from vidprism_hf.data.reading.transforms import test_views as crops_of
 from vidprism_hf.errors import UserError
 from vidprism_hf.evaluation.evaluate import evaluate, refresh_export
 from vidprism_hf.model import decode_video, segment_centers
@@ -322,7 +322,7 @@ def test_two_processes_with_uneven_shares_find_the_same(export, source, tmp_path
     views = ("--data.test_clips=2", "--data.num_workers=1")
     assert main(["evaluate", *arguments(export, source, *views, f"--evaluation.output={tmp_path / 'one'}")]) == 0
     two = arguments(export, source, *views, f"--evaluation.output={tmp_path / 'two'}")
-    command = [sys.executable, "-m", "vidprism_hf.cli", "evaluate", *two]
+    command = [sys.executable, "-m", "vidprism_hf", "evaluate", *two]
     done = subprocess.run(
         [*command, "--trainer.devices=2", "--trainer.strategy=ddp"],
         cwd=ROOT,
@@ -347,7 +347,7 @@ def test_a_signal_ends_processes_that_wait_for_each_other(export, source, tmp_pa
     os.mkfifo(slow)
     more = ("--data.num_workers=1", "--data.clip_time_limit=null", "--trainer.enable_progress_bar=true")
     settings = arguments(export, root, *more)
-    command = [sys.executable, "-m", "vidprism_hf.cli", "evaluate", *settings]
+    command = [sys.executable, "-m", "vidprism_hf", "evaluate", *settings]
     with subprocess.Popen(
         [*command, "--trainer.devices=2", "--trainer.strategy=ddp"],
         cwd=ROOT,

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from vidprism_hf.ablation.folds import block_folds, group_folds
 from vidprism_hf.errors import UserError
-from vidprism_hf.evaluation.folds import block_folds, group_folds
 
 NAMES = [f"{action}/{person}_{action}.avi" for action in ("run", "walk") for person in ("daria", "eli", "ira")]
 

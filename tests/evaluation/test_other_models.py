@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.image_utils import SizeDict
 
-from vidprism_hf.cli import main
+from vidprism_hf.cli.main import main
 from vidprism_hf.evaluation.labels import matched_labels
 from vidprism_hf.evaluation.other_models import OtherClassifier, OtherProcessor
 from vidprism_hf.model import decode_video, segment_centers
@@ -138,7 +138,7 @@ def test_each_clip_keeps_its_views_and_each_class_its_score():
 
 def test_crops_reach_both_ends():
     """A picture whose left is black and right is white, 48 x 24 when it is resized."""
-    from vidprism_hf.data.transforms import test_views as crops_of
+    from vidprism_hf.data.reading.transforms import test_views as crops_of
 
     processor = OtherProcessor(MODELS["videomae"][1], 2)
     frames = np.zeros((2, 24, 48, 3), dtype=np.uint8)
@@ -214,7 +214,7 @@ def test_one_of_the_hub(motion_clips, tmp_path):
     (folder / "preprocessor_config.json").write_text(json.dumps(old))
     assert main(["evaluate", str(folder), *quiet(motion_clips, tmp_path / "local")]) == 0
     settings = quiet(motion_clips, tmp_path)[:-1]  # without a place for the results
-    command = [sys.executable, "-m", "vidprism_hf.cli", "evaluate", "org/videomae-small", *settings]
+    command = [sys.executable, "-m", "vidprism_hf", "evaluate", "org/videomae-small", *settings]
     with serve({"org/videomae-small": folder}) as endpoint:
         env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
         env["PYTHONPATH"] = str(Path(__file__).parents[2])

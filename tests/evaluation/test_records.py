@@ -11,8 +11,8 @@ import pytest
 import yaml
 from small import LABELS, card_facts, complaint, motion_folder, run_arguments, tiny_export
 
-from vidprism_hf.cli import main
-from vidprism_hf.data.bad_clips import BadClip
+from vidprism_hf.cli.main import main
+from vidprism_hf.data.bad_videos import BadClip
 from vidprism_hf.errors import UserError
 from vidprism_hf.evaluation import testing
 from vidprism_hf.evaluation.compute import Cost
@@ -22,8 +22,8 @@ from vidprism_hf.evaluation.records import check_folder, write_evaluation
 from vidprism_hf.evaluation.report import CHOSEN, Evaluation, Protocol, print_evaluation
 from vidprism_hf.hub import render_card
 from vidprism_hf.hub.card import eval_results
-from vidprism_hf.hub.card_merge import with_evaluation
-from vidprism_hf.training.run_lock import only_run
+from vidprism_hf.hub.merge import with_evaluation
+from vidprism_hf.training.checkpoint.lock import only_run
 
 CLASSES = [f"class {index}" for index in range(6)]
 

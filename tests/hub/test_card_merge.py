@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from small import card_facts
 
 from vidprism_hf.hub import render_card
-from vidprism_hf.hub.card_merge import OWNED, left_out, merge_card, merge_metadata, with_evaluation
+from vidprism_hf.hub.merge import OWNED, left_out, merge_card, merge_metadata, with_evaluation
 
 OLD = str(render_card(card_facts(metrics={"top1": 0.5}, base_model="org/old", license="mit"))) + "\n"
 NEW = str(render_card(card_facts(metrics={"top1": 0.9}, base_model="org/new", dataset_id="org/clips"))) + "\n"

@@ -12,8 +12,8 @@ from push_helpers import QUICK, as_published, brisk, first_commit, push, pushed_
 from small import complaint, files_of, tiny_export
 
 from vidprism_hf.errors import UserError
+from vidprism_hf.hub.errors import PushError
 from vidprism_hf.hub.push import main, push_export
-from vidprism_hf.hub.refusals import PushError
 
 pytest_plugins = ["hub_server.fixtures"]
 
@@ -411,7 +411,7 @@ def test_an_export_of_a_run_is_one(hub, api, tmp_path):
 
 
 def test_a_complaint_is_one_line(command, exported, capsys, monkeypatch):
-    from vidprism_hf import cli
+    from vidprism_hf.cli import main as cli
 
     monkeypatch.setitem(cli.VERBS, "push", command)
     assert cli.main(["push", str(exported), "--repo", "org/m"]) == 1

@@ -10,7 +10,7 @@ from push_helpers import push
 from safetensors.torch import load_file
 from small import LABELS, tiny_export
 
-from vidprism_hf.data.demo import demo_frames, write_clip
+from vidprism_hf.data.sources.demo import demo_frames, write_clip
 
 pytest_plugins = ["hub_server.fixtures"]
 pytestmark = pytest.mark.slow

@@ -68,7 +68,7 @@ def _serve() -> None:
     import datasets  # noqa: F401
     import torch.distributed  # noqa: F401
 
-    import vidprism_hf.training.finetune  # noqa: F401
+    import vidprism_hf.training.run  # noqa: F401
 
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
@@ -86,7 +86,7 @@ def _serve() -> None:
 def _run(arguments: list[str], plan: dict, environment: dict[str, str], log: str) -> None:
     from lightning.pytorch.utilities import rank_zero_only
 
-    from vidprism_hf.cli import main
+    from vidprism_hf.cli.main import main
 
     os.setsid()
     output = os.open(log, os.O_WRONLY | os.O_CREAT)

@@ -18,9 +18,9 @@ if __name__ == "__main__":
 from small import LABELS, NUM_FRAMES, run_arguments
 
 from vidprism_hf import VidPrismLightningModule
-from vidprism_hf.cli import main
+from vidprism_hf.cli.main import main
 from vidprism_hf.data import VideoDataModule
-from vidprism_hf.training.strategies import named_strategy
+from vidprism_hf.training.distributed import named_strategy
 
 STRATEGIES = ("ddp", "fsdp")
 # Settings of the module and of the trainer. Eight clips, or as many as are in FOLDERS, four a step; plain gradient

@@ -13,7 +13,7 @@ import pytest
 from small import motion_folder, run_arguments, tiny_export
 from synthetic import trainer
 
-from vidprism_hf.cli import main
+from vidprism_hf.cli.main import main
 from vidprism_hf.data import ClipSampler
 
 pytestmark = pytest.mark.slow
@@ -79,8 +79,8 @@ def test_the_look_within_an_epoch_stops_it(source, tmp_path):
     """The first batch holds the bad clip or not; a run with a look at every step ends with the batch that does."""
     from vidprism_hf import VidPrismLightningModule
     from vidprism_hf.data import VideoDataModule
-    from vidprism_hf.data.bad_clips import TooManyBadClips
-    from vidprism_hf.training.callbacks import BadClipReport
+    from vidprism_hf.data.bad_videos import TooManyBadClips
+    from vidprism_hf.training.callbacks.bad_videos import BadClipReport
 
     data = VideoDataModule(str(source), processor="tiny", num_frames=8, batch_size=1, num_workers=0)
     model = VidPrismLightningModule(backbone="tiny", id2label=data.id2label, num_frames=8)
@@ -126,7 +126,7 @@ def test_two_processes_of_which_one_meets_bad_clips(tmp_path):
         # One epoch: in the next one the order gives other clips to each.
         arguments = run_arguments(root, output, *more, "--trainer.max_epochs=1")
         finished = subprocess.run(
-            [sys.executable, "-m", "vidprism_hf.cli", *arguments],
+            [sys.executable, "-m", "vidprism_hf", *arguments],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,

@@ -16,9 +16,9 @@ from small import LABELS, NUM_FRAMES, card_facts
 from synthetic import random_batches, trainer
 
 from vidprism_hf import VidPrismLightningModule
-from vidprism_hf.data.hub_repository import Repository
+from vidprism_hf.data.fetch.repository import Repository
 from vidprism_hf.hub import render_card
-from vidprism_hf.training.card_facts import CardRecorder, dataset_facts, duration, epochs_at
+from vidprism_hf.training.callbacks.recorder import CardRecorder, dataset_facts, duration, epochs_at
 from vidprism_hf.training.origin import base_model, is_random, starting_point
 
 

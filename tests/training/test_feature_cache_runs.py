@@ -16,7 +16,7 @@ from same_runs import assert_same_runs, checkpoint
 from small import complaint, motion_folder, run_arguments
 
 from vidprism_hf import VidPrismLightningModule
-from vidprism_hf.cli import main
+from vidprism_hf.cli.main import main
 from vidprism_hf.data import VideoDataModule
 from vidprism_hf.model.modeling_vidprism import VidPrismForVideoClassification, VidPrismVisionTower
 
@@ -52,7 +52,7 @@ def no_videos(monkeypatch):
     def call(*args, **kwargs):
         raise AssertionError("a video was decoded")
 
-    return lambda: monkeypatch.setattr("vidprism_hf.data.dataset.decode_video", call)
+    return lambda: monkeypatch.setattr("vidprism_hf.data.loading.dataset.decode_video", call)
 
 
 def losses(output: Path) -> list[list[str]]:
@@ -201,7 +201,7 @@ def test_a_run_that_is_stopped_within_an_epoch_goes_on_bit_for_bit(source, tmp_p
 
 
 def test_a_callback_may_end_the_run_between_shards(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("vidprism_hf.data.feature_cache.SHARD_SECONDS", 0.0)
+    monkeypatch.setattr("vidprism_hf.data.features.cache.SHARD_SECONDS", 0.0)
 
     class Ends(L.Callback):
         calls = 0
@@ -230,7 +230,7 @@ def test_two_processes_fill_it_together(source, tmp_path, no_videos):
     more = (*FROZEN, cache, "--trainer.devices=2", "--trainer.strategy=ddp")
     (source / "train" / "growing" / "1.mp4").write_bytes(b"no video")
     finished = subprocess.run(
-        [sys.executable, "-m", "vidprism_hf.cli", *run_arguments(source, tmp_path / "two", *more)],
+        [sys.executable, "-m", "vidprism_hf", *run_arguments(source, tmp_path / "two", *more)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -11,7 +11,7 @@ from synthetic import random_batches, trainer
 from vidprism_hf import VidPrismConfig, VidPrismForVideoClassification, VidPrismLightningModule
 from vidprism_hf.errors import UserError
 from vidprism_hf.model import VISION_PRESETS
-from vidprism_hf.training.optimization import parameter_groups, tower_level
+from vidprism_hf.training.optim import parameter_groups, tower_level
 
 TOWER = "vidprism.vision_tower."
 

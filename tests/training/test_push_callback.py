@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from vidprism_hf.training.callbacks.push import PushFailed, PushProcess, PushToHub, push_open
 from vidprism_hf.training.exporting import ExportedCheckpoint
-from vidprism_hf.training.push_callback import PushFailed, PushProcess, PushToHub, push_open
 
 WAIT = 30
 
@@ -385,7 +385,7 @@ def test_commits_tell_the_epoch_and_the_score(tmp_path, monkeypatch):
         def communicate(self, timeout):
             return "https://hub/org/m 1", ""
 
-    monkeypatch.setattr("vidprism_hf.training.push_callback.subprocess.Popen", Answered)
+    monkeypatch.setattr("vidprism_hf.training.callbacks.push.subprocess.Popen", Answered)
     callback = PushToHub("org/m", export=write_epoch)
     trainer = trainer_of(tmp_path, 2, [callback, Until(lambda epoch: len(commands) == epoch)])
     with push_open(trainer) as publish:
@@ -400,7 +400,7 @@ def test_commits_tell_the_epoch_and_the_score(tmp_path, monkeypatch):
 
 
 def test_no_token_is_told_at_the_start(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("vidprism_hf.training.push_callback.get_token", lambda: None)
+    monkeypatch.setattr("vidprism_hf.training.callbacks.push.get_token", lambda: None)
     callback = PushToHub("org/m", export=write_epoch)
     callback.on_fit_start(L.Trainer(default_root_dir=tmp_path, logger=False), None)
     assert "No token" in caplog.text

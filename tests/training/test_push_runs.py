@@ -13,7 +13,7 @@ from safetensors.torch import load
 from small import run_arguments
 
 from vidprism_hf import VidPrismForVideoClassification
-from vidprism_hf.cli import main
+from vidprism_hf.cli.main import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STRANGER = """
@@ -34,7 +34,7 @@ def hub(tmp_path, monkeypatch):
 
 def pushing(source, output, repo, *more):
     """A run that pushes to a repository."""
-    callback = "--trainer.callbacks+=vidprism_hf.training.push_callback.PushToHub"
+    callback = "--trainer.callbacks+=vidprism_hf.training.callbacks.push.PushToHub"
     return run_arguments(source, output, callback, f"--trainer.callbacks.repo={repo}", *more)
 
 
@@ -75,7 +75,7 @@ def test_a_run_is_published_as_it_goes_and_at_its_end(hub, motion_clips, tmp_pat
 def test_a_hub_that_is_down_for_good(hub, motion_clips, tmp_path, capsys):
     hub.fault("any", status=503, retry_after=3600, times=None)
     # One callback may stand without a list.
-    callback = {"class_path": "vidprism_hf.training.push_callback.PushToHub", "init_args": {"repo": "alice/moves"}}
+    callback = {"class_path": "vidprism_hf.training.callbacks.push.PushToHub", "init_args": {"repo": "alice/moves"}}
     assert main(run_arguments(motion_clips, tmp_path / "run", f"--trainer.callbacks={json.dumps(callback)}")) == 0
     export = tmp_path / "run" / "export"
     assert "alice/moves" not in (export / "recipe.yaml").read_text()

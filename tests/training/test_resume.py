@@ -13,12 +13,13 @@ from same_runs import STEPS, arguments, assert_same_runs, checkpoint
 from small import complaint, files_of, motion_folder
 
 from vidprism_hf import VidPrismLightningModule
-from vidprism_hf.cli import main
+from vidprism_hf.cli.main import main
 from vidprism_hf.data import VideoDataModule
 from vidprism_hf.errors import UserError
-from vidprism_hf.training import finetune, safeguard
-from vidprism_hf.training.checkpointing import SafeCheckpointIO
-from vidprism_hf.training.resuming import Start, begin
+from vidprism_hf.training import run as finetune
+from vidprism_hf.training.checkpoint import callback as safeguard
+from vidprism_hf.training.checkpoint.files import SafeCheckpointIO
+from vidprism_hf.training.checkpoint.resume import Start, begin
 
 pytestmark = pytest.mark.slow
 TRAINING, VALIDATION = "training_step", "validation_step"

@@ -11,10 +11,10 @@ from same_runs import STEPS, arguments, checkpoint, logged
 from small import complaint, motion_folder
 
 from vidprism_hf import VidPrismLightningModule
-from vidprism_hf.cli import main
-from vidprism_hf.data import dataset
-from vidprism_hf.data.dataset import ClipSampler
-from vidprism_hf.data.epoch_place import go_on
+from vidprism_hf.cli.main import main
+from vidprism_hf.data.loading import dataset
+from vidprism_hf.data.loading.dataset import ClipSampler
+from vidprism_hf.data.loading.position import go_on
 
 CLIPS = 2 * STEPS
 

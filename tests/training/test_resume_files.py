@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vidprism_hf.errors import UserError
-from vidprism_hf.training.checkpointing import SafeCheckpointIO, damage, read_checkpoint
+from vidprism_hf.training.checkpoint.files import SafeCheckpointIO, damage, read_checkpoint
 
 
 def content(step: int = 1) -> dict:

@@ -9,9 +9,9 @@ import lightning as L
 import pytest
 import torch
 
-from vidprism_hf.data.ranks import Ranks
-from vidprism_hf.training.safeguard import Safeguard
-from vidprism_hf.training.signals import STOPPING, SignalWatch, Stopped
+from vidprism_hf.distributed import Ranks
+from vidprism_hf.training.checkpoint.callback import Safeguard
+from vidprism_hf.training.checkpoint.signals import STOPPING, SignalWatch, Stopped
 
 
 @pytest.fixture(autouse=True)

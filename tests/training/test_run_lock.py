@@ -11,10 +11,10 @@ import pytest
 from filelock import FileLock
 from small import complaint, run_arguments
 
-from vidprism_hf.cli import main
+from vidprism_hf.cli.main import main
 from vidprism_hf.errors import UserError
-from vidprism_hf.training import run_lock
-from vidprism_hf.training.run_lock import lock_path, only_run
+from vidprism_hf.training.checkpoint import lock as run_lock
+from vidprism_hf.training.checkpoint.lock import lock_path, only_run
 
 
 @pytest.fixture(autouse=True)

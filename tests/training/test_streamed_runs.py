@@ -49,7 +49,7 @@ def finetune(published, tmp_path, *more):
     with Hub() as hub:
         hub.add_dataset(SOURCE, published)
         finished = subprocess.run(
-            [sys.executable, "-m", "vidprism_hf.cli", *arguments],
+            [sys.executable, "-m", "vidprism_hf", *arguments],
             env=hub.environment(tmp_path / "home") | {"OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,

@@ -1,13 +1,13 @@
 """Where clips come from: folders and the demo, splits, augmentation, datasets and the data module."""
 
 from .datamodule import VideoDataModule
-from .dataset import ClipDataset, ClipReader, ClipSampler
-from .demo import DEMO_CLASSES, demo_folder, render_demo
-from .folder import scan_folder
-from .processor import load_processor, normalize_clips
-from .sampling import random_in_segments
+from .loading.dataset import ClipDataset, ClipReader, ClipSampler
+from .reading.processor import load_processor, normalize_clips
+from .reading.sampling import random_in_segments
+from .reading.transforms import ClipAugmentation
+from .sources.demo import DEMO_CLASSES, demo_folder, render_demo
+from .sources.folder import scan_folder
 from .tables import ClipSplits, ClipTable, DataError, FileTable
-from .transforms import ClipAugmentation
 
 __all__ = [
     "DEMO_CLASSES",

@@ -9,24 +9,24 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
+from ..distributed import gathered
 from ..model import VidPrismVideoProcessor
-from .arguments import check_arguments
-from .dataset import ClipDataset, ClipReader, ClipSampler, collate
-from .demo import DEMO_CLASSES, demo_folder
-from .epoch_place import check_same_clips, fingerprint, go_on
-from .feature_cache import FeatureCache
-from .feature_part import CachedClips
-from .processor import load_processor, normalize_clips
-from .ranks import gathered
-from .sources import DEMO, check_source, describe_split, open_source, source_name
-from .streamed_clips import StreamedClips
+from .config import check_arguments
+from .features.cache import FeatureCache
+from .features.split import CachedClips
+from .loading.dataset import ClipDataset, ClipReader, ClipSampler, collate
+from .loading.position import check_same_clips, fingerprint, go_on
+from .loading.views import describe_training_views, mirrored, part_reader
+from .loading.workers import shield_worker
+from .open import DEMO, check_source, describe_split, open_source, source_name
+from .reading.processor import load_processor, normalize_clips
+from .reading.transforms import BatchMixing
+from .sources.demo import DEMO_CLASSES, demo_folder
+from .streaming.dataset import StreamedClips
 from .tables import ClipSplits, ClipTable, DataError, stable_hash
-from .transforms import BatchMixing
-from .views import describe_training_views, mirrored, part_reader
-from .workers import shield_worker
 
 if TYPE_CHECKING:
-    from .streaming import ClipStreams
+    from .streaming.open import ClipStreams
 
 
 class VideoDataModule(L.LightningDataModule):

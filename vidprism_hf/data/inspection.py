@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import UserError, first_line, printable
 from ..model import VideoDecodeError, check_video
-from .dataset import ClipReader
+from .loading.dataset import ClipReader
 from .tables import ClipTable, stable_hash
 
 SHEET_FRAMES = 8

@@ -18,19 +18,19 @@ from lightning.pytorch.utilities import rank_zero_only
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
-from ..data.bad_clips import bad_clip_table
-from ..data.ranks import print_once
+from ..cli.recipe import FinetuneCLI, parse, progress_bars
+from ..data.bad_videos import bad_clip_table
+from ..distributed import print_once
 from ..errors import UserError, first_line, why_not_loaded
 from ..hub.card import eval_results, evaluation_body, plain
-from ..hub.card_merge import states_results, with_evaluation
 from ..hub.export import README, is_vidprism_config
+from ..hub.merge import states_results, with_evaluation
 from ..model import VidPrismConfig
-from ..training.callbacks import BadClipReport
-from ..training.card_facts import dataset_facts
+from ..training.callbacks.bad_videos import BadClipReport
+from ..training.callbacks.recorder import dataset_facts
+from ..training.checkpoint.lock import lock_path, only_run
+from ..training.checkpoint.signals import SignalWatch
 from ..training.module import read_checkpoint_config
-from ..training.recipe import FinetuneCLI, parse, progress_bars
-from ..training.run_lock import lock_path, only_run
-from ..training.signals import SignalWatch
 from .labels import matched_labels
 from .other_models import OtherClassifier, load_other
 from .records import check_folder, evaluations_of, write_evaluation

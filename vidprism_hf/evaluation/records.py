@@ -8,7 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from ..data.clip_contents import write_whole
+from ..data.fetch.contents import write_whole
 from ..errors import UserError
 from .figures import confusion_matrix
 from .report import SHORT, Evaluation, Subject

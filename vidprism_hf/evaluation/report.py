@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..data.bad_clips import BadClip, ClipCounts
+from ..data.bad_videos import BadClip, ClipCounts
 from ..errors import printable
 from .compute import Cost
 from .metrics import CALIBRATION_BINS, Metrics

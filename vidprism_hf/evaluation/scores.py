@@ -9,7 +9,7 @@ import lightning as L
 import numpy as np
 import torch
 
-from ..data.ranks import Ranks
+from ..distributed import Ranks
 from .metrics import measure
 
 AverageClips = Literal["score", "prob"]  # mmaction2's words

@@ -8,8 +8,8 @@ from lightning.pytorch import Trainer
 from transformers import PreTrainedConfig
 
 from ..data import VideoDataModule
-from ..data.bad_clips import BadClip
-from ..data.few_shot import clip_list_hash
+from ..data.bad_videos import BadClip
+from ..data.sources.few_shot import clip_list_hash
 from ..errors import UserError
 from .compute import cost
 from .metrics import measure

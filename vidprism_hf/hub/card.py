@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from ..errors import printable
-from .card_merge import BEGIN, SECTION, merge_card
+from .merge import BEGIN, SECTION, merge_card
 
 __all__ = ["CardFacts", "addressed", "eval_results_file", "merge_card", "render_card"]
 

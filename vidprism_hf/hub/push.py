@@ -19,9 +19,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..errors import LOG_IN, UserError, first_line
 from .card import addressed
-from .card_merge import is_kept, left_out, merge_card, states_license
+from .errors import PushError, explain
+from .merge import is_kept, left_out, merge_card, states_license
 from .pushed_files import RESULTS, WRITTEN, LocalFile, read_export
-from .refusals import PushError, explain
 from .remote import MAIN, README, Remote
 from .retries import MOVED_STATUS, HubError, Patience, bounded_client, read_failure, safe
 

@@ -15,8 +15,8 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 from ..errors import UserError, first_line
 from ..model import VidPrismConfig, VidPrismForVideoClassification
+from .errors import PushError
 from .export import EXPORT_FILES, README, WEIGHTS, is_vidprism_config
-from .refusals import PushError
 
 INDEX = f"{WEIGHTS}.index.json"
 NEEDED = ("config.json", "video_preprocessor_config.json", README)

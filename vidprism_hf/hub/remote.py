@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
-from .refusals import PushError
+from .errors import PushError
 from .retries import Patience, Tries, repeat
 
 T = TypeVar("T")

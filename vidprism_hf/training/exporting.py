@@ -13,15 +13,15 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 
-from ..data.few_shot import clip_list_hash
+from ..data.sources.few_shot import clip_list_hash
 from ..errors import one_line_or_traceback
 from ..evaluation.report import Evaluation, Protocol
 from ..hub import export_model, render_card
 from ..hub.card import eval_results_file
 from ..hub.export import MAX_SHARD_SIZE, Precision
-from .averaging import WeightEMA
-from .card_facts import METRICS, CardRecorder, Measured, bad_clips, kept_by, moment, run_facts, run_figures
-from .checkpointing import KeptCheckpoint
+from .callbacks.averaging import WeightEMA
+from .callbacks.recorder import METRICS, CardRecorder, Measured, bad_clips, kept_by, moment, run_facts, run_figures
+from .checkpoint.files import KeptCheckpoint
 
 TRAIN_LIST = "train_clips.txt"  # in the run's folder, where the clips were drawn or listed
 # Parts of a setting's name that make its text a secret; num_tokens and tokenizer are none.

@@ -15,16 +15,16 @@ from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoConfig, get_cosine_schedule_with_warmup
 
 from ..data import normalize_clips
-from ..data.frame_encoder import FrameEncoder, tower_digest
+from ..data.features.encoder import FrameEncoder, tower_digest
 from ..errors import UserError, first_line, why_not_loaded
 from ..evaluation.labels import matched_labels
 from ..evaluation.scores import ScoreRecorder
 from ..model import VidPrismConfig, VidPrismForVideoClassification, VidPrismForVideoClassificationOutput
 from ..model.temporal_vidprism import gate_balance_loss
-from .averaging import WeightEMA
-from .callbacks import BadClipReport, EpochPlace
-from .optimization import check_settings, clips_per_step, parameter_groups, scaled_learning_rate
-from .strategies import shard
+from .callbacks.averaging import WeightEMA
+from .callbacks.bad_videos import BadClipReport, EpochPlace
+from .distributed import shard
+from .optim import check_settings, clips_per_step, parameter_groups, scaled_learning_rate
 from .whitening import fit_whitening
 
 LOSS_PARTS = ("classification_loss", "rank_loss", "gate_loss", "diversity_loss")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from ..data.feature_part import CachedClips
+from ..data.features.split import CachedClips
 from ..errors import UserError
 from ..model.temporal_vidprism import VidPrismFeatureWhitening
 

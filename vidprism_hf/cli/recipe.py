@@ -1,0 +1,144 @@
+"""Recipes: from a YAML file and what is typed beside it to data, model and trainer.
+
+Keys are those of `vidprism finetune --help`; evaluate and ablate read recipes in the same way.
+"""
+
+import os
+import warnings
+
+from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from ..data import VideoDataModule, load_processor
+from ..data.open import source_kind
+from ..errors import UserError, first_line
+from ..evaluation.testing import EvaluationSettings
+from ..hub.licenses import check_license
+from ..training.checkpoint.files import CheckpointSettings
+from ..training.checkpoint.resume import AUTO
+from ..training.distributed import ddp_settings, named_strategy
+from ..training.exporting import ExportSettings
+from ..training.module import VidPrismLightningModule, check_frozen
+from ..training.whitening import check_whitening
+
+# What a recipe need not say.
+TRAINER_DEFAULTS = {
+    "max_epochs": 30,
+    "log_every_n_steps": 10,
+    # ClipSampler shares clips among processes itself: every held-out clip once, none twice.
+    "use_distributed_sampler": False,
+}
+
+
+class FinetuneCLI(LightningCLI):
+    """LightningCLI with the run's folder, and the links between data and model."""
+
+    def add_arguments_to_parser(self, parser):
+        parser.add_argument("--output", type=str, default="runs/finetune", help="Folder of the run.")
+        parser.add_argument(
+            "--resume",
+            type=str,
+            default=AUTO,
+            help="auto goes on with a stopped run in the output folder; none begins anew and keeps the folder as "
+            "<folder>.1; a checkpoint of the folder goes on from there, with other settings if they are given. The "
+            "same command typed again goes on.",
+        )
+        parser.add_class_arguments(CheckpointSettings, "checkpoint")
+        parser.add_class_arguments(ExportSettings, "export")
+        parser.add_class_arguments(EvaluationSettings, "evaluation")
+        parser.link_arguments("model.num_frames", "data.num_frames")
+        parser.link_arguments(
+            ("model.backbone", "model.checkpoint"),
+            "data.processor",
+            compute_fn=lambda backbone, checkpoint: checkpoint or backbone,
+        )
+        parser.link_arguments("data.id2label", "model.id2label", apply_on="instantiate")
+
+    def before_instantiate_classes(self) -> None:
+        """Looks for licence and backbone before data are fetched, which may be hundreds of gigabytes."""
+        check_license("export.license", self.config.export.license)
+        data = self.config.data
+        if data.feature_cache:
+            check_frozen(self.config.model.freeze_backbone)
+        check_whitening(self.config.model.config, data.feature_cache)
+        if source_kind(data.source) in ("benchmark", "hub"):
+            load_processor(data.processor, data.num_frames)
+
+    def instantiate_trainer(self, **settings) -> Trainer:
+        """Builds the recipe's trainer.
+
+        Raises:
+            UserError: If this machine cannot give what the recipe asks for.
+        """
+        trainer = self.config_init.trainer
+        asked = trainer.callbacks or []
+        # A list of its own for each trainer, which puts default callbacks into the list that it is given. The run's
+        # own come first: what a recipe's callback exports holds what they keep of the same epoch.
+        callbacks = [*settings.pop("callbacks", []), *(asked if isinstance(asked, list) else [asked])]
+        accumulates = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
+        accumulates = accumulates or trainer.accumulate_grad_batches > 1
+        strategy = named_strategy(trainer.strategy, accumulates)
+        try:
+            built = super().instantiate_trainer(callbacks=callbacks, strategy=strategy, **settings)
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            raise UserError(f"trainer: {first_line(error)}") from error
+        if strategy == "auto" and type(built.strategy) is DDPStrategy:  # Lightning has found several devices
+            built.strategy._ddp_kwargs.update(ddp_settings(accumulates))
+        return built
+
+
+def parse(argv: list[str], description: str | None = None) -> FinetuneCLI:
+    """Parses a recipe and overrides, and builds data and model.
+
+    Args:
+        argv: `--config recipes/X.yaml` and any `--key value`.
+        description: What `--help` says above the keys.
+
+    Raises:
+        UserError: With jsonargparse's message as one line, if a key does not exist or a value does not fit.
+    """
+    try:
+        # LightningCLI warns of its own arguments where the process has some too, which are the same here.
+        warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+        return FinetuneCLI(
+            VidPrismLightningModule,
+            VideoDataModule,
+            args=argv,
+            run=False,
+            seed_everything_default=0,
+            save_config_callback=None,
+            trainer_defaults=TRAINER_DEFAULTS,
+            auto_configure_optimizers=False,
+            parser_kwargs={
+                "exit_on_error": False,
+                "allow_abbrev": False,  # a misspelt key is an error, not the beginning of another one
+                "prog": "vidprism finetune",
+                "description": description,
+            },
+        )
+    except ArgumentError as error:
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def check_length(trainer: Namespace) -> None:
+    """Looks whether a trainer's settings train at all.
+
+    Raises:
+        UserError: If they do not.
+    """
+    for name in ("max_epochs", "max_steps"):
+        if trainer[name] == 0:
+            raise UserError(f"trainer.{name}=0: nothing would be trained; set it to 1 or more")
+    if trainer.accumulate_grad_batches < 1:
+        raise UserError(f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: must be at least 1")
+
+
+def progress_bars(cli: FinetuneCLI) -> list[Callback]:
+    """Rich on a terminal; elsewhere plain lines for a log file; none where the recipe wants none."""
+    if cli.config.trainer.enable_progress_bar is False:
+        return []
+    return [RichProgressBar() if os.isatty(1) else TQDMProgressBar(refresh_rate=20)]

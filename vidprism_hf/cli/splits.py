@@ -1,0 +1,83 @@
+"""`vidprism splits`: one recipe on several official splits, and the mean of their accuracies."""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import UserError
+
+FILE_NAME = "splits.json"
+
+
+def main(argv: list[str]) -> int:
+    """Trains and evaluates on each split in a process of its own, then averages.
+
+    Returns:
+        0, or the status of the first run that failed.
+    """
+    args, recipe = _parse(argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("vidprism splits starts its own runs: do not launch it with torchrun or srun")
+    output = Path(args.output or _recipe_output(recipe))
+    results: dict[str, dict[str, float]] = {}
+    for split in args.splits:
+        run = output / f"split{split}"
+        settings = [*recipe, f"--data.split={split}", f"--output={run}"]
+        status = subprocess.run([sys.executable, "-m", "vidprism_hf", "finetune", *settings]).returncode
+        if status:
+            return status
+        results[str(split)] = json.loads((run / "metrics.json").read_text())
+    summary = {"splits": results, "mean": _mean(results)}
+    beside = output / (FILE_NAME + ".tmp")
+    beside.write_text(json.dumps(summary, indent=2) + "\n")
+    os.replace(beside, output / FILE_NAME)
+    _print(summary, output)
+    return 0
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="vidprism splits",
+        description="Runs a recipe on several official splits and averages; other options are those of finetune.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--splits", type=int, nargs="+", default=[1, 2, 3], choices=(1, 2, 3), help="which splits")
+    parser.add_argument("--output", help="folder of the runs (default: the recipe's output)")
+    return parser.parse_known_args(argv)
+
+
+def _recipe_output(settings: list[str]) -> str:
+    """The output that the last recipe given names."""
+    recipes = [value for name, value in pairwise(settings) if name == "--config"]
+    recipes += [setting.partition("=")[2] for setting in settings if setting.startswith("--config=")]
+    for recipe in reversed(recipes):
+        try:
+            named = yaml.safe_load(Path(recipe).read_text()).get("output")
+        except (OSError, yaml.YAMLError, AttributeError) as error:
+            raise UserError(f"{recipe}: cannot be read as a recipe ({type(error).__name__}); check --config") from error
+        if named:
+            return named
+    raise UserError("--output: name the folder of the runs, or a recipe with --config")
+
+
+def _mean(results: dict[str, dict[str, float]]) -> dict[str, float]:
+    names = next(iter(results.values()))
+    return {name: statistics.fmean(metrics[name] for metrics in results.values()) for name in names if name != "clips"}
+
+
+def _print(summary: dict, output: Path) -> None:
+    names = list(summary["mean"])
+    table = Table("split", *names)
+    for split, metrics in [*summary["splits"].items(), ("mean", summary["mean"])]:
+        table.add_row(split, *(f"{metrics[name]:.4f}" for name in names))
+    Console().print(table)
+    print(f"Written to {output / FILE_NAME}")

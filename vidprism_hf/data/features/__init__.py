@@ -1,0 +1,1 @@
+"""Frame features of a frozen tower, computed once and kept."""

@@ -1,0 +1,1 @@
+"""Bytes onto this disk: downloads, archives, repositories of the Hub, content hashes."""

@@ -1,0 +1,263 @@
+"""Clips as training and evaluation examples, and the order in which each process gets them.
+
+What an example looks like follows from the seed, the epoch and the clip's name alone, so it is the same whatever the
+number of workers or processes and whichever clips share its batch.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, default_collate
+from torch.utils.data.distributed import DistributedSampler
+
+from ...distributed import rank_and_world
+from ...model import VideoDecodeError, VidPrismVideoProcessor, decode_video
+from ..bad_videos import Note
+from ..reading.sampling import FrameSampling
+from ..reading.time_limit import TimeLimit
+from ..reading.transforms import ClipAugmentation, test_views
+from ..tables import ClipTable, stable_hash
+
+# So many clips of a class are tried in the place of a bad one before the class counts as unreadable.
+MAX_REPLACEMENTS = 16
+
+
+@dataclass
+class ClipReader:
+    """Turns a video into pixels: a random view for training, or what the processor makes of it.
+
+    Attributes:
+        processor: Gives the number of frames and makes the evaluation input.
+        augmentation: Makes the training input; None gives evaluation input.
+        frame_stride: Frames between those of a clip; None takes them from equal segments of the whole video.
+        num_clips: In evaluation, clips taken from a video at different places in time.
+        num_crops: In evaluation, crops of each clip, 1 or 3.
+        seed: Seed of frames and augmentation.
+        time_limit: Seconds that decoding may take; None is no limit.
+    """
+
+    processor: VidPrismVideoProcessor
+    augmentation: ClipAugmentation | None = None
+    frame_stride: int | None = None
+    num_clips: int = 1
+    num_crops: int = 1
+    seed: int = 0
+    time_limit: float | None = None
+    _within: TimeLimit = field(init=False, repr=False)
+
+    def __post_init__(self):
+        # The decoder looks at the clock itself; the outer limit is for calls that never return.
+        self._within = TimeLimit(None if self.time_limit is None else self.time_limit + 1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the pixels: (T, 3, H, W), or (views, T, 3, H, W) where there are several views."""
+        crop = self.processor.crop_size
+        views = () if self.augmentation or self.num_clips * self.num_crops == 1 else (self.num_clips * self.num_crops,)
+        return (*views, self.processor.num_frames, 3, crop["height"], crop["width"])
+
+    def __call__(self, video: str | bytes, key: tuple) -> torch.Tensor:
+        """Decodes a video.
+
+        Args:
+            video: Path, URL or bytes.
+            key: What tells this view from others; with the seed it decides all that is random.
+
+        Returns:
+            uint8 pixels of `shape`.
+
+        Raises:
+            VideoDecodeError: If it cannot be decoded, or not in time.
+        """
+        return self._random_view(video, key) if self.augmentation else self._test_views(video)
+
+    def _random_view(self, video: str | bytes, key: tuple) -> torch.Tensor:
+        sampling = FrameSampling(self.processor.num_frames, self.frame_stride)
+
+        def sample(total: int) -> np.ndarray:
+            # A fresh generator: the decoder may ask twice, for the count it expects and for the true one.
+            return sampling.train(total, np.random.default_rng(stable_hash("frames", self.seed, *key)))
+
+        clip = torch.from_numpy(self._decode(video, sample)).permute(0, 3, 1, 2)
+        return self.augmentation(clip, stable_hash("view", self.seed, *key)).contiguous()
+
+    def _test_views(self, video: str | bytes) -> torch.Tensor:
+        sampling = FrameSampling(self.processor.num_frames, self.frame_stride)
+        frames = self._decode(video, lambda total: sampling.test(total, self.num_clips).reshape(-1))
+        crops = test_views(frames, self.processor, self.num_crops)  # (crops, clips * T, 3, H, W)
+        return crops.unflatten(1, (self.num_clips, -1)).transpose(0, 1).reshape(self.shape)
+
+    def _decode(self, video: str | bytes, sample: Callable[[int], np.ndarray]) -> np.ndarray:
+        try:
+            frames, _ = self._within(partial(decode_video, time_limit=self.time_limit), video, sample)
+        except TimeoutError:
+            name = video if isinstance(video, str) else f"<bytes, {len(video)} bytes>"
+            cause = f"took longer than {self.time_limit:g} s"
+            message = f"{name}: {cause}, make it shorter, raise data.clip_time_limit or leave it out"
+            raise VideoDecodeError(message, name, cause) from None
+        return frames
+
+
+class ClipDataset(Dataset):
+    """Map-style dataset of clips, keyed as `ClipSampler` does it, or by index, which means epoch 0.
+
+    Items are dicts of
+    - `pixel_values_videos`: uint8 of the reader's shape;
+    - `labels`: the class index;
+    - `clip_index`: the row of the table that the pixels are from;
+    - `readable`: False where there are no pixels but zeros;
+    - `counts`: False where the key says that the clip only fills up a batch;
+    - `bad_clips`: what could not be decoded on the way, as (name, class index, cause).
+
+    In training a clip that cannot be decoded is replaced by another of its class, which seed, epoch and index
+    decide; in evaluation it is not, and counts as wrong. No clip raises: a process that stopped alone would leave
+    the others waiting for it. Whoever reads the batches has to look at `bad_clips`.
+
+    Args:
+        table: The clips.
+        reader: Makes their pixels.
+        train_views: Random views of a clip that its epochs go through in turn; None draws a new one each epoch.
+        training: Whether clips are trained on; None tells it from whether the reader augments them. Without an
+            augmentation every epoch has the evaluation's one view.
+    """
+
+    def __init__(
+        self, table: ClipTable, reader: ClipReader, train_views: int | None = None, training: bool | None = None
+    ):
+        self.table = table
+        self.reader = reader
+        self.train_views = train_views
+        self.training = reader.augmentation is not None if training is None else training
+        # Of this process: a clip that hangs is not tried anew each epoch.
+        self._causes: dict[int, str] = {}
+        self._lasting: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, key: int | tuple) -> dict[str, Any]:
+        epoch, index, *counts = key if isinstance(key, tuple) else (0, key)
+        view = (epoch % self.train_views if self.train_views else epoch) if self.reader.augmentation else 0
+        pixels, bad, chosen = None, [], index
+        for chosen in self._candidates(view, index) if self.training else (index,):
+            pixels = self.read(chosen, view, bad)
+            if pixels is not None:
+                break
+        shown = index if pixels is None else chosen
+        return example(self.reader, pixels, int(self.table.labels[index]), int(shown), bad, all(counts))
+
+    def read(self, index: int, view: int, bad: list[Note]) -> torch.Tensor | None:
+        """The pixels of a clip, or None and an entry in `bad`."""
+        if index not in self._causes:
+            start = time.monotonic()
+            try:
+                return self._load(index, view)
+            except VideoDecodeError as error:
+                self._causes[index] = error.cause or str(error)
+                limit, elsewhere = self.reader.time_limit, isinstance(error.__context__, (OSError, MemoryError))
+                if not elsewhere and (limit is None or time.monotonic() - start < limit):
+                    self._lasting.add(index)
+        bad.append((self.table.name(index), int(self.table.labels[index]), self._causes[index]))
+        return None
+
+    def is_lasting(self, index: int) -> bool:
+        """Whether what was bad about a clip is its content, not the time that it took, the disk or the memory."""
+        return index in self._lasting
+
+    def _load(self, index: int, view: int) -> torch.Tensor:
+        # By name: a clip looks the same in a few-shot draw or another fold, where it has another index.
+        return self.reader(self.table.video(index), (view, self.table.name(index)))
+
+    def _candidates(self, view: int, index: int) -> Iterator[int]:
+        """The clip itself, then others of its class in an order of their own."""
+        yield index
+        others = np.flatnonzero(self.table.labels == self.table.labels[index])
+        others = others[others != index]
+        generator = np.random.default_rng(stable_hash("replacement", self.reader.seed, view, index))
+        yield from generator.permutation(others)[:MAX_REPLACEMENTS].tolist()
+
+
+def example(
+    reader: ClipReader,
+    pixels: torch.Tensor | None,
+    label: int,
+    clip_index: int,
+    bad: list[Note],
+    counts: bool = True,
+) -> dict[str, Any]:
+    """One item of a dataset; zeros take the place of pixels that are not there."""
+    return {
+        "pixel_values_videos": torch.zeros(reader.shape, dtype=torch.uint8) if pixels is None else pixels,
+        "labels": label,
+        "clip_index": clip_index,
+        "readable": pixels is not None,
+        "counts": counts,
+        "bad_clips": bad,
+    }
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Batches items; `bad_clips` of all of them become one list.
+
+    Numbers on the host are `num_counted`, the clips that count, and `num_unreadable`, those of them without pixels.
+    """
+    bad = [entry for item in items for entry in item["bad_clips"]]
+    counted = [item for item in items if item["counts"]]
+    unreadable = sum(not item["readable"] for item in counted)
+    of_batch = ("bad_clips", "counts")
+    batch = default_collate([{key: value for key, value in item.items() if key not in of_batch} for item in items])
+    return batch | {"bad_clips": bad, "num_counted": len(counted), "num_unreadable": unreadable}
+
+
+# A DistributedSampler by type, so that Lightning never divides an already divided order once more.
+class ClipSampler(DistributedSampler):
+    """Yields the (epoch, index) keys of this process.
+
+    Each clip comes exactly once over all processes, so their shares may differ by one clip: in evaluation in the
+    table's order, in training in one that is shuffled anew each epoch. There all processes take the same number of
+    batches. One that would have none where others have their last gets its first clip once more, as (epoch, index,
+    False): it does not count. Rank and number of processes are read when they are needed: they are not known yet
+    when a data module is built.
+
+    Args:
+        num_clips: Clips in the dataset.
+        training: Whether to shuffle, and to give each process as many batches.
+        seed: Seed of the shuffle.
+        batch_size: Clips that the loader makes a batch of.
+    """
+
+    def __init__(self, num_clips: int, training: bool, seed: int = 0, batch_size: int = 1):
+        super().__init__(range(num_clips), num_replicas=1, rank=0, shuffle=training, seed=seed)
+        self.num_clips = num_clips
+        self.training = training
+        self.batch_size = batch_size
+        self._begun = (0, 0)
+
+    def begin(self, epoch: int, keys: int = 0) -> None:
+        """Sets the epoch, of which this process has had so many keys before its run was stopped."""
+        self.set_epoch(epoch)
+        self._begun = (epoch, keys)
+
+    def __len__(self) -> int:
+        rank, world = rank_and_world()
+        return len(range(rank, self.num_clips, world)) + self._lacks_a_batch(rank, world)
+
+    def __iter__(self) -> Iterator[tuple]:
+        rank, world = rank_and_world()
+        order, epoch = np.arange(self.num_clips), self.epoch
+        if self.training:
+            order = np.random.default_rng(stable_hash("order", self.seed, epoch)).permutation(order)
+        keys: list[tuple] = [(epoch, index) for index in order[rank::world].tolist()]
+        if self._lacks_a_batch(rank, world):
+            keys.append((epoch, int(order[rank % self.num_clips]), False))
+        return iter(keys[self._begun[1] if epoch == self._begun[0] else 0 :])
+
+    def _lacks_a_batch(self, rank: int, world: int) -> bool:
+        """Whether this process's clips make fewer batches of training than those of the first, which has most."""
+        own, most = (len(range(first, self.num_clips, world)) for first in (rank, 0))
+        return self.training and own < most and own % self.batch_size == 0

@@ -1,0 +1,156 @@
+"""What `data.source` names: the demo, a benchmark, a folder, list files, or a dataset of the Hub; one way into all.
+
+| `data.source`                  | what it is                                                            |
+| ------------------------------ | --------------------------------------------------------------------- |
+| `demo`                         | rendered clips (demo.py)                                              |
+| `ucf101 hmdb51 k400 ssv2`      | a benchmark below `data.root`, fetched if it is not there             |
+| a folder                       | class folders (folder.py), or list files with `data.train_list`       |
+| `org/name`                     | a dataset of the Hub, unless there is a folder of that name           |
+"""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from .sources.annotations import scan_lists
+from .sources.benchmarks import BENCHMARKS, benchmark_splits
+from .sources.demo import demo_folder
+from .sources.few_shot import few_shot
+from .sources.folder import scan_folder
+from .tables import ClipSplits, DataError
+
+if TYPE_CHECKING:
+    from .streaming.open import ClipStreams
+
+DEMO = "demo"
+RULES = ("val_fraction", "val_list", "val_pattern")
+KINDS = {"benchmark": "a benchmark", "folder": "class folders", "lists": "list files", "hub": "a dataset of the Hub"}
+# Settings that have a meaning for some kinds of source only.
+SETTINGS = {
+    "demo": (),
+    "benchmark": ("split", "verify_counts"),
+    "folder": RULES,
+    "lists": ("train_list", "val_list", "label_names", "allow_missing"),
+    "hub": (
+        *("hub_config", "hub_revision", "train_split", "val_split", "video_column", "label_column", "streaming"),
+        *(*RULES, "train_list", "label_names", "allow_missing"),
+    ),
+}
+
+
+def source_kind(source: str, train_list: str | None = None) -> str:
+    """What a source is: `demo`, `benchmark`, `folder`, `lists` or `hub`."""
+    if source == DEMO:
+        return "demo"
+    if source in BENCHMARKS:
+        return "benchmark"
+    if not Path(source).exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+        return "hub"
+    return "lists" if train_list is not None else "folder"
+
+
+def open_source(settings: dict[str, Any]) -> "ClipSplits | ClipStreams":
+    """Lists the clips of a source, fetching it first where it has to be fetched, unless it is streamed.
+
+    Args:
+        settings: The arguments of `VideoDataModule`.
+
+    Raises:
+        DataError: If the source cannot be used.
+    """
+    source, root, seed = settings["source"], Path(settings["root"]), settings["seed"]
+    kind = source_kind(source, settings["train_list"])
+    if kind == "demo":
+        splits = scan_folder(demo_folder(root, seed))
+    elif kind in ("folder", "lists") and not Path(source).exists():
+        raise DataError(
+            f"{source}: no such folder; give a folder, a dataset of the Hub (org/name), demo, or one of "
+            f"{', '.join(BENCHMARKS)} as data.source"
+        )
+    elif kind == "folder":
+        splits = scan_folder(source, seed=seed, **{name: settings[name] for name in RULES})
+    elif kind == "lists":
+        splits = scan_lists(source, **{name: settings[name] for name in SETTINGS["lists"]})
+    elif settings["streaming"]:
+        from .streaming.open import hub_streams  # the datasets library takes a second to import
+
+        names = ("train_split", "val_split", "video_column", "label_column", "label_names", "batch_size", "seed")
+        given = {name: settings[name] for name in names}
+        return hub_streams(source, settings["hub_config"], settings["hub_revision"], **given)
+    elif kind == "benchmark":
+        splits = benchmark_splits(source, root, split=settings["split"], verify=settings["verify_counts"])
+    else:
+        splits = _hub_splits(settings)
+    return few_shot(splits, settings["shots"], seed) if settings["shots"] else splits
+
+
+def _hub_splits(settings: dict[str, Any]) -> ClipSplits:
+    from .sources.hub import hub_splits
+
+    source, root = settings["source"], Path(settings["root"])
+    names = {name: name.removeprefix("hub_") for name in SETTINGS["hub"] if name != "streaming"}
+    given = {argument: settings[name] for name, argument in names.items()}
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"data.root {root}: cannot be written ({error.strerror}); choose another folder") from error
+    # Processes that start together would fetch and unpack the same files side by side.
+    with FileLock(root / f".{source.replace('/', '--')}.lock"):
+        return hub_splits(source, root=root, seed=settings["seed"], **given)
+
+
+def check_source(settings: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Looks for settings that this kind of source would ignore.
+
+    Args:
+        settings: The arguments of `VideoDataModule`.
+        defaults: Their defaults.
+
+    Raises:
+        DataError: If there is one.
+    """
+    kind = source_kind(settings["source"], settings["train_list"])
+    for name in sorted({name for names in SETTINGS.values() for name in names} - set(SETTINGS[kind])):
+        if settings[name] != defaults[name]:
+            why = (
+                "the demo is already split"
+                if kind == "demo"
+                else f"data.source {settings['source']} is read as {KINDS[kind]}"
+            )
+            raise DataError(f"data.{name}: {why} and does not use it; remove it")
+
+
+def source_name(source: str) -> str:
+    """A short name of a source: of a folder its own name."""
+    return source if source_kind(source) in ("demo", "benchmark", "hub") else Path(source).resolve().name
+
+
+def describe_split(settings: dict[str, Any], read: str = "") -> str:
+    """How training and held-out clips were told apart, in a phrase.
+
+    Args:
+        settings: The arguments of `VideoDataModule`.
+        read: What the source says of itself (`ClipSplits.description`).
+    """
+    seed, kind = settings["seed"], source_kind(settings["source"], settings["train_list"])
+    if kind == "demo":
+        text = f"rendered clips, train and held-out drawn apart (seed {seed})"
+    elif kind == "benchmark":
+        text = (
+            f"official split {settings['split']}" if BENCHMARKS[settings["source"]].num_splits > 1 else "official split"
+        )
+    elif settings["train_list"] is not None:
+        text = f"training clips listed in {Path(settings['train_list']).name}"
+        text += f", held-out clips in {Path(settings['val_list']).name}" if settings["val_list"] else ""
+    elif settings["val_fraction"] is not None:
+        text = f"a share of {settings['val_fraction']:g} of each class held out (seed {seed})"
+    elif settings["val_list"] is not None:
+        text = f"held-out clips listed in {Path(settings['val_list']).name}"
+    elif settings["val_pattern"] is not None:
+        text = f"held out: file names in which `{settings['val_pattern']}` is found"
+    else:
+        text = "the source's own split"
+    text = f"{read}; {text}" if read else text
+    return text + (f"; {settings['shots']} training clips a class, drawn by seed {seed}" if settings["shots"] else "")

@@ -1,0 +1,1 @@
+"""A video becomes a uint8 clip: sampling, transforms, processor, time limit."""

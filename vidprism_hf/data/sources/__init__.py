@@ -1,0 +1,1 @@
+"""Which videos, which labels: every kind of source becomes a table."""

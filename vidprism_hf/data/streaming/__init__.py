@@ -1,0 +1,1 @@
+"""Videos of a Hub dataset as an iterable, without a table."""

@@ -1,0 +1,1 @@
+"""Checkpoints and resume: files, callback, signals, lock."""
