@@ -15,7 +15,7 @@ from hub_server import Hub
 from small import complaint, files_of, run_arguments, tiny_export
 
 from vidprism_hf import VidPrismModel
-from vidprism_hf.cli.main import VERBS, main
+from vidprism_cli import COMMANDS, main
 
 
 @pytest.fixture(autouse=True)

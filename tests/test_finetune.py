@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from small import LABELS, files_of, run_arguments
 
 from vidprism_hf import VidPrismForVideoClassification, VidPrismLightningModule, VidPrismVideoProcessor
-from vidprism_hf.cli.main import main
+from vidprism_cli import main
 
 pytestmark = pytest.mark.slow
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from small import NUM_FRAMES, complaint, run_arguments, tiny_export
 
-from vidprism_hf.cli.main import main
+from vidprism_cli import main
 
 pytestmark = pytest.mark.slow
 

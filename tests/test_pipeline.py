@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from vidprism_hf import VidPrismForVideoClassification, VidPrismModel
-from vidprism_hf.cli.main import main
+from vidprism_cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from small import complaint, files_of
 
 from vidprism_hf import VidPrismConfig, VidPrismForVideoClassification
-from vidprism_hf.cli.main import main
+from vidprism_cli import main
 
 CLASSES = ("jump", "run", "sit", "skip", "wave")
 

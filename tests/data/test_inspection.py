@@ -18,7 +18,7 @@ from clips import greys, render
 from PIL import Image
 from small import LABELS, complaint, files_of
 
-from vidprism_hf.cli.main import main
+from vidprism_cli import main
 from vidprism_hf.data import FileTable
 from vidprism_hf.data.inspection import (
     LABEL_WIDTH,

@@ -20,7 +20,7 @@ from small import LABELS, NUM_FRAMES, complaint, files_of, motion_folder, tiny_e
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification, VideoMAEVideoProcessor
 
 from vidprism_hf import VidPrismForVideoClassification, VidPrismVideoProcessor
-from vidprism_hf.cli.main import main
+from vidprism_cli import main
 from vidprism_hf.data import normalize_clips
 from vidprism_hf.data.reading.transforms import test_views as crops_of
 from vidprism_hf.errors import UserError

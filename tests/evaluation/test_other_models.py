@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.image_utils import SizeDict
 
-from vidprism_hf.cli.main import main
+from vidprism_cli import main
 from vidprism_hf.evaluation.labels import matched_labels
 from vidprism_hf.evaluation.other_models import OtherClassifier, OtherProcessor
 from vidprism_hf.model import decode_video, segment_centers

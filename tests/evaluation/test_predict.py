@@ -10,7 +10,7 @@ import pytest
 import torch
 from small import LABELS, complaint, tiny_export
 
-from vidprism_hf.cli.main import main
+from vidprism_cli import main
 from vidprism_hf.evaluation.predict import default_workers, list_files, load, predict
 
 pytest_plugins = ["hub_server.fixtures"]

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from small import LABELS, card_facts, complaint, motion_folder, run_arguments, tiny_export
 
-from vidprism_hf.cli.main import main
+from vidprism_cli import main
 from vidprism_hf.data.bad_videos import BadClip
 from vidprism_hf.errors import UserError
 from vidprism_hf.evaluation import testing

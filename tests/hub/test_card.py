@@ -14,7 +14,7 @@ from hub_server.cards import front_matter, judge, judge_results
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from small import LABELS, card_facts, complaint, run_arguments
 
-from vidprism_hf.cli.main import main
+from vidprism_cli import main
 from vidprism_hf.data.bad_videos import BadClip
 from vidprism_hf.errors import UserError
 from vidprism_hf.evaluation.intervals import wilson_interval

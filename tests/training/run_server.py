@@ -86,7 +86,7 @@ def _serve() -> None:
 def _run(arguments: list[str], plan: dict, environment: dict[str, str], log: str) -> None:
     from lightning.pytorch.utilities import rank_zero_only
 
-    from vidprism_hf.cli.main import main
+    from vidprism_cli import main
 
     os.setsid()
     output = os.open(log, os.O_WRONLY | os.O_CREAT)

@@ -18,7 +18,7 @@ if __name__ == "__main__":
 from small import LABELS, NUM_FRAMES, run_arguments
 
 from vidprism_hf import VidPrismLightningModule
-from vidprism_hf.cli.main import main
+from vidprism_cli import main
 from vidprism_hf.data import VideoDataModule
 from vidprism_hf.training.distributed import named_strategy
 

@@ -13,7 +13,7 @@ import pytest
 from small import motion_folder, run_arguments, tiny_export
 from synthetic import trainer
 
-from vidprism_hf.cli.main import main
+from vidprism_cli import main
 from vidprism_hf.data import ClipSampler
 
 pytestmark = pytest.mark.slow

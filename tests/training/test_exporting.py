@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from small import complaint, run_arguments
 
 from vidprism_hf import VidPrismLightningModule
-from vidprism_hf.cli.main import main
+from vidprism_cli import main
 from vidprism_hf.training.exporting import portable
 
 

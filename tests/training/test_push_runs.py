@@ -13,7 +13,7 @@ from safetensors.torch import load
 from small import run_arguments
 
 from vidprism_hf import VidPrismForVideoClassification
-from vidprism_hf.cli.main import main
+from vidprism_cli import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STRANGER = """

@@ -11,7 +11,7 @@ import pytest
 from filelock import FileLock
 from small import complaint, run_arguments
 
-from vidprism_hf.cli.main import main
+from vidprism_cli import main
 from vidprism_hf.errors import UserError
 from vidprism_hf.training.checkpoint import lock as run_lock
 from vidprism_hf.training.checkpoint.lock import lock_path, only_run

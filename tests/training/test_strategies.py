@@ -20,7 +20,7 @@ from small import LABELS, NUM_FRAMES, complaint, files_of, motion_folder, run_ar
 from strategy_runs import RUNS, STRATEGIES, run, run_all
 
 from vidprism_hf import VidPrismLightningModule
-from vidprism_hf.cli.main import main
+from vidprism_cli import main
 from vidprism_hf.cli.recipe import parse
 from vidprism_hf.training.distributed import named_strategy
 
