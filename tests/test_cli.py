@@ -14,8 +14,8 @@ import yaml
 from hub_server import Hub
 from small import complaint, files_of, run_arguments, tiny_export
 
-from vidprism_hf import VidPrismModel
 from vidprism_cli import COMMANDS, main
+from vidprism_hf import VidPrismModel
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def refuse(capsys, arguments) -> str:
 def test_usage(capsys, arguments):
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert all(f"\n  {verb} " in printed for verb in VERBS)
+    assert all(f"\n  {verb} " in printed for verb in COMMANDS)
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ from push_helpers import as_published
 from safetensors.torch import load_file
 from small import LABELS, files_of, run_arguments
 
-from vidprism_hf import VidPrismForVideoClassification, VidPrismLightningModule, VidPrismVideoProcessor
 from vidprism_cli import main
+from vidprism_hf import VidPrismForVideoClassification, VidPrismLightningModule, VidPrismVideoProcessor
 
 pytestmark = pytest.mark.slow
 

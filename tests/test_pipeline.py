@@ -18,8 +18,8 @@ from transformers import (
     pipeline,
 )
 
-from vidprism_hf import VidPrismForVideoClassification, VidPrismModel
 from vidprism_cli import main
+from vidprism_hf import VidPrismForVideoClassification, VidPrismModel
 
 ROOT = Path(__file__).resolve().parents[1]
 

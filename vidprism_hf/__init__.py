@@ -23,7 +23,12 @@ AutoModelForVideoClassification.register(VidPrismConfig, VidPrismForVideoClassif
 AutoVideoProcessor.register(VidPrismConfig, VidPrismVideoProcessor, exist_ok=True)
 
 # Training needs Lightning, which is slow to import and which prediction does not need: resolved on first use.
-_LAZY = {"VideoDataModule": "data", "VidPrismLightningModule": "training"}
+_LAZY = {
+    "VideoDataModule": "data",
+    "VidPrismLightningModule": "training",
+    "Run": "training.run",
+    "finetune": "training.run",
+}
 
 
 def __getattr__(name: str):
@@ -35,6 +40,7 @@ def __getattr__(name: str):
 
 
 __all__ = [
+    "Run",
     "VidPrismConfig",
     "VidPrismForVideoClassification",
     "VidPrismLightningModule",
@@ -44,4 +50,5 @@ __all__ = [
     "VideoDataModule",
     "VideoDecodeError",
     "__version__",
+    "finetune",
 ]

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 from small import complaint, files_of
 
-from vidprism_hf import VidPrismConfig, VidPrismForVideoClassification
 from vidprism_cli import main
+from vidprism_hf import VidPrismConfig, VidPrismForVideoClassification
 
 CLASSES = ("jump", "run", "sit", "skip", "wave")
 

@@ -15,12 +15,12 @@ import torch
 import yaml
 from small import complaint, motion_folder, run_arguments
 
+from vidprism_cli import main
 from vidprism_hf import VidPrismConfig
 from vidprism_hf.ablation import study as ablation_sweep
 from vidprism_hf.ablation.baselines import parameters_of
 from vidprism_hf.ablation.grids import GRIDS, grid_rows
 from vidprism_hf.ablation.study import HeadModule, parts
-from vidprism_cli import main
 from vidprism_hf.model.temporal_vidprism import VidPrismFeatureWhitening
 from vidprism_hf.training.module import check_config
 

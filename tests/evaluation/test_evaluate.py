@@ -19,8 +19,8 @@ import yaml
 from small import LABELS, NUM_FRAMES, complaint, files_of, motion_folder, tiny_export
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification, VideoMAEVideoProcessor
 
-from vidprism_hf import VidPrismForVideoClassification, VidPrismVideoProcessor
 from vidprism_cli import main
+from vidprism_hf import VidPrismForVideoClassification, VidPrismVideoProcessor
 from vidprism_hf.data import normalize_clips
 from vidprism_hf.data.reading.transforms import test_views as crops_of
 from vidprism_hf.errors import UserError

@@ -23,7 +23,7 @@ from vidprism_hf.evaluation.report import CHOSEN, Evaluation, Protocol, print_ev
 from vidprism_hf.hub import render_card
 from vidprism_hf.hub.card import eval_results
 from vidprism_hf.hub.merge import with_evaluation
-from vidprism_hf.training.checkpoint.lock import only_run
+from vidprism_hf.locks import only_run
 
 CLASSES = [f"class {index}" for index in range(6)]
 

@@ -17,8 +17,8 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1])]
 from small import LABELS, NUM_FRAMES, run_arguments
 
-from vidprism_hf import VidPrismLightningModule
 from vidprism_cli import main
+from vidprism_hf import VidPrismLightningModule
 from vidprism_hf.data import VideoDataModule
 from vidprism_hf.training.distributed import named_strategy
 

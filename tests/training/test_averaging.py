@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from vidprism_hf import VidPrismForVideoClassification, VidPrismLightningModule
 from vidprism_cli import main
+from vidprism_hf import VidPrismForVideoClassification, VidPrismLightningModule
 from vidprism_hf.errors import UserError
 from vidprism_hf.model import VISION_PRESETS
 from vidprism_hf.training.callbacks.averaging import WeightEMA, WiseFT, base_tower, move_towards

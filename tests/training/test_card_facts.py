@@ -17,8 +17,9 @@ from synthetic import random_batches, trainer
 
 from vidprism_hf import VidPrismLightningModule
 from vidprism_hf.data.fetch.repository import Repository
+from vidprism_hf.data.open import dataset_facts
 from vidprism_hf.hub import render_card
-from vidprism_hf.training.callbacks.recorder import CardRecorder, dataset_facts, duration, epochs_at
+from vidprism_hf.training.callbacks.recorder import CardRecorder, duration, epochs_at
 from vidprism_hf.training.origin import base_model, is_random, starting_point
 
 
@@ -273,10 +274,10 @@ def test_licence_of_a_dataset_of_the_hub(tmp_path, monkeypatch, metadata, terms)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
         hub.add_dataset("alice/clips", tmp_path / "clips")
-        assert "data_license" not in dataset_facts(data)  # nobody has fetched the card yet
+        assert "data_license" not in dataset_facts(data.hparams)  # nobody has fetched the card yet
         assert not hub.count()
         Repository.find("alice/clips")
         asked = hub.count()
-        facts = dataset_facts(data)
+        facts = dataset_facts(data.hparams)
         assert hub.count() == asked
     assert facts == {"dataset": "alice/clips", "dataset_id": "alice/clips"} | ({"data_license": terms} if terms else {})

@@ -9,8 +9,8 @@ from huggingface_hub import ModelCard
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from small import complaint, run_arguments
 
-from vidprism_hf import VidPrismLightningModule
 from vidprism_cli import main
+from vidprism_hf import VidPrismLightningModule
 from vidprism_hf.training.exporting import portable
 
 

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from same_runs import assert_same_runs, checkpoint
 from small import complaint, motion_folder, run_arguments
 
-from vidprism_hf import VidPrismLightningModule
 from vidprism_cli import main
+from vidprism_hf import VidPrismLightningModule
 from vidprism_hf.data import VideoDataModule
 from vidprism_hf.model.modeling_vidprism import VidPrismForVideoClassification, VidPrismVisionTower
 

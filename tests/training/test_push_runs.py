@@ -12,8 +12,8 @@ from push_helpers import as_published
 from safetensors.torch import load
 from small import run_arguments
 
-from vidprism_hf import VidPrismForVideoClassification
 from vidprism_cli import main
+from vidprism_hf import VidPrismForVideoClassification
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STRANGER = """

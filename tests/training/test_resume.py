@@ -12,8 +12,8 @@ import yaml
 from same_runs import STEPS, arguments, assert_same_runs, checkpoint
 from small import complaint, files_of, motion_folder
 
-from vidprism_hf import VidPrismLightningModule
 from vidprism_cli import main
+from vidprism_hf import VidPrismLightningModule
 from vidprism_hf.data import VideoDataModule
 from vidprism_hf.errors import UserError
 from vidprism_hf.training import run as finetune

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from same_runs import STEPS, arguments, checkpoint, logged
 from small import complaint, motion_folder
 
-from vidprism_hf import VidPrismLightningModule
 from vidprism_cli import main
+from vidprism_hf import VidPrismLightningModule
 from vidprism_hf.data.loading import dataset
 from vidprism_hf.data.loading.dataset import ClipSampler
 from vidprism_hf.data.loading.position import go_on

@@ -12,9 +12,9 @@ from filelock import FileLock
 from small import complaint, run_arguments
 
 from vidprism_cli import main
+from vidprism_hf import locks as run_lock
 from vidprism_hf.errors import UserError
-from vidprism_hf.training.checkpoint import lock as run_lock
-from vidprism_hf.training.checkpoint.lock import lock_path, only_run
+from vidprism_hf.locks import lock_path, only_run
 
 
 @pytest.fixture(autouse=True)

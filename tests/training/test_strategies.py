@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from small import LABELS, NUM_FRAMES, complaint, files_of, motion_folder, run_arguments
 from strategy_runs import RUNS, STRATEGIES, run, run_all
 
-from vidprism_hf import VidPrismLightningModule
 from vidprism_cli import main
+from vidprism_hf import VidPrismLightningModule
 from vidprism_hf.cli.recipe import parse
 from vidprism_hf.training.distributed import named_strategy
 

@@ -7,8 +7,8 @@ import torch
 from small import LABELS, NUM_FRAMES, motion_folder, run_arguments
 from synthetic import random_batches, trainer
 
-from vidprism_hf import VidPrismLightningModule
 from vidprism_cli import main
+from vidprism_hf import VidPrismLightningModule
 from vidprism_hf.data import VideoDataModule
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from small import complaint, motion_folder, run_arguments, tiny_model
 
-from vidprism_hf import VidPrismForVideoClassification
 from vidprism_cli import main
+from vidprism_hf import VidPrismForVideoClassification
 from vidprism_hf.data import VideoDataModule, normalize_clips
 from vidprism_hf.errors import UserError
 from vidprism_hf.model.temporal_vidprism import VidPrismFeatureWhitening

@@ -3,35 +3,24 @@
 Keys are those of `vidprism finetune --help`; evaluate and ablate read recipes in the same way.
 """
 
-import os
 import warnings
+from typing import Any
 
-from jsonargparse import ArgumentError, Namespace
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, RichProgressBar, TQDMProgressBar
+import yaml
+from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ..data import VideoDataModule, load_processor
 from ..data.open import source_kind
-from ..errors import UserError, first_line
+from ..errors import UserError
 from ..evaluation.testing import EvaluationSettings
 from ..hub.licenses import check_license
 from ..training.checkpoint.files import CheckpointSettings
 from ..training.checkpoint.resume import AUTO
-from ..training.distributed import ddp_settings, named_strategy
 from ..training.exporting import ExportSettings
 from ..training.module import VidPrismLightningModule, check_frozen
+from ..training.plan import TRAINER_DEFAULTS, RunPlan
 from ..training.whitening import check_whitening
-
-# What a recipe need not say.
-TRAINER_DEFAULTS = {
-    "max_epochs": 30,
-    "log_every_n_steps": 10,
-    # ClipSampler shares clips among processes itself: every held-out clip once, none twice.
-    "use_distributed_sampler": False,
-}
 
 
 class FinetuneCLI(LightningCLI):
@@ -68,27 +57,8 @@ class FinetuneCLI(LightningCLI):
         if source_kind(data.source) in ("benchmark", "hub"):
             load_processor(data.processor, data.num_frames)
 
-    def instantiate_trainer(self, **settings) -> Trainer:
-        """Builds the recipe's trainer.
-
-        Raises:
-            UserError: If this machine cannot give what the recipe asks for.
-        """
-        trainer = self.config_init.trainer
-        asked = trainer.callbacks or []
-        # A list of its own for each trainer, which puts default callbacks into the list that it is given. The run's
-        # own come first: what a recipe's callback exports holds what they keep of the same epoch.
-        callbacks = [*settings.pop("callbacks", []), *(asked if isinstance(asked, list) else [asked])]
-        accumulates = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
-        accumulates = accumulates or trainer.accumulate_grad_batches > 1
-        strategy = named_strategy(trainer.strategy, accumulates)
-        try:
-            built = super().instantiate_trainer(callbacks=callbacks, strategy=strategy, **settings)
-        except (MisconfigurationException, ValueError, TypeError) as error:
-            raise UserError(f"trainer: {first_line(error)}") from error
-        if strategy == "auto" and type(built.strategy) is DDPStrategy:  # Lightning has found several devices
-            built.strategy._ddp_kwargs.update(ddp_settings(accumulates))
-        return built
+    def instantiate_trainer(self, **settings) -> None:
+        """Builds no trainer: the run builds its own."""
 
 
 def parse(argv: list[str], description: str | None = None) -> FinetuneCLI:
@@ -124,21 +94,36 @@ def parse(argv: list[str], description: str | None = None) -> FinetuneCLI:
         raise UserError(" ".join(str(error).split())) from error
 
 
-def check_length(trainer: Namespace) -> None:
-    """Looks whether a trainer's settings train at all.
+def plan_of(cli: FinetuneCLI, command: str) -> RunPlan:
+    """Returns the run of a recipe.
 
-    Raises:
-        UserError: If they do not.
+    Args:
+        cli: What `parse` returned.
+        command: What a user types to resume the run.
     """
-    for name in ("max_epochs", "max_steps"):
-        if trainer[name] == 0:
-            raise UserError(f"trainer.{name}=0: nothing would be trained; set it to 1 or more")
-    if trainer.accumulate_grad_batches < 1:
-        raise UserError(f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: must be at least 1")
+    config, built = cli.config, cli.config_init
+    return RunPlan(
+        cli.model,
+        cli.datamodule,
+        config.output,
+        str(config.resume),  # jsonargparse lets null pass
+        config.seed_everything,
+        built.checkpoint,
+        built.export,
+        built.evaluation,
+        trainer=asked_of_trainer(vars(built.trainer), vars(cli.parser.get_defaults().trainer)),
+        trainer_recipe=trainer_recipe(cli),
+        command=command,
+    )
 
 
-def progress_bars(cli: FinetuneCLI) -> list[Callback]:
-    """Rich on a terminal; elsewhere plain lines for a log file; none where the recipe wants none."""
-    if cli.config.trainer.enable_progress_bar is False:
-        return []
-    return [RichProgressBar() if os.isatty(1) else TQDMProgressBar(refresh_rate=20)]
+def asked_of_trainer(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Returns what is not Lightning's own default: only that is a setting of the run."""
+    return {name: value for name, value in settings.items() if name in TRAINER_DEFAULTS or value != defaults[name]}
+
+
+def trainer_recipe(cli: FinetuneCLI) -> dict[str, Any]:
+    """Returns the trainer's settings as the recipe has them: objects by class path and arguments."""
+    dumped = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))["trainer"]
+    defaults = yaml.safe_load(cli.parser.dump(cli.parser.get_defaults(), skip_none=False))["trainer"]
+    return asked_of_trainer(dumped, defaults)

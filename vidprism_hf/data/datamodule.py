@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from ..distributed import gathered
-from ..model import VidPrismVideoProcessor
+from ..model import VidPrismForVideoClassification, VidPrismVideoProcessor
 from .config import check_arguments
 from .features.cache import FeatureCache
 from .features.split import CachedClips
@@ -19,7 +19,7 @@ from .loading.position import check_same_clips, fingerprint, go_on
 from .loading.views import describe_training_views, mirrored, part_reader
 from .loading.workers import shield_worker
 from .open import DEMO, check_source, describe_split, open_source, source_name
-from .reading.processor import load_processor, normalize_clips
+from .reading.processor import DEFAULT_FRAMES, load_processor, normalize_clips, processor_for
 from .reading.transforms import BatchMixing
 from .sources.demo import DEMO_CLASSES, demo_folder
 from .streaming.dataset import StreamedClips
@@ -43,8 +43,9 @@ class VideoDataModule(L.LightningDataModule):
             (org/name); or demo, clips that are rendered on first use (write ./demo for a folder of that name).
         root: Folder that benchmarks and archives are fetched into and demo clips are rendered into.
         processor: What defines the evaluation input: a VidPrism or CLIP checkpoint (folder or Hub id) or a
-            preset (b32, b16, l14, tiny). The command line takes it from the model.
-        num_frames: Frames per clip. The command line takes it from the model.
+            preset (b32, b16, l14, tiny). None takes frames, size and pixel statistics from the model: see
+            `take_model`.
+        num_frames: Frames per clip, beside a named processor; None takes the model's (32 of a preset).
         batch_size: Clips per batch in each process.
         num_workers: Loader processes beside each training process; 0 loads in the training process.
         split: Which of a benchmark's official splits, 1 to 3 (ucf101, hmdb51).
@@ -96,8 +97,8 @@ class VideoDataModule(L.LightningDataModule):
         self,
         source: str = DEMO,
         root: str = "data",
-        processor: str = "b16",
-        num_frames: int = 32,
+        processor: str | None = None,
+        num_frames: int | None = None,
         batch_size: int = 8,
         num_workers: int = 2,
         split: int = 1,
@@ -199,13 +200,28 @@ class VideoDataModule(L.LightningDataModule):
     def video_processor(self) -> VidPrismVideoProcessor:
         """What defines evaluation input."""
         if self._video_processor is None:
-            self._video_processor = load_processor(self.hparams.processor, self.hparams.num_frames)
+            name, frames = self.hparams.processor, self.hparams.num_frames
+            module = self.trainer.lightning_module if self.trainer is not None else None
+            if name is not None:
+                self._video_processor = load_processor(name, frames or DEFAULT_FRAMES)
+            elif hasattr(module, "video_processor"):
+                self._video_processor = module.video_processor()
+            else:
+                raise DataError("data.processor: no model is known yet; call take_model(model), or name a checkpoint")
         return self._video_processor
 
     @video_processor.setter
     def video_processor(self, processor: VidPrismVideoProcessor) -> None:
         """Takes one of another model, which has to offer what is used of ours."""
         self._video_processor = processor
+
+    def take_model(self, model: VidPrismForVideoClassification) -> None:
+        """Takes frames, size and pixel statistics from a model, unless `processor` names another one.
+
+        A `VidPrismLightningModule` that a Trainer runs needs no call.
+        """
+        if self.hparams.processor is None:
+            self._video_processor = processor_for(model)
 
     def prepare_data(self) -> None:
         """Renders the demo clips if they are needed and not there."""

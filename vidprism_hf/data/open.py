@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from .fetch.repository import stated_license
 from .sources.annotations import scan_lists
 from .sources.benchmarks import BENCHMARKS, benchmark_splits
 from .sources.demo import demo_folder
@@ -154,3 +155,25 @@ def describe_split(settings: dict[str, Any], read: str = "") -> str:
         text = "the source's own split"
     text = f"{read}; {text}" if read else text
     return text + (f"; {settings['shots']} training clips a class, drawn by seed {seed}" if settings["shots"] else "")
+
+
+def dataset_facts(settings: dict[str, Any]) -> dict[str, str]:
+    """Returns name, Hub id and terms of a source, as far as they are known.
+
+    Args:
+        settings: The arguments of `VideoDataModule`.
+    """
+    source = settings["source"]
+    if source in BENCHMARKS:
+        benchmark = BENCHMARKS[source]
+        repo = getattr(benchmark.parts.get("clips"), "repo", None)
+        return {"dataset": benchmark.title, "dataset_id": repo, "data_license": f"{benchmark.terms} {benchmark.home}"}
+    if source == DEMO:
+        return {"dataset": DEMO, "data_license": "rendered by vidprism_hf (Apache-2.0)"}
+    if source_kind(source, settings["train_list"]) != "hub":
+        return {"dataset": source_name(source)}
+    stated = stated_license(source, settings["hub_revision"])
+    terms = {"data_license": f"{stated}, as its card says"} if stated else {}
+    where = {"split": settings["val_split"], "config": settings["hub_config"], "revision": settings["hub_revision"]}
+    named = {f"dataset_{part}": name for part, name in where.items() if name}
+    return {"dataset": source_name(source), "dataset_id": source} | named | terms

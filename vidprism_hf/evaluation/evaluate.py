@@ -20,17 +20,17 @@ from transformers.utils import CONFIG_NAME
 
 from ..cli.recipe import FinetuneCLI, parse, progress_bars
 from ..data.bad_videos import bad_clip_table
+from ..data.open import dataset_facts
 from ..distributed import print_once
 from ..errors import UserError, first_line, why_not_loaded
 from ..hub.card import eval_results, evaluation_body, plain
 from ..hub.export import README, is_vidprism_config
 from ..hub.merge import states_results, with_evaluation
+from ..locks import lock_path, only_run
 from ..model import VidPrismConfig
 from ..training.callbacks.bad_videos import BadClipReport
-from ..training.callbacks.recorder import dataset_facts
-from ..training.checkpoint.lock import lock_path, only_run
 from ..training.checkpoint.signals import SignalWatch
-from ..training.module import read_checkpoint_config
+from .checkpoints import read_checkpoint_config
 from .labels import matched_labels
 from .other_models import OtherClassifier, load_other
 from .records import check_folder, evaluations_of, write_evaluation
@@ -89,7 +89,7 @@ def evaluate(argv: list[str]) -> Evaluation | None:
     # Under Lightning's own handler of SIGTERM processes that wait for each other do so until they are killed.
     ends = LambdaCallback(on_test_start=lambda trainer, module: SignalWatch().leave_at_once(trainer))
     trainer = cli.instantiate_trainer(logger=False, callbacks=[recorder, BadClipReport(), ends, *progress_bars(cli)])
-    subject = subject_of(trainer, config_of(module), cli.datamodule, name, dataset_facts(cli.datamodule))
+    subject = subject_of(trainer, config_of(module), cli.datamodule, name, dataset_facts(cli.datamodule.hparams))
     subject = replace(subject, commit=commit, chose_checkpoint=chose_checkpoint(subject))
     output = cli.config_init.evaluation.output
     rank_zero_only(check_folder)(subject, output)

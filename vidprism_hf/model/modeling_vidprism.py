@@ -230,7 +230,13 @@ class VidPrismModel(VidPrismPreTrainedModel):
 
 
 class VidPrismForVideoClassification(VidPrismPreTrainedModel):
-    """VidPrism with a linear classifier on the clip vector."""
+    """VidPrism with a linear classifier on the clip vector.
+
+    Attributes:
+        vision_source: What `from_vision_pretrained` was given; None of other models.
+    """
+
+    vision_source: str | None = None
 
     def __init__(self, config: VidPrismConfig):
         super().__init__(config)
@@ -314,10 +320,12 @@ class VidPrismForVideoClassification(VidPrismPreTrainedModel):
             OSError: If it cannot be found.
         """
         labels = {"id2label": id2label, "label2id": {label: index for index, label in id2label.items()}}
-        preset = VISION_PRESETS.get(name_or_path)
+        source, preset = name_or_path, VISION_PRESETS.get(name_or_path)
         if preset is not None and preset["name_or_path"] is None:
             config = VidPrismConfig.from_preset(name_or_path, **labels, **config_overrides)
-            return cls._from_config(config, dtype=dtype)
+            model = cls._from_config(config, dtype=dtype)
+            model.vision_source = source
+            return model
         name_or_path = preset["name_or_path"] if preset is not None else name_or_path
         tower = load_vision_tower(name_or_path, dtype=dtype, **(hub_kwargs or {}))
         vision_config = tower.config.to_dict()
@@ -331,6 +339,7 @@ class VidPrismForVideoClassification(VidPrismPreTrainedModel):
         model = cls._from_config(config, dtype=dtype)
         # Through load_state_dict, not from_pretrained: transformers would reverse its key mapping on saving.
         model.vidprism.vision_tower.load_state_dict(tower.state_dict())
+        model.vision_source = source
         return model
 
 

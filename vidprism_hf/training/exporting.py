@@ -6,12 +6,11 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningCLI
 
 from ..data.sources.few_shot import clip_list_hash
 from ..errors import one_line_or_traceback
@@ -22,6 +21,9 @@ from ..hub.export import MAX_SHARD_SIZE, Precision
 from .callbacks.averaging import WeightEMA
 from .callbacks.recorder import METRICS, CardRecorder, Measured, bad_clips, kept_by, moment, run_facts, run_figures
 from .checkpoint.files import KeptCheckpoint
+
+if TYPE_CHECKING:
+    from .plan import RunPlan
 
 TRAIN_LIST = "train_clips.txt"  # in the run's folder, where the clips were drawn or listed
 # Parts of a setting's name that make its text a secret; num_tokens and tokenizer are none.
@@ -79,19 +81,19 @@ def export_or_warn(export: Callable[[Trainer, Path], None], trainer: Trainer, fo
         warnings.warn(f"{folder}.ckpt is kept, but not exported: {one_line_or_traceback(error)}", stacklevel=2)
 
 
-def export_kept(cli: LightningCLI, trainer: Trainer, folder: Path, chosen: bool = True) -> None:
+def export_kept(plan: "RunPlan", trainer: Trainer, folder: Path, chosen: bool = True) -> None:
     """Exports the weights as they are in training, with what the last validation found if it was of these.
 
     Args:
-        cli: Of the run.
+        plan: Of the run.
         trainer: Of the run.
         folder: Where to.
         chosen: Whether they are kept as the best on the held-out clips.
     """
-    export_run(trainer, cli, measured_in_training(trainer, cli, chosen), folder)
+    export_run(trainer, plan, measured_in_training(trainer, plan, chosen), folder)
 
 
-def measured_in_training(trainer: Trainer, cli: LightningCLI, chosen: bool) -> Measured:
+def measured_in_training(trainer: Trainer, plan: "RunPlan", chosen: bool) -> Measured:
     """What the validations tell of the weights as they are now."""
     validations = kept_by(trainer, CardRecorder).validations
     if not validations:
@@ -102,8 +104,8 @@ def measured_in_training(trainer: Trainer, cli: LightningCLI, chosen: bool) -> M
         told = ", ".join(f"{name} {found[name]:.4f}" for name in METRICS if name in found)
         text = f"Not evaluated as they are, {moment(trainer, trainer.global_step)}."
         return Measured(f"{text} The last validation, {moment(trainer, step)}, found {told}.")
-    used = Protocol(cli.model.model.config.num_frames, precision=trainer.precision)
-    sentences = [f"Validation {moment(trainer, step)}; {used}.", *remarks(cli)]
+    used = Protocol(plan.module.model.config.num_frames, precision=trainer.precision)
+    sentences = [f"Validation {moment(trainer, step)}; {used}.", *remarks(plan)]
     if found["clips"] != (held_out := trainer.datamodule.num_clips["val"]):
         sentences.append(f"Only {found['clips']} of the {held_out} held-out clips were evaluated.")
     if chosen:
@@ -112,7 +114,7 @@ def measured_in_training(trainer: Trainer, cli: LightningCLI, chosen: bool) -> M
     return Measured(" ".join(sentences), validation=found, conditions=conditions, chosen=chosen)
 
 
-def export_best(trainer: Trainer, cli: LightningCLI, evaluation: Evaluation, folder: Path) -> Path:
+def export_best(trainer: Trainer, plan: "RunPlan", evaluation: Evaluation, folder: Path) -> Path:
     """Exports the best weights, which the test has loaded, with what it found."""
     recorder = kept_by(trainer, CardRecorder)
     step, count = recorder.tested_step, len(recorder.validations)
@@ -120,20 +122,20 @@ def export_best(trainer: Trainer, cli: LightningCLI, evaluation: Evaluation, fol
         which = f"Best of {count} validated checkpoints by held-out top-1"
     else:  # there was nothing to choose from
         which = "Last checkpoint" if step == trainer.global_step else "The only validated checkpoint"
-    sentences = [f"{which}, {moment(trainer, step)}; {evaluation.protocol}.", *remarks(cli), *evaluation.caveats]
-    export_run(trainer, cli, Measured(" ".join(sentences), evaluation, chosen=evaluation.chose_checkpoint), folder)
+    sentences = [f"{which}, {moment(trainer, step)}; {evaluation.protocol}.", *remarks(plan), *evaluation.caveats]
+    export_run(trainer, plan, Measured(" ".join(sentences), evaluation, chosen=evaluation.chose_checkpoint), folder)
     return folder
 
 
-def remarks(cli: LightningCLI) -> list[str]:
+def remarks(plan: "RunPlan") -> list[str]:
     """What to say of every evaluation of a run, in sentences."""
-    told, dtype = ["A clip that cannot be decoded counts as wrong."], cli.config_init.export.dtype
+    told, dtype = ["A clip that cannot be decoded counts as wrong."], plan.export.dtype
     if dtype != "float32":
         told.append(f"Measured before the weights were rounded to {dtype}.")
     return told
 
 
-def export_run(trainer: Trainer, cli: LightningCLI, measured: Measured, folder: Path) -> None:
+def export_run(trainer: Trainer, plan: "RunPlan", measured: Measured, folder: Path) -> None:
     """Exports the module's weights with a card of the run's facts. All processes call it, the first one writes.
 
     Raises:
@@ -142,7 +144,7 @@ def export_run(trainer: Trainer, cli: LightningCLI, measured: Measured, folder: 
     state = gathered_weights(trainer)
     try:
         if trainer.is_global_zero:
-            write_export(trainer, cli, measured, folder, state)
+            write_export(trainer, plan, measured, folder, state)
     finally:
         trainer.strategy.barrier("export")
 
@@ -156,24 +158,24 @@ def gathered_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 def write_export(
     trainer: Trainer,
-    cli: LightningCLI,
+    plan: "RunPlan",
     measured: Measured,
     folder: Path,
     state: dict[str, torch.Tensor],
 ) -> None:
     """Puts card, figures, recipe and split manifest together and exports."""
-    settings: ExportSettings = cli.config_init.export
-    facts = run_facts(trainer, cli, measured)
+    settings: ExportSettings = plan.export
+    facts = run_facts(trainer, plan, measured)
     figures = run_figures(kept_by(trainer, CardRecorder), facts.rates, facts.labels, measured.evaluation)
     facts.figures = {path: caption for path, (caption, _) in figures.items()}
     files = {path: picture for path, (_, picture) in figures.items()}
-    files["recipe.yaml"] = portable_recipe(cli).encode()
+    files["recipe.yaml"] = portable_recipe(plan).encode()
     files["split.json"] = (json.dumps(split_manifest(trainer, measured.chosen), indent=2) + "\n").encode()
     if (listed := Path(trainer.default_root_dir) / TRAIN_LIST).is_file():
         files[TRAIN_LIST] = listed.read_bytes()
     export_model(
-        cli.model.model,
-        cli.datamodule.video_processor,
+        plan.module.model,
+        plan.data.video_processor,
         folder,
         render_card(facts),
         state_dict=state,
@@ -183,15 +185,17 @@ def write_export(
     )
 
 
-def portable_recipe(cli: LightningCLI) -> str:
+def portable_recipe(plan: "RunPlan") -> str:
     """All settings of the run as YAML, without what is nobody else's: folders of this machine, and secrets."""
-    settings = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))
+    settings = plan.recipe()
     del settings["resume"]  # the run's own affair
     # Whoever runs it again is not to push to the same repository.
-    asked = settings["trainer"]["callbacks"] or []
+    asked = settings["trainer"].get("callbacks") or []
     asked = asked if isinstance(asked, list) else [asked]
     kept = [callback for callback in asked if not callback["class_path"].endswith(".PushToHub")]
-    settings["trainer"]["callbacks"] = kept or None
+    settings["trainer"].pop("callbacks", None)
+    if kept:
+        settings["trainer"]["callbacks"] = kept
     head = "# All settings of the run (vidprism finetune --config recipe.yaml). Absolute paths keep their last part.\n"
     return head + yaml.safe_dump(portable(settings), sort_keys=False, allow_unicode=True)
 

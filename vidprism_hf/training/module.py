@@ -8,18 +8,23 @@ import lightning as L
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from safetensors import SafetensorError
 from torch import nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
-from transformers import AutoConfig, get_cosine_schedule_with_warmup
+from transformers import get_cosine_schedule_with_warmup
 
-from ..data import normalize_clips
+from ..data import load_processor, normalize_clips
 from ..data.features.encoder import FrameEncoder, tower_digest
-from ..errors import UserError, first_line, why_not_loaded
-from ..evaluation.labels import matched_labels
+from ..data.reading.processor import processor_for
+from ..errors import UserError, first_line
+from ..evaluation.checkpoints import fitting_config, load_checkpoint
 from ..evaluation.scores import ScoreRecorder
-from ..model import VidPrismConfig, VidPrismForVideoClassification, VidPrismForVideoClassificationOutput
+from ..model import (
+    VidPrismConfig,
+    VidPrismForVideoClassification,
+    VidPrismForVideoClassificationOutput,
+    VidPrismVideoProcessor,
+)
 from ..model.temporal_vidprism import gate_balance_loss
 from .callbacks.averaging import WeightEMA
 from .callbacks.bad_videos import BadClipReport, EpochPlace
@@ -99,6 +104,27 @@ class VidPrismLightningModule(L.LightningModule):
         # Of the validations; a ScoreRecorder has those of a test.
         self.metrics = metrics.clone(prefix="val/")
 
+    @classmethod
+    def from_model(cls, model: VidPrismForVideoClassification, **settings: Any) -> "VidPrismLightningModule":
+        """Returns the module that trains a model, in place.
+
+        Args:
+            model: Of `from_vision_pretrained` or `from_pretrained`.
+            settings: Of the training: `learning_rate`, `freeze_backbone`, ...
+
+        Example:
+            ```python
+            module = VidPrismLightningModule.from_model(model, learning_rate=1e-3, freeze_backbone=True)
+            ```
+        """
+        config = model.config
+        own = {"id2label": dict(config.id2label), "num_frames": config.num_frames}
+        module = cls(backbone=model.vision_source, config=changed_fields(config), **own, **settings)
+        if model.vision_source is None:
+            module.hparams.update(checkpoint=config._name_or_path or None, config=None)
+        module._prepare(model)
+        return module
+
     def configure_model(self) -> None:
         """Builds the model, once: Lightning may call this hook for each of fit and test.
 
@@ -108,25 +134,27 @@ class VidPrismLightningModule(L.LightningModule):
         if self.model is not None:
             return
         # Lightning sets the accelerator as default device here, which transformers would take for a device map.
-        with torch.device("cpu"):
-            self._build_model()
+        # Initial weights depend on the seed alone, not on what was drawn since it was set.
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch.initial_seed())
+            self._prepare(self._build_model())
         if self.device_mesh is not None:  # under FSDP2
             shard(self.model, self.device_mesh["data_parallel"], self.trainer.precision)
 
-    def _build_model(self) -> None:
+    def _build_model(self) -> VidPrismForVideoClassification:
         hparams = self.hparams
         if hparams.checkpoint:
-            self.model = load_checkpoint(hparams.checkpoint, self.id2label, hparams.num_frames)
-        else:
-            try:
-                self.model = VidPrismForVideoClassification.from_vision_pretrained(
-                    hparams.backbone,
-                    id2label=self.id2label,
-                    num_frames=hparams.num_frames,
-                    **(hparams.config or {}),
-                )
-            except (OSError, ValueError, StrictDataclassError) as error:
-                raise UserError(f"model.backbone {hparams.backbone}: cannot be loaded ({first_line(error)})") from error
+            return load_checkpoint(hparams.checkpoint, self.id2label, hparams.num_frames)
+        try:
+            return VidPrismForVideoClassification.from_vision_pretrained(
+                hparams.backbone, id2label=self.id2label, num_frames=hparams.num_frames, **(hparams.config or {})
+            )
+        except (OSError, ValueError, StrictDataclassError) as error:
+            raise UserError(f"model.backbone {hparams.backbone}: cannot be loaded ({first_line(error)})") from error
+
+    def _prepare(self, model: VidPrismForVideoClassification) -> None:
+        """Takes a model and sets what of it trains."""
+        hparams, self.model = self.hparams, model
         # from_pretrained leaves eval mode, which Lightning would keep.
         self.model.train()
         if hparams.gradient_checkpointing:
@@ -143,6 +171,11 @@ class VidPrismLightningModule(L.LightningModule):
         if self.model.vidprism.projection_head is not None:
             # Classification does not use it; without a gradient DDP need not look for unused parameters.
             self.model.vidprism.projection_head.requires_grad_(False)
+
+    def video_processor(self) -> VidPrismVideoProcessor:
+        """Returns the processor of the model, which may not be built yet."""
+        name = self.hparams.checkpoint or self.hparams.backbone
+        return load_processor(name, self.hparams.num_frames) if name else processor_for(self.model)
 
     def forward(
         self,
@@ -351,10 +384,7 @@ def check_config(fields: dict[str, Any], num_frames: int) -> None:
         UserError: If a key is no field of `VidPrismConfig` or has an argument of its own, or a value does not
             fit.
     """
-    own = {"num_frames", "vision_config", "vision_projection"}
-    known = {field.name for field in dataclasses.fields(VidPrismConfig)}
-    inherited = {field.name for field in dataclasses.fields(VidPrismConfig.__mro__[1])}
-    allowed = known - inherited - own | {"attn_implementation"}
+    allowed = config_fields() | {"attn_implementation"}
     for name in fields:
         if name not in allowed:
             raise UserError(f"model.config.{name}: no such field; there are {', '.join(sorted(allowed))}")
@@ -366,53 +396,19 @@ def check_config(fields: dict[str, Any], num_frames: int) -> None:
         raise UserError(f"model.config: {' '.join(str(error).split())}") from error
 
 
-def load_checkpoint(name_or_path: str, id2label: dict[int, str], num_frames: int) -> VidPrismForVideoClassification:
-    """Loads a VidPrism checkpoint, with its classes in the data's order and under the data's names.
-
-    Raises:
-        UserError: If it is no VidPrism checkpoint, its classes are others or it cannot take so many frames.
-    """
-    config, order = fitting_config(name_or_path, id2label, num_frames)
-    config.num_frames = num_frames
-    try:
-        model = VidPrismForVideoClassification.from_pretrained(name_or_path, config=config, dtype=torch.float32)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"model.checkpoint {name_or_path}: cannot be loaded ({first_line(error)})") from error
-    with torch.no_grad():
-        for parameter in model.classifier.parameters():
-            parameter.copy_(parameter[order])
-    model.config.id2label = dict(id2label)
-    model.config.label2id = {label: index for index, label in id2label.items()}
-    return model
+def changed_fields(config: VidPrismConfig) -> dict[str, Any] | None:
+    """Returns what a recipe's `model.config` would say of a configuration; None if all is default."""
+    default = VidPrismConfig(
+        num_frames=config.num_frames,
+        vision_config=config.vision_config,
+        vision_projection=config.vision_projection,
+    )
+    names = sorted(config_fields())
+    return {name: getattr(config, name) for name in names if getattr(config, name) != getattr(default, name)} or None
 
 
-def fitting_config(name_or_path: str, id2label: dict[int, str], num_frames: int) -> tuple[VidPrismConfig, list[int]]:
-    """Loads the configuration of a VidPrism checkpoint, and finds its index of each class of the data.
-
-    Raises:
-        UserError: If it is no VidPrism checkpoint, its classes are others or it cannot take so many frames.
-    """
-    config = read_checkpoint_config(name_or_path)
-    if config.time_position == "learned" and config.num_frames != num_frames:
-        raise UserError(
-            f"model.checkpoint {name_or_path}: has learned positions for {config.num_frames} frames; "
-            f"set model.num_frames to that, not {num_frames}"
-        )
-    return config, matched_labels(f"model.checkpoint {name_or_path}", config.id2label, id2label)
-
-
-def read_checkpoint_config(name_or_path: str) -> VidPrismConfig:
-    """Loads the configuration of a VidPrism checkpoint.
-
-    Raises:
-        UserError: If it is no VidPrism checkpoint.
-    """
-    try:
-        config = AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise UserError(
-            f"model.checkpoint {name_or_path}: cannot be loaded ({why_not_loaded(name_or_path, error)})"
-        ) from error
-    if not isinstance(config, VidPrismConfig):
-        raise UserError(f"model.checkpoint {name_or_path}: a {config.model_type} model; give it as model.backbone")
-    return config
+def config_fields() -> set[str]:
+    """Returns the fields of `VidPrismConfig` that a recipe may set in `model.config`."""
+    own = {"num_frames", "vision_config", "vision_projection"}
+    known = {field.name for field in dataclasses.fields(VidPrismConfig)}
+    return known - {field.name for field in dataclasses.fields(VidPrismConfig.__mro__[1])} - own

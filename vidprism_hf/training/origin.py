@@ -12,15 +12,17 @@ from ..hub.export import README, is_vidprism_config
 from ..model import VISION_PRESETS
 
 
-def starting_point(checkpoint: str | None, backbone: str, base_model: str | None) -> str:
+def starting_point(checkpoint: str | None, backbone: str | None, base_model: str | None) -> str:
     """What a training started from, in words.
 
     Args:
         checkpoint: VidPrism checkpoint, folder or Hub id; goes before the backbone.
-        backbone: Preset, folder or Hub id.
+        backbone: Preset, folder or Hub id; None is a model that was built from its configuration.
         base_model: What `base_model` found for the one that counts.
     """
     name, kind = (checkpoint, "VidPrism checkpoint") if checkpoint else (backbone, "CLIP checkpoint")
+    if name is None:
+        return "a configuration, with random weights"
     if not checkpoint and backbone in VISION_PRESETS:
         return f"the preset {backbone}, {base_model or 'with random weights'}"
     if name == base_model:
@@ -28,12 +30,12 @@ def starting_point(checkpoint: str | None, backbone: str, base_model: str | None
     return f"a {kind} in a folder, {Path(name).name}" + (f", which comes from {base_model}" if base_model else "")
 
 
-def is_random(checkpoint: str | None, backbone: str) -> bool:
-    """Whether a training starts from random weights: that of a preset without a checkpoint of its own."""
-    return not checkpoint and backbone in VISION_PRESETS and VISION_PRESETS[backbone]["name_or_path"] is None
+def is_random(checkpoint: str | None, backbone: str | None) -> bool:
+    """Returns whether a training starts from random weights: a configuration's, or a preset's without a checkpoint."""
+    return not checkpoint and VISION_PRESETS.get(backbone, {"name_or_path": backbone})["name_or_path"] is None
 
 
-def base_model(name: str) -> str | None:
+def base_model(name: str | None) -> str | None:
     """The Hub id of the checkpoint that a tower's weights come from, by the name that they are about to be loaded by.
 
     A folder with a VidPrism export tells its own base model; of any other folder none is known.
@@ -41,8 +43,8 @@ def base_model(name: str) -> str | None:
     Args:
         name: Preset, folder or Hub id.
     """
-    if name in VISION_PRESETS:
-        return VISION_PRESETS[name]["name_or_path"]
+    if name is None or name in VISION_PRESETS:
+        return VISION_PRESETS.get(name, {}).get("name_or_path")
     folder = Path(name)
     if not folder.exists():
         return hub_id(name)

@@ -1,107 +1,200 @@
-"""`vidprism finetune`: from a recipe to a trained, evaluated and exported model.
+"""A whole run: train, evaluate the best checkpoint, export; stopped or killed, the same call resumes it.
 
-A run's folder (`output`) holds config.yaml, logs/, checkpoints/{best,last}.ckpt, export/, evaluation/ and, when it is
-finished, metrics.json. In push/ lie exports that a PushToHub of the recipe has not published.
+The folder of a run holds config.yaml, logs/, checkpoints/{best,last}.ckpt, export/, evaluation/ and, when the run is
+finished, metrics.json. push/ holds exports that a PushToHub callback could not publish.
 """
 
 import dataclasses
 import json
 import os
-import shlex
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import yaml
+import lightning as L
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
-from ..cli.recipe import FinetuneCLI, check_length, parse, progress_bars
 from ..data import VideoDataModule
 from ..data.bad_videos import BadClip, TooManyBadClips, bad_clip_table
 from ..data.fetch.contents import write_whole
+from ..data.open import dataset_facts
 from ..data.sources.few_shot import save_clip_list
 from ..distributed import print_once
 from ..errors import UserError
 from ..evaluation.records import write_evaluation
 from ..evaluation.report import Evaluation, rounded
-from ..evaluation.scores import ScoreRecorder
-from ..evaluation.testing import NotEvaluated, evaluate_held_out, subject_of
+from ..evaluation.testing import EvaluationSettings, NotEvaluated, evaluate_held_out, subject_of
 from ..hub.export import refuse_other_content
-from .callbacks.averaging import WiseFT
-from .callbacks.bad_videos import BadClipReport
-from .callbacks.push import PushToHub, push_open
-from .callbacks.recorder import CardRecorder, Measured, bad_clips, clip_counts, dataset_facts, kept_by, switched_on
+from ..hub.licenses import check_license
+from ..hub.push import PushResult, push_export
+from ..locks import not_writable, only_run
+from ..model import VidPrismForVideoClassification
+from .callbacks.push import push_open
+from .callbacks.recorder import CardRecorder, Measured, bad_clips, clip_counts, kept_by, switched_on
 from .checkpoint.callback import Safeguard
-from .checkpoint.files import BEST, LAST, PREVIOUS, KeptCheckpoint, SafeCheckpointIO, damage
-from .checkpoint.lock import not_writable, only_run
-from .checkpoint.resume import AUTO, METRICS, Start, agreed, begin, free_name
+from .checkpoint.files import BEST, LAST, PREVIOUS, CheckpointSettings, damage
+from .checkpoint.resume import AUTO, METRICS, Start, agreed, begin
 from .checkpoint.signals import Stopped
-from .exporting import TRAIN_LIST, ExportedCheckpoint, export_best, export_kept, export_or_warn, export_run
+from .exporting import TRAIN_LIST, ExportSettings, export_best, export_run
+from .module import VidPrismLightningModule
+from .plan import RunPlan
+from .trainer import build_trainer
+
+Classifier = VidPrismForVideoClassification | VidPrismLightningModule
 
 
-def finetune(argv: list[str]) -> None:
-    """Trains by a recipe, evaluates the best checkpoint on the held-out clips and exports it.
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        folder: Of the run.
+        export: The exported model below it: `from_pretrained` and `pipeline` load it.
+        evaluation: What the final test found.
+    """
+
+    folder: Path
+    export: Path
+    evaluation: Evaluation
+
+    def push_to_hub(self, repo: str, **options: Any) -> PushResult:
+        """Publishes the export.
+
+        Args:
+            repo: Repository on the Hub, org/name; created if it does not exist.
+            options: See `vidprism_hf.push`.
+        """
+        return push_export(self.export, repo, **options)
+
+
+def finetune(
+    model: Classifier,
+    data: VideoDataModule,
+    output: str | os.PathLike = "runs/finetune",
+    *,
+    max_epochs: int | None = None,
+    resume: str = AUTO,
+    seed: int = 0,
+    checkpoint: CheckpointSettings | None = None,
+    export: ExportSettings | None = None,
+    evaluation: EvaluationSettings | None = None,
+    trainer: Mapping[str, Any] | None = None,
+) -> Run:
+    """Trains a classifier, evaluates its best checkpoint on the validation split, and exports it with a model card.
+
+    Called again with the same settings it resumes a run that was stopped. A finished run stays, renamed, and a new one
+    starts. For training settings other than the defaults, pass a `VidPrismLightningModule`.
 
     Args:
-        argv: `--config recipes/X.yaml` and any `--key value`.
+        model: The classifier, trained in place: it has the best weights in the end.
+        data: Where the videos come from; its labels must be the model's.
+        output: Folder of the run.
+        max_epochs: Epochs to train; None takes the trainer's (30).
+        resume: `auto` resumes a stopped run in the folder; `none` starts a fresh one and keeps the folder as
+            `<folder>.1`; a checkpoint of the folder resumes from there.
+        seed: Of everything random in training that the data's own seed does not cover.
+        checkpoint: How often checkpoints are written.
+        export: How the weights are published: precision, licence, WiSE-FT.
+        evaluation: How the final test is done.
+        trainer: Arguments of Lightning's Trainer: devices, strategy, precision, callbacks, ...
+
+    Returns:
+        The finished run.
 
     Raises:
-        UserError: If the data or the settings are bad.
-        VideoDecodeError: If a clip cannot be decoded.
+        UserError: If data or settings do not fit.
+        Stopped: A `SystemExit`, when a signal stopped the run after its checkpoint was written.
+
+    Example:
+        ```python
+        data = VideoDataModule("clips", val_fraction=0.2)
+        model = VidPrismForVideoClassification.from_vision_pretrained("b16", id2label=data.id2label, num_frames=16)
+        run = finetune(model, data, output="runs/mine", max_epochs=10)
+        print(run.evaluation.values["top1"], run.export)
+        ```
+    """
+    asked = dict(trainer or {}) | ({} if max_epochs is None else {"max_epochs": max_epochs})
+    L.seed_everything(seed, workers=True, verbose=False)
+    plan = RunPlan(
+        as_module(model, data),
+        data,
+        Path(output),
+        resume,
+        seed,
+        checkpoint or CheckpointSettings(),
+        export or ExportSettings(),
+        evaluation or EvaluationSettings(),
+        asked,
+    )
+    return run(plan)
+
+
+def as_module(model: Classifier, data: VideoDataModule) -> VidPrismLightningModule:
+    """Returns the module that trains a model, with the default settings unless it is one already.
+
+    Raises:
+        UserError: If the model's labels are not the data's.
+    """
+    module = model if isinstance(model, VidPrismLightningModule) else VidPrismLightningModule.from_model(model)
+    if module.id2label != data.id2label:
+        raise UserError(
+            "id2label: the model's labels are not the data's; build it with id2label=data.id2label "
+            f"({len(module.id2label)} and {len(data.id2label)} labels)"
+        )
+    return module
+
+
+def run(plan: RunPlan) -> Run:
+    """Carries out a plan: trains, evaluates and exports, in a folder that is this run's own.
+
+    Raises:
+        UserError: If data or settings do not fit.
         ExportError: If the export cannot be written.
     """
-    argv = list(argv)
-    cli = parse(argv, finetune.__doc__.partition("\n")[0])
-    output = Path(cli.config.output)
-    if output.name in ("", ".."):  # it may have to be renamed
-        output = output.resolve()
-        cli.config.output = str(output)
-    check_checkpoint(cli.config.model.checkpoint, output)
-    with only_run(output) if rank_zero_only.rank == 0 else nullcontext():
-        run(cli, output, argv)
+    check_license("export.license", plan.export.license)
+    check_start(plan)
+    with only_run(plan.output) if rank_zero_only.rank == 0 else nullcontext():
+        return _run(plan)
 
 
-def run(cli: FinetuneCLI, output: Path, argv: list[str]) -> None:
-    """Trains, evaluates and exports, in a folder that is this run's own."""
-    ensemble = tower_ensemble(cli)
-    start = begin_once(cli, output)
-    save_settings(cli, output)
-    save_train_list(cli.datamodule, output)
-    trainer = build_trainer(cli, output, ensemble)
-    print_once(f"Run folder: {output}")
+def _run(plan: RunPlan) -> Run:
+    start = begin_once(plan)
+    save_settings(plan)
+    save_train_list(plan.data, plan.output)
+    trainer = build_trainer(plan)
+    print_once(f"Run folder: {plan.output}")
     warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")  # a frozen tower is meant to be
     warnings.filterwarnings("ignore", r"Checkpoint directory .* exists and is not empty")  # that of a resumed run
-    # Of the loader that begins where it should without Lightning's knowledge.
+    # The loader of a resumed epoch starts where it should, without Lightning's knowledge.
     warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
     with push_open(trainer) as publish:
-        fit(trainer, cli, agreed(trainer, cli.model, start), argv)
-        evaluation = final_test(trainer, cli, output)
-        export = export_best(trainer, cli, evaluation, output / "export")
+        fit(trainer, plan, agreed(trainer, plan.module, start))
+        evaluation = final_test(trainer, plan)
+        exported = export_best(trainer, plan, evaluation, plan.output / "export")
         print_bad_clips(bad_clips(trainer))
-        print_usage(export, evaluation)
-        publish(export)
-    finish(trainer, evaluation, output)  # last: the same command would train anew
+        print_usage(exported, evaluation)
+        publish(exported)
+    finish(trainer, evaluation, plan.output)  # last: the same command would start a fresh run
+    return Run(plan.output, exported, evaluation)
 
 
-def fit(trainer: Trainer, cli: FinetuneCLI, start: Start, argv: list[str]) -> None:
-    """Trains; where it ends early, says how to go on, or which clips were bad."""
+def fit(trainer: Trainer, plan: RunPlan, start: Start) -> None:
+    """Trains; where it ends early, says how to resume, or which videos were bad."""
     if start.data:
-        cli.datamodule.load_state_dict(start.data)
+        plan.data.load_state_dict(start.data)
     safeguard = kept_by(trainer, Safeguard)
     safeguard.begun = start.begun
-    settings = {name: value for name, value in switched_on(trainer, cli).items() if value is not None}
+    settings = {name: value for name, value in switched_on(trainer, plan).items() if value is not None}
     print_once(f"Training: {'; '.join(f'{name} {value}' for name, value in settings.items())}")
     try:
-        trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=start.checkpoint, weights_only=True)
+        trainer.fit(plan.module, datamodule=plan.data, ckpt_path=start.checkpoint, weights_only=True)
     except Stopped:
         step = max(trainer.global_step, safeguard.saved_step)  # Lightning knows it when training begins
-        print_once(f"Stopped after step {step}. Go on with: vidprism finetune {shlex.join(argv)}")
+        print_once(f"Stopped after step {step}. Go on with: {plan.command}")
         raise
     except TooManyBadClips as error:
         print_once(bad_clip_table(error.clips))
@@ -110,58 +203,10 @@ def fit(trainer: Trainer, cli: FinetuneCLI, start: Start, argv: list[str]) -> No
         safeguard.release()
 
 
-def tower_ensemble(cli: FinetuneCLI) -> list[Callback]:
-    """What averages the tower for the final test, if the recipe asks for it.
-
-    Raises:
-        UserError: If the run has nothing to average with.
-    """
-    alpha, model = cli.config.export.wise_ft_alpha, cli.config.model
-    return [] if alpha is None else [WiseFT(alpha, model.backbone, model.checkpoint)]
-
-
-def build_trainer(cli: FinetuneCLI, output: Path, more: Sequence[Callback] = ()) -> Trainer:
-    """The trainer of the recipe, with the run's loggers and callbacks."""
-    checkpoints, exported = output / "checkpoints", cli.config_init.export.checkpoints
-    keep = partial(ExportedCheckpoint, partial(export_kept, cli)) if exported else KeptCheckpoint
-    export_last = partial(export_or_warn, partial(export_kept, cli, chosen=False))
-    best = keep(
-        dirpath=checkpoints, filename=Path(BEST).stem, monitor="val/top1", mode="max", enable_version_counter=False
-    )
-    callbacks = [
-        best,
-        Safeguard(checkpoints, cli.config_init.checkpoint, export_last if exported else None),
-        BadClipReport(output),
-        CardRecorder(),
-        ScoreRecorder(cli.config_init.evaluation.average_clips),
-        *more,
-        *progress_bars(cli),
-    ]
-    loggers = [
-        TensorBoardLogger(output, name="logs", version="tensorboard"),
-        CSVLogger(output, name="logs", version=free_name(output / "logs" / "csv").name),
-    ]
-    asked = cli.config_init.trainer
-    check_length(asked)
-    if asked.default_root_dir is not None:
-        raise UserError("trainer.default_root_dir: the run's folder is output; set that")
-    logger = loggers if asked.logger in (None, True) else asked.logger
-    if logger:
-        callbacks.append(LearningRateMonitor(logging_interval="step"))
-    trainer = cli.instantiate_trainer(default_root_dir=str(output), callbacks=callbacks, logger=logger)
-    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # neither the recipe's nor a strategy's own
-        trainer.strategy.checkpoint_io = SafeCheckpointIO()
-    for callback in trainer.callbacks:
-        if isinstance(callback, PushToHub):  # a recipe's (trainer.callbacks), which cannot name a function
-            callback.export = lambda trainer, module, folder: export_kept(cli, trainer, folder)
-    return trainer
-
-
 def best_checkpoint(output: Path) -> Path:
-    """The run's best checkpoint, or its last one if no epoch was validated or the best one is damaged.
+    """Returns the run's best checkpoint, or its last one if no epoch was validated or the best one is damaged.
 
-    By its place, not by the path that the checkpoint callback remembers: that of a resumed run may be from before
-    the run's folder was moved.
+    By its place, not by the path that the checkpoint callback remembers: the folder of a resumed run may have moved.
     """
     best, last = (output / "checkpoints" / name for name in (BEST, LAST))
     if not best.exists():
@@ -173,25 +218,25 @@ def best_checkpoint(output: Path) -> Path:
     return last
 
 
-def final_test(trainer: Trainer, cli: FinetuneCLI, output: Path) -> Evaluation:
+def final_test(trainer: Trainer, plan: RunPlan) -> Evaluation:
     """Tests the best checkpoint, whose weights stay loaded.
 
     Raises:
         NotEvaluated: If that tells nothing; the weights are exported then, too.
     """
     chosen = len(kept_by(trainer, CardRecorder).validations) > 1
-    facts, export = dataset_facts(cli.datamodule), output / "export"
-    subject = subject_of(trainer, cli.model.model.config, cli.datamodule, str(export), facts, chosen)
+    facts, export = dataset_facts(plan.data.hparams), plan.output / "export"
+    subject = subject_of(trainer, plan.module.model.config, plan.data, str(export), facts, chosen)
     try:
-        return evaluate_held_out(trainer, cli.model, cli.datamodule, subject, str(best_checkpoint(output)))
+        return evaluate_held_out(trainer, plan.module, plan.data, subject, str(best_checkpoint(plan.output)))
     except NotEvaluated as error:
-        export_run(trainer, cli, Measured(f"Not evaluated: {error}.", chosen=chosen), export)
+        export_run(trainer, plan, Measured(f"Not evaluated: {error}.", chosen=chosen), export)
         raise NotEvaluated(f"{error} ({export} is written, without an evaluation)") from error
 
 
 @rank_zero_only
 def finish(trainer: Trainer, evaluation: Evaluation, output: Path) -> None:
-    """Writes what the evaluation found, and last metrics.json, by which the run is finished: metrics and counts."""
+    """Writes what the evaluation found, and last metrics.json, which marks the run as finished: metrics and counts."""
     with only_run(output / "evaluation"):
         write_evaluation(evaluation)
     counts = {split: dataclasses.asdict(clip_counts(trainer, split)) for split in ("train", "val")}
@@ -204,57 +249,57 @@ def finish(trainer: Trainer, evaluation: Evaluation, output: Path) -> None:
 
 @rank_zero_only
 def save_train_list(data: VideoDataModule, output: Path) -> None:
-    """Writes train_clips.txt where the training clips were drawn or listed: the run's start is in time to find out
-    that a name does not fit.
+    """Writes train_clips.txt where the training videos were drawn or listed, at the start of the run: a name that does
+    not fit shows now.
     """
     if data.hparams.shots or data.hparams.train_list:
         save_clip_list(data.train_table, output / TRAIN_LIST)
 
 
-def check_checkpoint(name: str | None, output: Path) -> None:
-    """Looks whether the model to start from would be moved away with the earlier run in the folder.
+def check_start(plan: RunPlan) -> None:
+    """Checks that the model to start from is not in the folder of an earlier run, which would be renamed.
 
     Raises:
-        UserError: If it would.
+        UserError: If it is.
     """
+    name, output = plan.module.hparams.checkpoint, plan.output
     if name and os.path.exists(name) and output.resolve() in (path := Path(name).resolve(), *path.parents):
         raise UserError(f"model.checkpoint {name}: lies in output {output}; choose another output")
 
 
 @rank_zero_only
-def begin_once(cli: FinetuneCLI, output: Path) -> Start:
-    """Decides on the first process how the run begins, which its saved settings will not tell."""
-    resume, cli.config.resume = str(cli.config.resume), AUTO  # jsonargparse lets null pass
-    start = begin(output, resume, yaml.safe_load(cli.parser.dump(cli.config, skip_none=False)))
+def begin_once(plan: RunPlan) -> Start:
+    """Decides on the first rank whether the run starts fresh or resumes."""
+    start = begin(plan.output, str(plan.resume), plan.recipe())
     if start.checkpoint is not None:
-        refuse_other_content(output / "export")  # now, not when the training has ended
+        refuse_other_content(plan.output / "export")  # now, not when the training has ended
     if start.data:
-        cli.datamodule.load_state_dict(start.data)  # now, before the lists of the run are written anew
+        plan.data.load_state_dict(start.data)  # now, before the lists of the run are written again
     return start
 
 
 @rank_zero_only
-def save_settings(cli: FinetuneCLI, output: Path) -> None:
-    """Writes all settings to the run's folder, at its start: config.yaml is what tells that it is one.
+def save_settings(plan: RunPlan) -> None:
+    """Writes all settings to the run's folder, at its start: config.yaml marks a folder as a run's.
 
     Raises:
         UserError: If the folder cannot be written.
     """
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        write_whole(output / "config.yaml", cli.parser.dump(cli.config, skip_none=False).encode())
+        plan.output.mkdir(parents=True, exist_ok=True)
+        write_whole(plan.output / "config.yaml", plan.to_yaml().encode())
     except OSError as error:
-        raise not_writable(output, error) from error
+        raise not_writable(plan.output, error) from error
 
 
 def print_bad_clips(clips: list[BadClip]) -> None:
-    """The clips that could not be decoded, if there are any."""
+    """Prints the videos that could not be decoded, if there are any."""
     if clips:
         print_once(bad_clip_table(clips))
 
 
 def print_usage(export: Path, evaluation: Evaluation) -> None:
-    """The three lines that end a run."""
+    """Prints the three lines that end a run."""
     classify = f"t.pipeline('video-classification', '{export}')('CLIP.mp4')"
     code = f"import vidprism_hf, transformers as t; print({classify})"
     top1, clips = evaluation.values["top1"], evaluation.counts.phrase("clips")

@@ -7,8 +7,24 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from ...errors import first_line
-from ...model import VISION_PRESETS, VidPrismConfig, VidPrismVideoProcessor
+from ...model import VISION_PRESETS, VidPrismConfig, VidPrismForVideoClassification, VidPrismVideoProcessor
 from ..tables import DataError
+
+DEFAULT_FRAMES = 32
+
+
+def processor_for(model: VidPrismForVideoClassification) -> VidPrismVideoProcessor:
+    """Returns the processor of a model: its checkpoint's, or the one that its configuration describes."""
+    config = model.config
+    if name := model.vision_source or config._name_or_path:
+        return load_processor(name, config.num_frames)
+    return square_processor(config.num_frames, config.vision_config.image_size)
+
+
+def square_processor(num_frames: int, edge: int) -> VidPrismVideoProcessor:
+    """Returns a processor of square frames with CLIP's mean and deviation."""
+    size = {"size": {"shortest_edge": edge}, "crop_size": {"height": edge, "width": edge}}
+    return VidPrismVideoProcessor(num_frames=num_frames, **size)
 
 
 def load_processor(name: str, num_frames: int) -> VidPrismVideoProcessor:
@@ -23,10 +39,7 @@ def load_processor(name: str, num_frames: int) -> VidPrismVideoProcessor:
     """
     if name in VISION_PRESETS:
         # Presets are OpenAI's CLIP, whose mean and deviation are the processor's own: nothing to fetch.
-        edge = VidPrismConfig.from_preset(name).vision_config.image_size
-        return VidPrismVideoProcessor(
-            num_frames=num_frames, size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge}
-        )
+        return square_processor(num_frames, VidPrismConfig.from_preset(name).vision_config.image_size)
     try:
         if isinstance(AutoConfig.from_pretrained(name), VidPrismConfig):
             return VidPrismVideoProcessor.from_pretrained(name, num_frames=num_frames)

@@ -8,19 +8,15 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningCLI
 
 from ...data.bad_videos import BadClip, ClipCounts
-from ...data.fetch.repository import stated_license
-from ...data.open import DEMO, source_kind
-from ...data.sources.benchmarks import BENCHMARKS
+from ...data.open import dataset_facts
 from ...data.sources.few_shot import clip_list_hash
 from ...distributed import gathered
 from ...evaluation.compute import cost, million_parameters
@@ -33,6 +29,9 @@ from ..optim import clips_per_step, scaled_learning_rate
 from ..origin import base_model, is_random, starting_point
 from .averaging import WiseFT
 from .bad_videos import BadClipReport
+
+if TYPE_CHECKING:
+    from ..plan import RunPlan
 
 METRICS = ("top1", "top5")
 
@@ -227,52 +226,34 @@ def clip_counts(trainer: Trainer, split: str) -> ClipCounts:
     return ClipCounts(data.num_clips[split] + missing, missing, len(bad_clips(trainer, split)))
 
 
-def run_facts(trainer: Trainer, cli: LightningCLI, measured: Measured) -> CardFacts:
+def run_facts(trainer: Trainer, plan: "RunPlan", measured: Measured) -> CardFacts:
     """The facts of a run, for the card of the weights that were measured."""
-    model, data = cli.model.model, cli.datamodule
+    model, data = plan.module.model, plan.data
     recorder = kept_by(trainer, CardRecorder)
-    from_scratch = is_random(cli.model.hparams.checkpoint, cli.model.hparams.backbone)
+    from_scratch = is_random(plan.module.hparams.checkpoint, plan.module.hparams.backbone)
     weights = {} if recorder.mean_weights is None else dict(zip(model.config.rates, recorder.mean_weights, strict=True))
     return CardFacts(
-        model_name=Path(cli.config.output).name,
+        model_name=plan.output.name,
         labels=[model.config.id2label[index] for index in range(model.config.num_labels)],
         num_frames=model.config.num_frames,
         rates=model.config.rates,
         origin=f"It was {'trained from random weights' if from_scratch else 'fine-tuned'} with `vidprism finetune`.",
         from_scratch=from_scratch,
         base_model=recorder.base_model,
-        backbone=starting_point(cli.model.hparams.checkpoint, cli.model.hparams.backbone, recorder.base_model),
-        **dataset_facts(data),
+        backbone=starting_point(plan.module.hparams.checkpoint, plan.module.hparams.backbone, recorder.base_model),
+        **dataset_facts(data.hparams),
         split=data.split_description,
         train_clips=str(clip_counts(trainer, "train")),
         eval_clips=str(clip_counts(trainer, "val")),
         train_list_hash=None if data.hparams.streaming else clip_list_hash(data.train_table),
         bad_clips=bad_clips(trainer),
         **measured.facts(),
-        hyper_parameters=hyper_parameters(trainer, cli),
+        hyper_parameters=hyper_parameters(trainer, plan),
         augmentation=data.augmentation,
-        compute=compute_facts(trainer, cli.model, recorder, measured.evaluation),
+        compute=compute_facts(trainer, plan.module, recorder, measured.evaluation),
         expert_weights={f"rate {rate}": f"{weight:.4f}" for rate, weight in weights.items()},
-        license=cli.config_init.export.license,
+        license=plan.export.license,
     )
-
-
-def dataset_facts(data: L.LightningDataModule) -> dict[str, str]:
-    """Name, Hub id and terms of the data, as far as they are known."""
-    source = data.hparams.source
-    if source in BENCHMARKS:
-        benchmark = BENCHMARKS[source]
-        repo = getattr(benchmark.parts.get("clips"), "repo", None)
-        return {"dataset": benchmark.title, "dataset_id": repo, "data_license": f"{benchmark.terms} {benchmark.home}"}
-    if source == DEMO:
-        return {"dataset": DEMO, "data_license": "rendered by vidprism_hf (Apache-2.0)"}
-    if source_kind(source, data.hparams.train_list) != "hub":
-        return {"dataset": data.name}
-    stated = stated_license(source, data.hparams.hub_revision)
-    terms = {"data_license": f"{stated}, as its card says"} if stated else {}
-    where = {"split": data.hparams.val_split, "config": data.hparams.hub_config, "revision": data.hparams.hub_revision}
-    named = {f"dataset_{part}": name for part, name in where.items() if name}
-    return {"dataset": data.name, "dataset_id": source} | named | terms
 
 
 def epochs_at(trainer: Trainer, step: int) -> str:
@@ -286,9 +267,9 @@ def moment(trainer: Trainer, step: int) -> str:
     return f"after epoch {epochs_at(trainer, step)} (step {step})"
 
 
-def hyper_parameters(trainer: Trainer, cli: LightningCLI) -> dict[str, Any]:
+def hyper_parameters(trainer: Trainer, plan: "RunPlan") -> dict[str, Any]:
     """What the training was set to."""
-    data, hparams = cli.datamodule.hparams, cli.model.hparams
+    data, hparams = plan.data.hparams, plan.module.hparams
     epochs, planned = epochs_at(trainer, trainer.global_step), trainer.max_epochs
     clips = clips_per_step(trainer)
     return {
@@ -299,20 +280,20 @@ def hyper_parameters(trainer: Trainer, cli: LightningCLI) -> dict[str, Any]:
         "optimiser": "AdamW, betas 0.9 and 0.999, eps 1e-08",
         "learning rate": learning_rate(hparams, clips),
         "schedule": "linear warm-up, then cosine to zero, stepped every step",
-        "warm-up steps": cli.model.warmup_steps,
+        "warm-up steps": plan.module.warmup_steps,
         "weight decay": hparams.weight_decay,
-        **switched_on(trainer, cli),
+        **switched_on(trainer, plan),
         "precision": trainer.precision,
-        "seed": cli.config.seed_everything,
+        "seed": plan.seed,
         "data seed": data.seed,
         "few-shot, clips a class": data.shots,
         "weight-space ensembling": next((it.applied for it in trainer.callbacks if isinstance(it, WiseFT)), None),
     }
 
 
-def switched_on(trainer: Trainer, cli: LightningCLI) -> dict[str, Any]:
+def switched_on(trainer: Trainer, plan: "RunPlan") -> dict[str, Any]:
     """The settings of training that are off unless asked for; None where they are."""
-    hparams, accumulated = cli.model.hparams, trainer.accumulate_grad_batches
+    hparams, accumulated = plan.module.hparams, trainer.accumulate_grad_batches
     return {
         "backbone": backbone_training(hparams),
         "label smoothing": hparams.label_smoothing or None,

@@ -20,8 +20,8 @@ import yaml
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from ...errors import UserError
+from ...locks import INSIDE, not_writable
 from .files import BEST, LAST, PREVIOUS, UNFINISHED, read_checkpoint
-from .lock import INSIDE, not_writable
 
 METRICS = "metrics.json"  # written last: it tells that a run is finished
 AUTO, NONE = "auto", "none"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ...errors import UserError
+from .errors import UserError
 
 PATIENCE = 10.0  # seconds: one that was told to end may be about to
 INSIDE = ".lock"  # in a folder beside which nothing can be written

@@ -1,0 +1,116 @@
+"""The trainer of a run: Lightning's, with the run's callbacks, loggers and strategy."""
+
+import os
+from functools import partial
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import (
+    Callback,
+    GradientAccumulationScheduler,
+    LearningRateMonitor,
+    RichProgressBar,
+    TQDMProgressBar,
+)
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from ..errors import UserError, first_line
+from ..evaluation.scores import ScoreRecorder
+from .callbacks.averaging import WiseFT
+from .callbacks.bad_videos import BadClipReport
+from .callbacks.push import PushToHub
+from .callbacks.recorder import CardRecorder
+from .checkpoint.callback import Safeguard
+from .checkpoint.files import BEST, KeptCheckpoint, SafeCheckpointIO
+from .checkpoint.resume import free_name
+from .distributed import ddp_settings, named_strategy
+from .exporting import ExportedCheckpoint, export_kept, export_or_warn
+from .plan import RunPlan
+
+
+def build_trainer(plan: RunPlan) -> Trainer:
+    """Builds the trainer of a run.
+
+    Raises:
+        UserError: If this machine cannot give what the settings ask for.
+    """
+    asked = dict(plan.trainer)
+    if asked.pop("default_root_dir", None) is not None:
+        raise UserError("trainer.default_root_dir: the run's folder is output; set that")
+    logger = asked.pop("logger", None)
+    if logger in (None, True):
+        logger = [
+            TensorBoardLogger(plan.output, name="logs", version="tensorboard"),
+            CSVLogger(plan.output, name="logs", version=free_name(plan.output / "logs" / "csv").name),
+        ]
+    callbacks = [*run_callbacks(plan), *([LearningRateMonitor(logging_interval="step")] if logger else [])]
+    trainer = make_trainer(asked, callbacks, default_root_dir=str(plan.output), logger=logger)
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # neither the recipe's nor a strategy's own
+        trainer.strategy.checkpoint_io = SafeCheckpointIO()
+    for callback in trainer.callbacks:
+        if isinstance(callback, PushToHub):  # a recipe's (trainer.callbacks), which cannot name a function
+            callback.export = lambda trainer, module, folder: export_kept(plan, trainer, folder)
+    return trainer
+
+
+def run_callbacks(plan: RunPlan) -> list[Callback]:
+    """Returns the run's own callbacks.
+
+    Raises:
+        UserError: If WiSE-FT is asked for and the run has no tower to average with.
+    """
+    checkpoints, exported = plan.output / "checkpoints", plan.export.checkpoints
+    keep = partial(ExportedCheckpoint, partial(export_kept, plan)) if exported else KeptCheckpoint
+    export_last = partial(export_or_warn, partial(export_kept, plan, chosen=False))
+    best = keep(
+        dirpath=checkpoints,
+        filename=BEST.removesuffix(".ckpt"),
+        monitor="val/top1",
+        mode="max",
+        enable_version_counter=False,
+    )
+    alpha, start = plan.export.wise_ft_alpha, plan.module.hparams
+    return [
+        best,
+        Safeguard(checkpoints, plan.checkpoint, export_last if exported else None),
+        BadClipReport(plan.output),
+        CardRecorder(),
+        ScoreRecorder(plan.evaluation.average_clips),
+        *([] if alpha is None else [WiseFT(alpha, start.backbone, start.checkpoint)]),
+        *progress_bars(plan.trainer.get("enable_progress_bar")),
+    ]
+
+
+def make_trainer(settings: dict, callbacks: list[Callback], **own) -> Trainer:
+    """Builds a trainer.
+
+    Args:
+        settings: Arguments of Lightning's Trainer.
+        callbacks: Ours. They come first: what a recipe's callback exports holds what they keep of the same epoch.
+        own: More arguments, which take precedence.
+
+    Raises:
+        UserError: If this machine cannot give what the settings ask for.
+    """
+    asked = settings.get("callbacks") or []
+    # A list of its own for each trainer, which appends its default callbacks to the list that it is given.
+    callbacks = [*callbacks, *(asked if isinstance(asked, list) else [asked])]
+    accumulates = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
+    accumulates = accumulates or settings.get("accumulate_grad_batches", 1) > 1
+    strategy = named_strategy(settings.get("strategy", "auto"), accumulates)
+    try:
+        trainer = Trainer(**settings | own | {"callbacks": callbacks, "strategy": strategy})
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise UserError(f"trainer: {first_line(error)}") from error
+    if strategy == "auto" and type(trainer.strategy) is DDPStrategy:  # Lightning has found several devices
+        trainer.strategy._ddp_kwargs.update(ddp_settings(accumulates))
+    return trainer
+
+
+def progress_bars(enabled: bool | None = None) -> list[Callback]:
+    """Returns Rich's bar on a terminal, elsewhere plain lines for a log file; none where `enabled` is False."""
+    if enabled is False:
+        return []
+    return [RichProgressBar() if os.isatty(1) else TQDMProgressBar(refresh_rate=20)]
