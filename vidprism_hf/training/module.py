@@ -400,7 +400,7 @@ def changed_fields(config: VidPrismConfig) -> dict[str, Any] | None:
     """Returns what a recipe's `model.config` would say of a configuration; None if all is default."""
     default = VidPrismConfig(
         num_frames=config.num_frames,
-        vision_config=config.vision_config,
+        vision_config=config.vision_config.to_dict(),  # a copy: the configuration would take it over
         vision_projection=config.vision_projection,
     )
     names = sorted(config_fields())

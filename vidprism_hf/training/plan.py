@@ -69,8 +69,8 @@ class RunPlan:
         """
         trainer = TRAINER_DEFAULTS | dict(self.trainer if self.trainer_recipe is None else self.trainer_recipe)
         sections = {
-            "model": {name: value for name, value in self.module.hparams.items() if name != "id2label"},
-            "data": {name: value for name, value in self.data.hparams.items() if name not in DERIVED},
+            "model": {name: value for name, value in self.module.hparams.items() if name != "id2label" and name[0] != "_"},
+            "data": {name: value for name, value in self.data.hparams.items() if name not in DERIVED and name[0] != "_"},
             "checkpoint": dataclasses.asdict(self.checkpoint),
             "export": dataclasses.asdict(self.export),
             "evaluation": dataclasses.asdict(self.evaluation),
