@@ -12,11 +12,11 @@ from pathlib import Path
 
 import huggingface_hub.constants
 
+from vidprism_hf.cli.push import main
 from vidprism_hf.errors import UserError
-from vidprism_hf.hub.push import main
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["vidprism_hf.hub.push"])
+FORKS.set_forkserver_preload(["vidprism_hf.cli.push"])
 
 
 class PushProcess:

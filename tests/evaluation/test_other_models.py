@@ -28,7 +28,7 @@ from transformers.image_utils import SizeDict
 
 from vidprism_cli import main
 from vidprism_hf.evaluation.labels import matched_labels
-from vidprism_hf.evaluation.other_models import OtherClassifier, OtherProcessor
+from vidprism_hf.evaluation.other_models import OtherProcessor, TestedClassifier
 from vidprism_hf.model import decode_video, segment_centers
 
 THEIRS = {0: "Shrinking", 1: "GROWING "}  # in another order and spelling than the data's
@@ -125,7 +125,7 @@ def test_each_clip_keeps_its_views_and_each_class_its_score():
     torch.manual_seed(1)
     model = AutoModelForVideoClassification.from_config(config).eval()
     order = matched_labels("m", config.id2label, {0: "C", 1: "A", 2: "B"})
-    views, module = torch.randn(2, 4, 4, 3, 16, 16), OtherClassifier(model, order)
+    views, module = torch.randn(2, 4, 4, 3, 16, 16), TestedClassifier(model, order)
     with torch.no_grad():
         several = module.test_step({"pixel_values_videos": views}, 0)["logits"]
         single = module.test_step({"pixel_values_videos": views[:, 0]}, 0)["logits"]

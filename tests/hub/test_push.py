@@ -11,9 +11,10 @@ from huggingface_hub import HfApi
 from push_helpers import QUICK, as_published, brisk, first_commit, push, pushed_once, repo_of, with_bytes
 from small import complaint, files_of, tiny_export
 
+from vidprism_hf.cli.push import main
 from vidprism_hf.errors import UserError
 from vidprism_hf.hub.errors import PushError
-from vidprism_hf.hub.push import main, push_export
+from vidprism_hf.hub.push import push_export
 
 pytest_plugins = ["hub_server.fixtures"]
 
@@ -366,7 +367,7 @@ def test_a_dry_run_on_a_new_branch_compares_with_main(hub, api, exported):
 @pytest.mark.slow
 def test_the_module_runs_as_a_program(hub, exported, tmp_path):
     environment = hub.environment(tmp_path / "home", hub.user("alice"))
-    command = [sys.executable, "-m", "vidprism_hf.hub.push", str(exported), "--repo", "alice/m"]
+    command = [sys.executable, "-m", "vidprism_hf", "push", str(exported), "--repo", "alice/m"]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert finished.stdout.splitlines()[-1] == f"{hub.url}/alice/m {first_commit(hub).oid}"

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from vidprism_hf.distributed import Ranks
+from vidprism_hf.signals import STOPPING, SignalWatch, Stopped
 from vidprism_hf.training.checkpoint.callback import Safeguard
-from vidprism_hf.training.checkpoint.signals import STOPPING, SignalWatch, Stopped
 
 
 @pytest.fixture(autouse=True)

@@ -36,7 +36,7 @@ from ..data.loading.dataset import ClipSampler, collate
 from ..data.sources.few_shot import clip_list_hash
 from ..errors import UserError
 from ..model import VISION_PRESETS, VidPrismConfig, VidPrismForVideoClassification
-from ..training.checkpoint.signals import SignalWatch, Stopped
+from ..signals import SignalWatch, Stopped
 from ..training.module import VidPrismLightningModule
 from .baselines import PROBE_PENALTIES, TIME_WEIGHTS, LinearProbe, parameters_of, with_baseline
 from .folds import block_folds, group_folds

@@ -111,10 +111,15 @@ def plan_of(cli: FinetuneCLI, command: str) -> RunPlan:
         built.checkpoint,
         built.export,
         built.evaluation,
-        trainer=asked_of_trainer(vars(built.trainer), vars(cli.parser.get_defaults().trainer)),
+        trainer=trainer_settings(cli),
         trainer_recipe=trainer_recipe(cli),
         command=command,
     )
+
+
+def trainer_settings(cli: FinetuneCLI) -> dict[str, Any]:
+    """Returns what a recipe asks of Lightning's Trainer."""
+    return asked_of_trainer(vars(cli.config_init.trainer), vars(cli.parser.get_defaults().trainer))
 
 
 def asked_of_trainer(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ The released file holds `model_state_dict` (`visual.*` in OpenAI CLIP's naming, 
 has the released code's switches (`VidPrismConfig.released`), which reproduce its numbers.
 """
 
-import argparse
 import csv
 import math
 import re
@@ -14,12 +13,9 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from rich.console import Console
-from rich.table import Table
 
 from ..errors import UserError
-from ..hub import CardFacts, export_model, render_card
-from ..model import VidPrismConfig, VidPrismForVideoClassification, VidPrismVideoProcessor
+from ..model import VidPrismConfig, VidPrismForVideoClassification
 
 CLIP_HEAD_WIDTH = 64  # of every OpenAI ViT
 DEFAULT_RATES = (2, 4, 8, 16)
@@ -259,40 +255,3 @@ def read_labels(file: Path) -> list[str]:
     if [index for index, _ in rows] != list(range(len(rows))):
         raise UserError(f"{file}: ids must be 0 to {len(rows) - 1}, each once")
     return [name for _, name in rows]
-
-
-def main(argv: list[str]) -> int:
-    """Converts, exports and says what went where."""
-    parser = argparse.ArgumentParser(prog="vidprism convert", description=__doc__.partition("\n")[0])
-    parser.add_argument("checkpoint", type=Path, help="the authors' .pt file")
-    parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--num-frames", type=int, required=True, help="frames per clip it was trained with")
-    parser.add_argument("--labels", type=Path, required=True, help="CSV with the columns id,name")
-    parser.add_argument("--rates", type=int, nargs="+", help="of the streams (the first of 2 4 8 16)")
-    args = parser.parse_args(argv)
-
-    labels = read_labels(args.labels)
-    model, counts, unused = convert(args.checkpoint, args.num_frames, labels, args.rates)
-    config = model.config
-    image_size = config.vision_config.image_size
-    processor = VidPrismVideoProcessor(
-        num_frames=config.num_frames,
-        size={"shortest_edge": image_size},
-        crop_size={"height": image_size, "width": image_size},
-    )
-    card = CardFacts(
-        model_name=args.out.name,
-        labels=labels,
-        num_frames=config.num_frames,
-        rates=config.rates,
-        origin="Its weights were converted from a checkpoint of the authors' released code.",
-    )
-    export_model(model, processor, args.out, render_card(card))
-
-    table = Table("part", "tensors")
-    for part, count in counts.items():
-        table.add_row(part, str(count))
-    Console().print(table)
-    print(f"not used ({len(unused)}): {', '.join(unused) or 'none'}")
-    print(f"written to {args.out}: {len(labels)} classes, {config.num_frames} frames, rates {config.rates}")
-    return 0

@@ -1,109 +1,145 @@
-"""`vidprism evaluate`: any classifier of videos on the held-out clips of a recipe's data.
+"""Evaluates any video classifier on the validation split of a data module, and keeps what was found."""
 
-As ablate.py it knows the training, whose recipes it reads.
-"""
-
-import argparse
 import json
 import os
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import lightning as L
 import yaml
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities import rank_zero_only
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
-from ..cli.recipe import FinetuneCLI, parse, progress_bars
+from ..data import VideoDataModule
 from ..data.bad_videos import bad_clip_table
 from ..data.open import dataset_facts
+from ..data.reading.processor import load_processor, processor_for
 from ..distributed import print_once
 from ..errors import UserError, first_line, why_not_loaded
 from ..hub.card import eval_results, evaluation_body, plain
 from ..hub.export import README, is_vidprism_config
 from ..hub.merge import states_results, with_evaluation
 from ..locks import lock_path, only_run
-from ..model import VidPrismConfig
-from ..training.callbacks.bad_videos import BadClipReport
-from ..training.checkpoint.signals import SignalWatch
-from .checkpoints import read_checkpoint_config
+from ..model import VidPrismConfig, VidPrismForVideoClassification
+from ..signals import SignalWatch
+from .checkpoints import load_checkpoint
 from .labels import matched_labels
-from .other_models import OtherClassifier, load_other
+from .other_models import TestedClassifier, load_other
 from .records import check_folder, evaluations_of, write_evaluation
 from .report import Evaluation, Subject, print_evaluation
-from .scores import ScoreRecorder
-from .testing import evaluate_held_out, subject_of
+from .scores import AverageClips, ScoreRecorder
+from .testing import evaluate_held_out, make_trainer, progress_bars, subject_of
 
-USAGE = """usage: vidprism evaluate MODEL --config RECIPE [--key value]
-
-MODEL is an export, or any video classifier of transformers in a folder or on the Hub: VidPrism, VideoMAE, TimeSformer,
-ViViT, V-JEPA 2. Keys are those of `vidprism finetune --help`, among them
-
-  --revision REVISION                     branch, tag or commit of a model on the Hub (main)
-  --model.num_frames N                    frames of a view, for a VidPrism without learned positions; else the model's
-  --data.frame_stride N                   of each clip every Nth frame; without it frames are from the whole video
-  --data.test_clips N                     clips of each video, from N places in time
-  --data.test_crops 3                     crops of each clip, along the longer side
-  --evaluation.average_clips score|prob   average the views' logits (the default), or their probabilities
-  --evaluation.output FOLDER              where evaluation.json and confusion.png go
-  --trainer.devices N                     processes, among which the clips are shared
-
-VideoMAE, TimeSformer and ViViT were published with a stride on Kinetics-400: recipes/README.md has it and their views.
-"""
 # What of an export evaluation reads.
 EXPORT_FILES = {"allow_patterns": ["*.json", "*.safetensors"], "ignore_patterns": ["*/*"]}
-DATA_KEYS = {"--config", "-c", "--data", "--data.source"}
 WHOLE_VIDEO = (
     "{}: frames are from the whole video (data.frame_stride is null), which may not be how it was trained; "
     "see vidprism evaluate --help"
 )
 
 
-def evaluate(argv: list[str]) -> Evaluation | None:
-    """Evaluates a classifier of videos on the held-out clips of a recipe's data.
+def evaluate(
+    model: str | PreTrainedModel,
+    data: VideoDataModule,
+    *,
+    output: str | None = None,
+    average_clips: AverageClips = "score",
+    revision: str | None = None,
+    num_frames: int | None = None,
+    trainer: Mapping[str, Any] | None = None,
+) -> Evaluation:
+    """Evaluates a video classifier on the validation split, each video once, in all test views.
+
+    The figures are printed and written; the card of a local export is refreshed.
 
     Args:
-        argv: The model (folder or Hub id), then `--config` and any `--key value`.
-
-    Returns:
-        What was found; None where only help was asked for.
+        model: Export or Hub id of any video classifier of transformers (VidPrism, VideoMAE, TimeSformer, ViViT,
+            V-JEPA 2), or a VidPrism model in memory. It is tested through its own processor.
+        data: Where the videos come from; labels are matched by name.
+        output: Folder for evaluation.json and confusion.png; None is one below `evaluation/` beside the model's
+            folder, or below runs/ for a model on the Hub.
+        average_clips: What is averaged over the views of a video: `score`, the logits, or `prob`, the probabilities.
+        revision: Branch, tag or commit of a model on the Hub.
+        num_frames: Frames per view, for a VidPrism without learned positions; None takes the model's.
+        trainer: Arguments of Lightning's Trainer: devices, precision, ...
 
     Raises:
         UserError: If the model cannot be loaded, or its labels are not the data's.
+
+    Example:
+        ```python
+        found = evaluate("runs/mine/export", VideoDataModule("clips", val_fraction=0.2))
+        print(found.values["top1"], found.intervals["top1"])
+        ```
     """
-    if {"-h", "--help"}.intersection(argv):
-        print(USAGE, end="")
-        return None
-    if not argv or argv[0].startswith("-"):
-        raise UserError("name the model first, then --config RECIPE")
-    name, (revision, rest) = argv[0], asked(argv[1:], "--revision")
-    if not {word.partition("=")[0] for word in rest}.intersection(DATA_KEYS):
-        raise UserError("name the clips: --config RECIPE (a run's own is its config.yaml), or --data.source CLIPS")
-    config, commit = find(name, revision)
-    cli, module = prepare(name, config, commit, rest)
-    recorder = ScoreRecorder(cli.config_init.evaluation.average_clips)
-    # Under Lightning's own handler of SIGTERM processes that wait for each other do so until they are killed.
+    tested = load_tested(model, data, revision, num_frames)
+    data.video_processor = tested.processor
+    recorder, settings = ScoreRecorder(average_clips), dict(trainer or {})
+    # Under Lightning's own handler of SIGTERM ranks that wait for each other do so until they are killed.
     ends = LambdaCallback(on_test_start=lambda trainer, module: SignalWatch().leave_at_once(trainer))
-    trainer = cli.instantiate_trainer(logger=False, callbacks=[recorder, BadClipReport(), ends, *progress_bars(cli)])
-    subject = subject_of(trainer, config_of(module), cli.datamodule, name, dataset_facts(cli.datamodule.hparams))
-    subject = replace(subject, commit=commit, chose_checkpoint=chose_checkpoint(subject))
-    output = cli.config_init.evaluation.output
+    bars = progress_bars(settings.get("enable_progress_bar"))
+    built = make_trainer(settings, [recorder, ends, *bars], logger=False, use_distributed_sampler=False)
+    facts = dataset_facts(data.hparams)
+    subject = subject_of(built, tested.module.model.config, data, tested.name, facts)
+    subject = replace(subject, commit=tested.commit, chose_checkpoint=chose_checkpoint(subject))
     rank_zero_only(check_folder)(subject, output)
-    evaluation = evaluate_held_out(trainer, module, cli.datamodule, subject)
+    evaluation = evaluate_held_out(built, tested.module, data, subject)
     keep_and_tell(evaluation, output)
     return evaluation
 
 
-def asked(settings: list[str], option: str) -> tuple[str | None, list[str]]:
-    """The value that the command line itself gives an option, empty where it has none, and the rest of the line."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(option, nargs="?", const="", dest="value")
-    found, others = parser.parse_known_args(settings)
-    return found.value, others
+@dataclass
+class Tested:
+    """A model that is ready to be tested.
+
+    Attributes:
+        name: Folder or Hub id.
+        commit: Of a model on the Hub.
+        module: Its test step gives logits in the order of the data's classes.
+        processor: What makes its input.
+    """
+
+    name: str
+    commit: str | None
+    module: TestedClassifier
+    processor: Any
+
+
+def load_tested(
+    model: str | PreTrainedModel, data: VideoDataModule, revision: str | None, num_frames: int | None
+) -> Tested:
+    """Loads a model and fits it to the data's labels. No code of its repository is run.
+
+    Raises:
+        UserError: If the model cannot be loaded, or its labels are not the data's.
+    """
+    if isinstance(model, PreTrainedModel):
+        if not isinstance(model, VidPrismForVideoClassification):
+            raise UserError(f"{type(model).__name__}: only a VidPrism is evaluated in memory; give a folder or Hub id")
+        name, frames = model.name_or_path or type(model).__name__, num_frames or model.config.num_frames
+        order = matched_labels(name, model.config.id2label, data.id2label)
+        processor = processor_for(model)
+        processor.num_frames = frames
+        return Tested(name, None, TestedClassifier(model, order), processor)
+    config, commit = find(model, revision)
+    if isinstance(config, VidPrismConfig):
+        frames = num_frames or config.num_frames
+        place = fetched(model, commit) if commit else model
+        classifier = load_checkpoint(place, data.id2label, frames)
+        return Tested(model, commit, TestedClassifier(classifier), load_processor(place, frames))
+    other, processor = load_other(model, config, commit)
+    if num_frames and num_frames != processor.num_frames:
+        raise UserError(f"model.num_frames={num_frames}: {model} takes {processor.num_frames} frames; leave it out")
+    order = matched_labels(model, config.id2label, data.id2label)
+    data.hparams.feature_cache = None  # of a VidPrism's tower
+    if data.hparams.frame_stride is None:
+        print_once(WHOLE_VIDEO.format(model))
+    return Tested(model, commit, TestedClassifier(other, order), processor)
 
 
 def find(name: str, revision: str | None) -> tuple[PreTrainedConfig, str | None]:
@@ -132,38 +168,6 @@ def find(name: str, revision: str | None) -> tuple[PreTrainedConfig, str | None]
     return config, commit
 
 
-def prepare(
-    name: str, config: PreTrainedConfig, commit: str | None, settings: list[str]
-) -> tuple[FinetuneCLI, L.LightningModule]:
-    """The data of a recipe, with the processor of a model, and the module that tests it.
-
-    Args:
-        name: Of the model.
-        config: Its configuration.
-        commit: Of a model on the Hub.
-        settings: What the command line says beside it.
-
-    Raises:
-        UserError: If the model cannot be loaded, or its labels are not the data's.
-    """
-    # The model brings its configuration. The recipe's number of frames is for training; one that is typed is for this.
-    frames, _ = asked(settings, "--model.num_frames")
-    if isinstance(config, VidPrismConfig):
-        own = {"model.checkpoint": fetched(name, commit) if commit else name, "model.config": "null"}
-        cli = parse([*settings, *arguments(own if frames else own | {"model.num_frames": config.num_frames})])
-        return cli, cli.model
-    model, processor = load_other(name, config, commit)
-    if frames and frames != str(processor.num_frames):
-        raise UserError(f"model.num_frames={frames}: {name} takes {processor.num_frames} frames; leave it out")
-    own = {"model.checkpoint": "null", "model.config": "null", "model.backbone": "tiny", "data.feature_cache": "null"}
-    cli = parse([*settings, *arguments(own | {"model.num_frames": processor.num_frames})])
-    cli.datamodule.video_processor = processor
-    order = matched_labels(name, config.id2label, cli.datamodule.id2label)
-    if cli.datamodule.hparams.frame_stride is None:
-        print_once(WHOLE_VIDEO.format(name))
-    return cli, OtherClassifier(model, order)
-
-
 def fetched(name: str, commit: str) -> str:
     """The folder of an export on the Hub at a commit: what trains knows no revisions.
 
@@ -174,20 +178,6 @@ def fetched(name: str, commit: str) -> str:
         return snapshot_download(name, revision=commit, **EXPORT_FILES)
     except (OSError, ValueError) as error:
         raise UserError(f"{name} at {commit}: cannot be loaded ({first_line(error)})") from error
-
-
-def arguments(values: dict[str, object]) -> list[str]:
-    """Settings as the command line takes them."""
-    return [f"--{name}={value}" for name, value in values.items()]
-
-
-def config_of(module: L.LightningModule) -> PreTrainedConfig:
-    """The configuration of the model that a module tests, which may not have built it yet."""
-    if module.model is not None:
-        return module.model.config
-    config = read_checkpoint_config(module.hparams.checkpoint)
-    config.num_frames = module.hparams.num_frames
-    return config
 
 
 def chose_checkpoint(subject: Subject) -> bool:

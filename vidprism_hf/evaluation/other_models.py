@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.image_utils import SizeDict
 
+from ..data.features.encoder import FrameEncoder, encoder_of
 from ..errors import UserError, why_not_loaded
 
 FRAME_FIELDS = ("num_frames", "frames_per_clip")  # what configurations call the number of frames
@@ -77,24 +78,29 @@ class OtherProcessor:
         return self.processor.center_crop(clip, size)
 
 
-class OtherClassifier(L.LightningModule):
-    """Tests a classifier on clips whose labels have another order.
+class TestedClassifier(L.LightningModule):
+    """Tests a classifier on clips whose labels may have another order.
 
     Args:
         model: Of transformers.
-        order: For each class of the data the model's index of it.
+        order: For each class of the data the model's index of it; None where they are the same.
     """
 
-    def __init__(self, model: PreTrainedModel, order: list[int]):
+    def __init__(self, model: PreTrainedModel, order: list[int] | None = None):
         super().__init__()
         self.model = model
-        self.order = order
+        self.order = list(range(model.config.num_labels)) if order is None else order
+
+    def frame_encoder(self) -> FrameEncoder:
+        """Returns the tower as `data.feature_cache` needs it. Only a VidPrism has one."""
+        return encoder_of(self.model, self.trainer)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, torch.Tensor]:
         """Gives `logits` (B, views, K) to callbacks, in the order of the data's classes."""
-        clips = batch["pixel_values_videos"]
-        views = clips if clips.ndim == 6 else clips[:, None]
-        logits = self.model(**{self.model.main_input_name: views.flatten(0, 1)}).logits
+        kept = "frame_features" in batch
+        name = "frame_features" if kept else "pixel_values_videos"
+        views = batch[name] if batch[name].ndim == (4 if kept else 6) else batch[name][:, None]
+        logits = self.model(**{name if kept else self.model.main_input_name: views.flatten(0, 1)}).logits
         return {"logits": logits[:, self.order].unflatten(0, (-1, views.shape[1]))}
 
 

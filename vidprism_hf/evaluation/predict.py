@@ -1,21 +1,16 @@
 """`vidprism predict`: the top labels of video files, decoded beside the computation and classified in batches."""
 
-import argparse
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
-from ..errors import UserError, first_line, printable, why_not_loaded
+from ..errors import UserError, why_not_loaded
 from ..model import VideoDecodeError, VidPrismForVideoClassification, VidPrismVideoProcessor
 
 STDIN = "-"
@@ -112,63 +107,6 @@ def _classify(
     best = scores.topk(min(top_k, model.config.num_labels))
     labels = [[model.config.id2label[index] for index in row] for row in best.indices.tolist()]
     return list(zip(labels, best.values.tolist(), strict=True))
-
-
-def main(argv: list[str]) -> int:
-    """Prints the predictions; 1 if a file could not be read."""
-    parser = argparse.ArgumentParser(prog="vidprism predict", description="Top labels of video files.")
-    parser.add_argument("model", help="exported folder or Hub id")
-    parser.add_argument(
-        "files", nargs="+", metavar="FILE", help="video file, URL, folder of videos, or - for a list on standard input"
-    )
-    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub (main)")
-    parser.add_argument("--top-k", type=int, default=5, help="labels per file (5)")
-    parser.add_argument("--json", action="store_true", help="one JSON object a file and line instead of a table")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch-size", type=int, default=8, help="files that go through the model together (8)")
-    parser.add_argument(
-        "--workers", type=int, help="processes that decode the next batches meanwhile (one a core, none for one batch)"
-    )
-    args = parser.parse_args(argv)
-    for name, least in (("top_k", 1), ("batch_size", 1), ("workers", 0)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:  # no such kind, or none here
-        raise UserError(f"--device {args.device}: {first_line(error)}") from error
-
-    files = list_files(args.files)
-    model, processor = load(args.model, args.revision)
-    workers = default_workers(len(files), args.batch_size) if args.workers is None else args.workers
-    model = model.to(args.device).eval()
-    predictions = predict(model, processor, files, args.top_k, args.batch_size, workers)
-    failed = print_predictions(predictions, as_json=args.json)
-    if failed:
-        print(f"{failed} of {len(files)} files could not be decoded", file=sys.stderr, flush=True)
-    return int(failed > 0)
-
-
-def print_predictions(predictions: Iterable[Prediction], as_json: bool) -> int:
-    """Prints predictions as they come, or as a table in the end; returns how many have an error."""
-    failed = 0
-    table = Table("file", "label", "score")
-    for prediction in predictions:
-        failed += prediction.error is not None
-        if as_json:
-            print(json.dumps(vars(prediction)), flush=True)
-        elif prediction.error:
-            print(f"vidprism predict: {printable(prediction.error)}", file=sys.stderr, flush=True)
-        else:
-            for place, (label, score) in enumerate(zip(prediction.labels, prediction.scores, strict=True)):
-                # As Text: names may look like rich's markup.
-                name = Text(printable(prediction.file) if place == 0 else "")
-                table.add_row(name, Text(label), f"{score:.4f}")
-            table.add_section()
-    if table.row_count:
-        Console().print(table)
-    return failed
 
 
 def list_files(arguments: Iterable[str]) -> list[str]:

@@ -1,16 +1,20 @@
 """The one way to evaluate: a trainer's test over the held-out clips in all their views, and what it comes to."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import lightning as L
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import PreTrainedConfig
 
 from ..data import VideoDataModule
 from ..data.bad_videos import BadClip
 from ..data.sources.few_shot import clip_list_hash
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .compute import cost
 from .metrics import measure
 from .report import Evaluation, Protocol, Subject
@@ -108,3 +112,35 @@ def recorder_of(trainer: Trainer) -> ScoreRecorder:
     """The trainer's recorder of scores."""
     (recorder,) = (callback for callback in trainer.callbacks if isinstance(callback, ScoreRecorder))
     return recorder
+
+
+def make_trainer(settings: Mapping[str, Any], callbacks: Sequence[Callback], **own: Any) -> Trainer:
+    """Builds a trainer.
+
+    Args:
+        settings: Arguments of Lightning's Trainer.
+        callbacks: Ours. They come first: what a recipe's callback exports holds what they keep of the same epoch.
+        own: More arguments, which take precedence.
+
+    Raises:
+        UserError: If this machine cannot give what the settings ask for.
+    """
+    # A list of its own for each trainer, which appends its default callbacks to the list that it is given.
+    own["callbacks"] = [*callbacks, *callbacks_of(settings)]
+    try:
+        return Trainer(**dict(settings) | own)
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise UserError(f"trainer: {first_line(error)}") from error
+
+
+def callbacks_of(settings: Mapping[str, Any]) -> list[Callback]:
+    """Returns the callbacks among the arguments of a Trainer."""
+    asked = settings.get("callbacks") or []
+    return list(asked) if isinstance(asked, (list, tuple)) else [asked]
+
+
+def progress_bars(enabled: bool | None = None) -> list[Callback]:
+    """Returns Rich's bar on a terminal, elsewhere plain lines for a log file; none where `enabled` is False."""
+    if enabled is False:
+        return []
+    return [RichProgressBar() if os.isatty(1) else TQDMProgressBar(refresh_rate=20)]

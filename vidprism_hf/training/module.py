@@ -13,8 +13,8 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import get_cosine_schedule_with_warmup
 
-from ..data import load_processor, normalize_clips
-from ..data.features.encoder import FrameEncoder, tower_digest
+from ..data import load_processor
+from ..data.features.encoder import FrameEncoder, encoder_of
 from ..data.reading.processor import processor_for
 from ..errors import UserError, first_line
 from ..evaluation.checkpoints import fitting_config, load_checkpoint
@@ -281,15 +281,7 @@ class VidPrismLightningModule(L.LightningModule):
             UserError: If the tower is trained.
         """
         check_frozen(self.hparams.freeze_backbone)
-        tower, config = self.model.vidprism.vision_tower, self.model.config.vision_config
-        return FrameEncoder(tower_digest(tower, config), str(self.trainer.precision), self._encode_frames)
-
-    @torch.no_grad()
-    def _encode_frames(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Frame features (B, T', D) of uint8 pixels (B, T, 3, H, W)."""
-        pixels = normalize_clips(pixels.to(self.device), self.trainer.datamodule.video_processor)
-        with self.trainer.precision_plugin.forward_context():
-            return self.model.vidprism.get_frame_features(pixels)
+        return encoder_of(self.model, self.trainer)
 
     def _evaluate(self, stage: str, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         labels, num_views = batch["labels"], 1

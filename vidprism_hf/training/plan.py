@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import yaml
 
 from ..data import VideoDataModule
@@ -69,8 +70,8 @@ class RunPlan:
         """
         trainer = TRAINER_DEFAULTS | dict(self.trainer if self.trainer_recipe is None else self.trainer_recipe)
         sections = {
-            "model": {name: value for name, value in self.module.hparams.items() if name != "id2label" and name[0] != "_"},
-            "data": {name: value for name, value in self.data.hparams.items() if name not in DERIVED and name[0] != "_"},
+            "model": settings_of(self.module),
+            "data": settings_of(self.data),
             "checkpoint": dataclasses.asdict(self.checkpoint),
             "export": dataclasses.asdict(self.export),
             "evaluation": dataclasses.asdict(self.evaluation),
@@ -84,7 +85,10 @@ class RunPlan:
         return yaml.safe_dump(self.recipe(), sort_keys=False, allow_unicode=True)
 
 
-DERIVED = ("processor", "num_frames")  # of the data: taken from the model
+def settings_of(module: L.LightningModule | L.LightningDataModule) -> dict[str, Any]:
+    """Returns the arguments of a module without those that follow from others, and without Lightning's own notes."""
+    derived = ("id2label",) if isinstance(module, L.LightningModule) else ("processor", "num_frames")
+    return {name: value for name, value in module.hparams.items() if name not in derived and name[0] != "_"}
 
 
 def plain(value: Any) -> Any:

@@ -33,12 +33,12 @@ from ..hub.licenses import check_license
 from ..hub.push import PushResult, push_export
 from ..locks import not_writable, only_run
 from ..model import VidPrismForVideoClassification
+from ..signals import Stopped
 from .callbacks.push import push_open
 from .callbacks.recorder import CardRecorder, Measured, bad_clips, clip_counts, kept_by, switched_on
 from .checkpoint.callback import Safeguard
 from .checkpoint.files import BEST, LAST, PREVIOUS, CheckpointSettings, damage
 from .checkpoint.resume import AUTO, METRICS, Start, agreed, begin
-from .checkpoint.signals import Stopped
 from .exporting import TRAIN_LIST, ExportSettings, export_best, export_run
 from .module import VidPrismLightningModule
 from .plan import RunPlan

@@ -1,23 +1,16 @@
 """The trainer of a run: Lightning's, with the run's callbacks, loggers and strategy."""
 
-import os
 from functools import partial
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import (
-    Callback,
-    GradientAccumulationScheduler,
-    LearningRateMonitor,
-    RichProgressBar,
-    TQDMProgressBar,
-)
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from ..errors import UserError, first_line
+from ..errors import UserError
 from ..evaluation.scores import ScoreRecorder
+from ..evaluation.testing import callbacks_of, make_trainer, progress_bars
 from .callbacks.averaging import WiseFT
 from .callbacks.bad_videos import BadClipReport
 from .callbacks.push import PushToHub
@@ -46,7 +39,13 @@ def build_trainer(plan: RunPlan) -> Trainer:
             CSVLogger(plan.output, name="logs", version=free_name(plan.output / "logs" / "csv").name),
         ]
     callbacks = [*run_callbacks(plan), *([LearningRateMonitor(logging_interval="step")] if logger else [])]
-    trainer = make_trainer(asked, callbacks, default_root_dir=str(plan.output), logger=logger)
+    # A gradient that is accumulated over batches leaves steps without communication.
+    accumulates = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(asked))
+    accumulates = accumulates or asked.get("accumulate_grad_batches", 1) > 1
+    strategy = named_strategy(asked.pop("strategy", "auto"), accumulates)
+    trainer = make_trainer(asked, callbacks, default_root_dir=str(plan.output), logger=logger, strategy=strategy)
+    if strategy == "auto" and type(trainer.strategy) is DDPStrategy:  # Lightning has found several devices
+        trainer.strategy._ddp_kwargs.update(ddp_settings(accumulates))
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # neither the recipe's nor a strategy's own
         trainer.strategy.checkpoint_io = SafeCheckpointIO()
     for callback in trainer.callbacks:
@@ -81,36 +80,3 @@ def run_callbacks(plan: RunPlan) -> list[Callback]:
         *([] if alpha is None else [WiseFT(alpha, start.backbone, start.checkpoint)]),
         *progress_bars(plan.trainer.get("enable_progress_bar")),
     ]
-
-
-def make_trainer(settings: dict, callbacks: list[Callback], **own) -> Trainer:
-    """Builds a trainer.
-
-    Args:
-        settings: Arguments of Lightning's Trainer.
-        callbacks: Ours. They come first: what a recipe's callback exports holds what they keep of the same epoch.
-        own: More arguments, which take precedence.
-
-    Raises:
-        UserError: If this machine cannot give what the settings ask for.
-    """
-    asked = settings.get("callbacks") or []
-    # A list of its own for each trainer, which appends its default callbacks to the list that it is given.
-    callbacks = [*callbacks, *(asked if isinstance(asked, list) else [asked])]
-    accumulates = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
-    accumulates = accumulates or settings.get("accumulate_grad_batches", 1) > 1
-    strategy = named_strategy(settings.get("strategy", "auto"), accumulates)
-    try:
-        trainer = Trainer(**settings | own | {"callbacks": callbacks, "strategy": strategy})
-    except (MisconfigurationException, ValueError, TypeError) as error:
-        raise UserError(f"trainer: {first_line(error)}") from error
-    if strategy == "auto" and type(trainer.strategy) is DDPStrategy:  # Lightning has found several devices
-        trainer.strategy._ddp_kwargs.update(ddp_settings(accumulates))
-    return trainer
-
-
-def progress_bars(enabled: bool | None = None) -> list[Callback]:
-    """Returns Rich's bar on a terminal, elsewhere plain lines for a log file; none where `enabled` is False."""
-    if enabled is False:
-        return []
-    return [RichProgressBar() if os.isatty(1) else TQDMProgressBar(refresh_rate=20)]

@@ -7,10 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from lightning.pytorch import Trainer
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 
+from ...model import VidPrismForVideoClassification
+from ..reading.processor import normalize_clips
 from ..tables import DataError
 
 
@@ -48,3 +51,16 @@ def tower_digest(tower: nn.Module, config: PreTrainedConfig) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def encoder_of(model: VidPrismForVideoClassification, trainer: Trainer) -> FrameEncoder:
+    """Returns the tower of a model as the cache needs it, in a trainer's precision."""
+
+    @torch.no_grad()
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        pixels = normalize_clips(pixels.to(model.device), trainer.datamodule.video_processor)
+        with trainer.precision_plugin.forward_context():
+            return model.vidprism.get_frame_features(pixels)
+
+    digest = tower_digest(model.vidprism.vision_tower, model.config.vision_config)
+    return FrameEncoder(digest, str(trainer.precision), encode)

@@ -225,7 +225,7 @@ class PushProcess:
 
     def __call__(self, folder: Path) -> str:
         """Pushes, and gives the last line: URL and commit."""
-        command = [sys.executable, "-m", "vidprism_hf.hub.push", str(folder), *self.options]
+        command = [sys.executable, "-m", "vidprism_hf", "push", str(folder), *self.options]
         command += ["--message", self.messages[folder]] if folder in self.messages else []
         environment = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "CUDA_VISIBLE_DEVICES": ""}
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -23,9 +23,9 @@ from torch import nn
 from ...data.bad_videos import TooManyBadClips
 from ...distributed import gathered
 from ...errors import UserError, printable
+from ...signals import WARNING, SignalWatch, Stopped, requeue
 from .files import LAST, CheckpointSettings
 from .resume import random_states, set_random_states, settle_loops, settle_progress
-from .signals import WARNING, SignalWatch, Stopped, requeue
 
 NAMED_CLIPS = 16  # in the message of a run that diverges
 YOUNG = 60.0  # seconds: epochs that are shorter share a last.ckpt, whose writing may take longer than they do

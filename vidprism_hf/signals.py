@@ -21,7 +21,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-from ...errors import first_line
+from .errors import first_line
 
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 WARNING = getattr(signal, "SIGUSR1", None)  # tells of an end to come: the one that follows is no second signal

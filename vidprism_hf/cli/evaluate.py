@@ -1,0 +1,63 @@
+"""`vidprism evaluate`: accuracy of any video classifier on the validation split of a recipe's data."""
+
+import argparse
+
+from ..errors import UserError
+from ..evaluation.evaluate import evaluate
+from .recipe import parse, trainer_settings
+
+USAGE = """usage: vidprism evaluate MODEL --config RECIPE [--key value]
+
+MODEL is an export, or any video classifier of transformers in a folder or on the Hub: VidPrism, VideoMAE, TimeSformer,
+ViViT, V-JEPA 2. Keys are those of `vidprism finetune --help`, among them
+
+  --revision REVISION                     branch, tag or commit of a model on the Hub (main)
+  --model.num_frames N                    frames of a view, for a VidPrism without learned positions; else the model's
+  --data.frame_stride N                   of each clip every Nth frame; without it frames are from the whole video
+  --data.test_clips N                     clips of each video, from N places in time
+  --data.test_crops 3                     crops of each clip, along the longer side
+  --evaluation.average_clips score|prob   average the views' logits (the default), or their probabilities
+  --evaluation.output FOLDER              where evaluation.json and confusion.png go
+  --trainer.devices N                     processes, among which the clips are shared
+
+VideoMAE, TimeSformer and ViViT were published with a stride on Kinetics-400: recipes/README.md has it and their views.
+"""
+DATA_KEYS = {"--config", "-c", "--data", "--data.source"}
+# The recipe's data are wanted, not its model: the smallest one stands in for it.
+NO_MODEL = ("--model.checkpoint=null", "--model.config=null", "--model.backbone=tiny")
+
+
+def main(argv: list[str]) -> int:
+    """Evaluates a model."""
+    if {"-h", "--help"}.intersection(argv):
+        print(USAGE, end="")
+        return 0
+    if not argv or argv[0].startswith("-"):
+        raise UserError("name the model first, then --config RECIPE")
+    model, (revision, rest) = argv[0], asked(argv[1:], "--revision")
+    if revision == "":
+        raise UserError("--revision: is empty; name a branch, tag or commit, or leave it out")
+    if not {word.partition("=")[0] for word in rest}.intersection(DATA_KEYS):
+        raise UserError("name the clips: --config RECIPE (a run's own is its config.yaml), or --data.source CLIPS")
+    # The recipe's number of frames is for training; one that is typed is for this.
+    frames, _ = asked(rest, "--model.num_frames")
+    cli = parse([*rest, *NO_MODEL])
+    settings = cli.config_init.evaluation
+    evaluate(
+        model,
+        cli.datamodule,
+        output=settings.output,
+        average_clips=settings.average_clips,
+        revision=revision,
+        num_frames=cli.config.model.num_frames if frames else None,
+        trainer=trainer_settings(cli),
+    )
+    return 0
+
+
+def asked(settings: list[str], option: str) -> tuple[str | None, list[str]]:
+    """The value that the command line itself gives an option, empty where it has none, and the rest of the line."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(option, nargs="?", const="", dest="value")
+    found, others = parser.parse_known_args(settings)
+    return found.value, others
