@@ -7,6 +7,7 @@ the speed of plain Python.
 import difflib
 import importlib
 import importlib.metadata
+import importlib.util
 import sys
 
 # Command -> (how it is called, what it does); `vidprism_hf.cli.<command>` has its `main(argv)`.
@@ -21,6 +22,7 @@ COMMANDS = {
     "convert": ("convert CHECKPOINT OUT ...", "convert an authors' checkpoint to the Hub's layout"),
     "recipes": ("recipes [NAME]", "list the recipes, or print one to copy it"),
 }
+HELP = {"-h", "--help"}
 
 
 def usage() -> str:
@@ -40,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     command = argv[0] if argv else "--help"
-    if command in ("-h", "--help"):
+    if command in HELP:
         print(usage(), end="")
         return 0
     if command == "--version":
@@ -51,8 +53,24 @@ def main(argv: list[str] | None = None) -> int:
         advice = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
         print(f"vidprism: no command {command!r}; {advice}", file=sys.stderr)
         return 2
+    if command == "finetune" and HELP.intersection(argv):
+        return print_help()
     try:
         return importlib.import_module("vidprism_hf.cli").run(command, argv[1:])
     except KeyboardInterrupt:
         print(f"vidprism {command}: interrupted", file=sys.stderr)
         return 130
+
+
+def print_help() -> int:
+    """Prints the help of finetune, which is read from the package's source without importing it."""
+    (folder,) = importlib.util.find_spec("vidprism_hf").submodule_search_locations
+    spec = importlib.util.spec_from_file_location("vidprism_help", f"{folder}/cli/help.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    print(module.finetune_help(), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

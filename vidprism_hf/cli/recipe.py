@@ -3,6 +3,7 @@
 Keys are those of `vidprism finetune --help`; evaluate and ablate read recipes in the same way.
 """
 
+import re
 import warnings
 from typing import Any
 
@@ -21,6 +22,8 @@ from ..training.exporting import ExportSettings
 from ..training.module import VidPrismLightningModule, check_frozen
 from ..training.plan import TRAINER_DEFAULTS, RunPlan
 from ..training.whitening import check_whitening
+from .help import suggestion
+from .recipes import find_recipe
 
 
 class FinetuneCLI(LightningCLI):
@@ -77,7 +80,7 @@ def parse(argv: list[str], description: str | None = None) -> FinetuneCLI:
         return FinetuneCLI(
             VidPrismLightningModule,
             VideoDataModule,
-            args=argv,
+            args=expand(argv),
             run=False,
             seed_everything_default=0,
             save_config_callback=None,
@@ -91,7 +94,42 @@ def parse(argv: list[str], description: str | None = None) -> FinetuneCLI:
             },
         )
     except ArgumentError as error:
-        raise UserError(" ".join(str(error).split())) from error
+        message = " ".join(str(error).split())
+        raise UserError(message + did_you_mean(message)) from error
+
+
+# How jsonargparse names a key that does not exist.
+UNKNOWN = re.compile(
+    r"unrecognized arguments: --(?P<typed>[\w.]+)|Group '(?P<section>\w+)' does not accept option '(?P<option>\w+)'"
+    r"|Option '(?P<other>[\w.]+)' is not accepted"
+)
+
+
+def did_you_mean(message: str) -> str:
+    """Returns the key that was probably meant, as the end of jsonargparse's message."""
+    if (found := UNKNOWN.search(message)) is None:
+        return ""
+    return suggestion(found["typed"] or found["option"] or found["other"], found["section"] or "")
+
+
+def expand(argv: list[str]) -> list[str]:
+    """Returns the command line with what stands for other words.
+
+    A first word that is no option is the source; without a recipe it is trained by `folder`. Recipes are given by
+    path or by name.
+    """
+    argv = list(argv)
+    if argv and not argv[0].startswith("-"):
+        argv[0] = f"--data.source={argv[0]}"
+        if not any(word.partition("=")[0] in ("--config", "-c") for word in argv):
+            argv.insert(0, "--config=folder")
+    for place, word in enumerate(argv):
+        option, _, value = word.partition("=")
+        if option in ("--config", "-c") and value:
+            argv[place] = f"--config={find_recipe(value)}"
+        elif option in ("--config", "-c") and place + 1 < len(argv):
+            argv[place + 1] = str(find_recipe(argv[place + 1]))
+    return argv
 
 
 def plan_of(cli: FinetuneCLI, command: str) -> RunPlan:

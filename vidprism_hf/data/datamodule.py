@@ -95,7 +95,7 @@ class VideoDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        source: str = DEMO,
+        source: str = "demo",
         root: str = "data",
         processor: str | None = None,
         num_frames: int | None = None,

@@ -1,0 +1,109 @@
+"""`vidprism finetune --help`, read from the source of the settings: no import, so it answers at once.
+
+The console script loads this file by its path, without the package. Nothing here may import from it.
+"""
+
+import ast
+import difflib
+import re
+import shutil
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+PACKAGE = Path(__file__).parents[1]
+# Section of the recipe -> (title, file, class whose arguments or fields are its keys).
+SECTIONS = {
+    "model": ("the classifier and its optimiser", "training/module.py", "VidPrismLightningModule"),
+    "data": ("videos, splits, views and loaders", "data/datamodule.py", "VideoDataModule"),
+    "checkpoint": ("checkpoints of a run", "training/checkpoint/files.py", "CheckpointSettings"),
+    "export": ("the published weights", "training/exporting.py", "ExportSettings"),
+    "evaluation": ("the final test", "evaluation/testing.py", "EvaluationSettings"),
+}
+LINKED = {"model.id2label", "data.processor", "data.num_frames"}  # taken from the data, or from the model
+USAGE = """usage: vidprism finetune [CLIPS] [--config RECIPE] [--KEY VALUE ...]
+
+Trains by a recipe, evaluates the best checkpoint on the validation split and exports it. The same command resumes a
+run that was stopped.
+
+  CLIPS                       a folder of videos or a dataset of the Hub, as data.source
+  --config RECIPE             a YAML file, or the name of one that comes with the package (vidprism recipes)
+  --print_config              print all settings as a recipe, and stop
+  --seed_everything N         seed of the initial weights and of training (0)
+  --output FOLDER             folder of the run (runs/finetune)
+  --resume auto|none|FILE     auto resumes a stopped run; none starts a fresh one and keeps the folder as FOLDER.1; a
+                              checkpoint of the folder resumes from there (auto)
+  --help=trainer              the keys of Lightning's Trainer: devices, strategy, precision, callbacks, ...
+
+A recipe is code: it can name any class that is installed. Run those of people you trust.
+"""
+
+
+class Key(NamedTuple):
+    """A key of a recipe."""
+
+    name: str
+    default: str
+    text: str
+
+
+def keys(section: str) -> list[Key]:
+    """Returns the keys of a section, in the order of the source."""
+    _, file, name = SECTIONS[section]
+    tree = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
+    (kind,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+    texts = dict(_arguments(ast.get_docstring(kind) or ""))
+    found = [Key(f"{section}.{key}", default, texts.get(key, "")) for key, default in _defaults(kind)]
+    return [key for key in found if key.name not in LINKED]
+
+
+def _defaults(kind: ast.ClassDef) -> Iterator[tuple[str, str]]:
+    """Yields the name and default of each argument of a class, or field of a dataclass."""
+    for node in kind.body:
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            arguments = node.args.args[1:]
+            for argument, default in zip(arguments, node.args.defaults, strict=True):
+                yield argument.arg, _yaml(default)
+            return
+    for node in kind.body:
+        if isinstance(node, ast.AnnAssign):
+            yield node.target.id, _yaml(node.value)
+
+
+def _yaml(default: ast.expr | None) -> str:
+    text = "" if default is None else ast.unparse(default)
+    return {"None": "null", "True": "true", "False": "false"}.get(text, text.strip("'"))
+
+
+def _arguments(docstring: str) -> Iterator[tuple[str, str]]:
+    """Yields the name and the text of each argument that a docstring describes."""
+    _, _, block = docstring.partition("Args:\n")
+    block = re.split(r"\n\S|\n\n", block)[0]
+    for match in re.finditer(r"^    (\w+): (.*(?:\n {8}.*)*)", block, re.MULTILINE):
+        yield match[1], " ".join(match[2].split())
+
+
+def suggestion(name: str, section: str = "") -> str:
+    """Returns `; did you mean ...?` for a misspelt key, nothing where no key is close.
+
+    Args:
+        name: As it was typed, with or without its section.
+        section: Where it was typed, if the name does not say.
+    """
+    known = [key.name for each in SECTIONS for key in keys(each)] + ["output", "resume", "seed_everything", "config"]
+    close = difflib.get_close_matches(f"{section}.{name}" if section else name, known, n=1, cutoff=0.75)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def finetune_help() -> str:
+    """Returns the help: usage, then our keys in groups."""
+    width = max(80, min(shutil.get_terminal_size().columns, 120))
+    lines = [USAGE]
+    for section, (title, _, _) in SECTIONS.items():
+        lines.append(f"{section}: {title}")
+        for key in keys(section):
+            first = f"{re.split(r'(?<=[^.]{3})[.;] ', key.text)[0].rstrip('.')} ({key.default})"
+            lines += textwrap.wrap(f"--{key.name:<31} {first}", width, initial_indent="  ", subsequent_indent=" " * 36)
+        lines.append("")
+    return "\n".join(lines)
