@@ -24,12 +24,13 @@ from lightning.pytorch.profilers import Profiler
 from report import add_report_options, write_report
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from vidprism_hf.cli.recipe import parse, plan_of
 from vidprism_hf.data import ClipAugmentation, VideoDataModule, datamodule
 from vidprism_hf.data.loading import dataset
 from vidprism_hf.model import VidPrismTemporalModel
 from vidprism_hf.model.tower_vidprism import VidPrismVisionTower
-from vidprism_hf.training import run as finetune
 from vidprism_hf.training.module import VidPrismLightningModule
+from vidprism_hf.training.trainer import build_trainer
 
 MARK = "part: "
 # What profiles of runs showed beside the tower's matrix products, and what became of it.
@@ -161,10 +162,10 @@ def own_times(events):
 def run(argv, folder, warmup, steps):
     """Trains for some steps and returns the recorded events, the settings and the most expensive operations."""
     limits = ["--trainer.max_steps", str(warmup + steps + 1), "--trainer.limit_val_batches", "0"]
-    cli = finetune.parse([*argv, "--output", str(folder), "--trainer.max_epochs", "1000", *limits])
+    cli = parse([*argv, "--output", str(folder), "--trainer.max_epochs", "1000", *limits])
     for owner, name, part in FUNCTIONS:
         mark(owner, name, part)
-    trainer = finetune.build_trainer(cli, folder)
+    trainer = build_trainer(plan_of(cli, ""))
     trainer.profiler = steps = Steps(warmup, steps)
     trainer.fit(cli.model, datamodule=cli.datamodule)
     return steps.torch_profiler, cli, trainer

@@ -20,7 +20,7 @@ from small import LABELS, NUM_FRAMES, complaint, files_of, motion_folder, tiny_e
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification, VideoMAEVideoProcessor
 
 from vidprism_cli import main
-from vidprism_hf import VidPrismForVideoClassification, VidPrismVideoProcessor
+from vidprism_hf import VideoDataModule, VidPrismForVideoClassification, VidPrismVideoProcessor
 from vidprism_hf.data import normalize_clips
 from vidprism_hf.data.reading.transforms import test_views as crops_of
 from vidprism_hf.errors import UserError
@@ -161,7 +161,8 @@ def test_the_card_is_refreshed_and_a_persons_words_stay(export, source):
     )
     readme.write_bytes(mine + b"\nMore of mine, \xc3\xa9.\n")
     before = files_of(export)
-    found = evaluate(arguments(export, source))
+    data = VideoDataModule(str(source), batch_size=2, num_workers=0)
+    found = evaluate(str(export), data, trainer={"accelerator": "cpu"})
     once = files_of(export)
     assert {name for name in once if once[name] != before.get(name)} == {"README.md"}
     text = once["README.md"].decode()
@@ -172,7 +173,7 @@ def test_the_card_is_refreshed_and_a_persons_words_stay(export, source):
     low, high = found.intervals["mean_class"]
     assert f"| mean_class | {found.values['mean_class']:.4f} | {low:.4f} to {high:.4f} | 0.5000 |" in text
     assert "<summary>By class</summary>" in text
-    evaluate(arguments(export, source))
+    evaluate(str(export), data, trainer={"accelerator": "cpu"})
     assert files_of(export) == once  # the same again is in the place of the first
     assert [path.name for path in export.parent.iterdir() if path.name.startswith(".")] == []
     # With the Hub's dataset known, its results too; what others have put there stays.

@@ -4,7 +4,6 @@ import copy
 import json
 import shutil
 from collections import defaultdict
-from types import SimpleNamespace
 
 import huggingface_hub
 import lightning as L
@@ -262,9 +261,7 @@ def test_starting_point_of_a_folder_whose_card_names_its_base():
     ],
 )
 def test_licence_of_a_dataset_of_the_hub(tmp_path, monkeypatch, metadata, terms):
-    data = SimpleNamespace(name="alice/clips")
-    data.hparams = SimpleNamespace(source="alice/clips", train_list=None, hub_revision=None)
-    data.hparams.val_split, data.hparams.hub_config = None, None
+    settings = {"source": "alice/clips"} | dict.fromkeys(("train_list", "hub_revision", "val_split", "hub_config"))
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips" / "README.md").write_text(f"---\n{metadata}\n---\nClips.\n")
     with Hub() as hub:
@@ -274,10 +271,10 @@ def test_licence_of_a_dataset_of_the_hub(tmp_path, monkeypatch, metadata, terms)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
         hub.add_dataset("alice/clips", tmp_path / "clips")
-        assert "data_license" not in dataset_facts(data.hparams)  # nobody has fetched the card yet
+        assert "data_license" not in dataset_facts(settings)  # nobody has fetched the card yet
         assert not hub.count()
         Repository.find("alice/clips")
         asked = hub.count()
-        facts = dataset_facts(data.hparams)
+        facts = dataset_facts(settings)
         assert hub.count() == asked
     assert facts == {"dataset": "alice/clips", "dataset_id": "alice/clips"} | ({"data_license": terms} if terms else {})

@@ -21,8 +21,9 @@ from strategy_runs import RUNS, STRATEGIES, run, run_all
 
 from vidprism_cli import main
 from vidprism_hf import VidPrismLightningModule
-from vidprism_hf.cli.recipe import parse
+from vidprism_hf.cli.recipe import parse, trainer_settings
 from vidprism_hf.training.distributed import named_strategy
+from vidprism_hf.training.trainer import training_trainer
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "recipes" / "launch"
@@ -205,7 +206,7 @@ def test_a_launch_scripts_command(motion_clips, tmp_path, monkeypatch, script, n
     if script == "slurm.sh":
         for name, value in job.items():
             monkeypatch.setenv(name, value)
-    trainer = cli.instantiate_trainer(logger=False)
+    trainer = training_trainer(trainer_settings(cli), logger=False)
     assert isinstance(trainer.strategy, DDPStrategy)
     assert (trainer.world_size, trainer.num_nodes) == (2 * nodes, nodes)
 
@@ -244,7 +245,7 @@ def test_several_devices_take_ddp_by_themselves(motion_clips, tmp_path, accumula
     more = ("--trainer.devices=2", f"--trainer.accumulate_grad_batches={accumulate}")
     words = run_arguments(motion_clips, tmp_path / "run", *more)[1:]
     auto, asked = (
-        parse([*words, f"--trainer.strategy={name}"]).instantiate_trainer(logger=False).strategy
+        training_trainer(trainer_settings(parse([*words, f"--trainer.strategy={name}"])), logger=False).strategy
         for name in ("auto", "ddp")
     )
     assert type(auto) is type(asked) is DDPStrategy

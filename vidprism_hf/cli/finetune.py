@@ -3,6 +3,7 @@
 import shlex
 
 from ..training.run import run
+from .help import trainer_help
 from .recipe import parse, plan_of
 
 DESCRIPTION = "Trains by a recipe, evaluates the best checkpoint on the validation split and exports it."
@@ -10,5 +11,8 @@ DESCRIPTION = "Trains by a recipe, evaluates the best checkpoint on the validati
 
 def main(argv: list[str]) -> int:
     """Runs a recipe."""
+    if "--help=trainer" in argv:
+        print(trainer_help(), end="")
+        return 0
     run(plan_of(parse(argv, DESCRIPTION), command=f"vidprism finetune {shlex.join(argv)}"))
     return 0

@@ -5,6 +5,7 @@ The console script loads this file by its path, without the package. Nothing her
 
 import ast
 import difflib
+import inspect
 import re
 import shutil
 import textwrap
@@ -71,16 +72,17 @@ def _defaults(kind: ast.ClassDef) -> Iterator[tuple[str, str]]:
             yield node.target.id, _yaml(node.value)
 
 
-def _yaml(default: ast.expr | None) -> str:
-    text = "" if default is None else ast.unparse(default)
+def _yaml(default: object) -> str:
+    """Returns a default, as the source's expression or as a value, as a recipe has it."""
+    text = ast.unparse(default) if isinstance(default, ast.expr) else str(default)
     return {"None": "null", "True": "true", "False": "false"}.get(text, text.strip("'"))
 
 
 def _arguments(docstring: str) -> Iterator[tuple[str, str]]:
     """Yields the name and the text of each argument that a docstring describes."""
     _, _, block = docstring.partition("Args:\n")
-    block = re.split(r"\n\S|\n\n", block)[0]
-    for match in re.finditer(r"^    (\w+): (.*(?:\n {8}.*)*)", block, re.MULTILINE):
+    block = re.split(r"\n\S", block)[0]
+    for match in re.finditer(r"^    (\w+): (.*(?:\n(?: {8}.*)?)*)", block, re.MULTILINE):
         yield match[1], " ".join(match[2].split())
 
 
@@ -98,12 +100,37 @@ def suggestion(name: str, section: str = "") -> str:
 
 def finetune_help() -> str:
     """Returns the help: usage, then our keys in groups."""
-    width = max(80, min(shutil.get_terminal_size().columns, 120))
     lines = [USAGE]
     for section, (title, _, _) in SECTIONS.items():
-        lines.append(f"{section}: {title}")
-        for key in keys(section):
-            first = f"{re.split(r'(?<=[^.]{3})[.;] ', key.text)[0].rstrip('.')} ({key.default})"
-            lines += textwrap.wrap(f"--{key.name:<31} {first}", width, initial_indent="  ", subsequent_indent=" " * 36)
-        lines.append("")
+        lines += [f"{section}: {title}", *described(keys(section)), ""]
     return "\n".join(lines)
+
+
+def trainer_help() -> str:
+    """Returns the keys of Lightning's Trainer, which this imports."""
+    from lightning.pytorch import Trainer
+
+    texts = dict(_arguments(inspect.getdoc(Trainer.__init__)))
+    found = inspect.signature(Trainer).parameters.values()
+    lines = described([Key(f"trainer.{each.name}", _yaml(each.default), texts.get(each.name, "")) for each in found])
+    return "\n".join(["trainer: Lightning's Trainer; null takes Lightning's default", *lines, ""])
+
+
+def described(keys: list[Key]) -> list[str]:
+    """Returns a line or two for each key: its first sentence and its default."""
+    width, lines = max(80, min(shutil.get_terminal_size().columns, 120)), []
+    for key in keys:
+        text = f"--{key.name:<31} {first_sentence(key.text)} ({key.default})"
+        lines += textwrap.wrap(text, width, initial_indent="  ", subsequent_indent=" " * 36)
+    return lines
+
+
+def first_sentence(text: str) -> str:
+    """Returns the first sentence of a description, or its first part, not ending within parentheses."""
+    parts = re.split(r"(?<=[^.]{3})([.;]) ", text)
+    sentence = parts[0]
+    for mark, more in zip(parts[1::2], parts[2::2], strict=True):
+        if sentence.count("(") == sentence.count(")"):
+            break
+        sentence += f"{mark} {more}"
+    return sentence.rstrip(".")

@@ -42,7 +42,7 @@ from .checkpoint.resume import AUTO, METRICS, Start, agreed, begin
 from .exporting import TRAIN_LIST, ExportSettings, export_best, export_run
 from .module import VidPrismLightningModule
 from .plan import RunPlan
-from .trainer import build_trainer
+from .trainer import build_trainer, training_trainer
 
 Classifier = VidPrismForVideoClassification | VidPrismLightningModule
 
@@ -157,6 +157,8 @@ def run(plan: RunPlan) -> Run:
     """
     check_license("export.license", plan.export.license)
     check_start(plan)
+    # What this machine cannot give shows before the run has a folder.
+    training_trainer({**plan.trainer, "callbacks": None}, logger=False, enable_checkpointing=False)
     with only_run(plan.output) if rank_zero_only.rank == 0 else nullcontext():
         return _run(plan)
 

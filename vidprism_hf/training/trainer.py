@@ -1,6 +1,8 @@
 """The trainer of a run: Lightning's, with the run's callbacks, loggers and strategy."""
 
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, LearningRateMonitor
@@ -39,18 +41,24 @@ def build_trainer(plan: RunPlan) -> Trainer:
             CSVLogger(plan.output, name="logs", version=free_name(plan.output / "logs" / "csv").name),
         ]
     callbacks = [*run_callbacks(plan), *([LearningRateMonitor(logging_interval="step")] if logger else [])]
-    # A gradient that is accumulated over batches leaves steps without communication.
-    accumulates = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(asked))
-    accumulates = accumulates or asked.get("accumulate_grad_batches", 1) > 1
-    strategy = named_strategy(asked.pop("strategy", "auto"), accumulates)
-    trainer = make_trainer(asked, callbacks, default_root_dir=str(plan.output), logger=logger, strategy=strategy)
-    if strategy == "auto" and type(trainer.strategy) is DDPStrategy:  # Lightning has found several devices
-        trainer.strategy._ddp_kwargs.update(ddp_settings(accumulates))
+    trainer = training_trainer(asked, callbacks, default_root_dir=str(plan.output), logger=logger)
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # neither the recipe's nor a strategy's own
         trainer.strategy.checkpoint_io = SafeCheckpointIO()
     for callback in trainer.callbacks:
         if isinstance(callback, PushToHub):  # a recipe's (trainer.callbacks), which cannot name a function
             callback.export = lambda trainer, module, folder: export_kept(plan, trainer, folder)
+    return trainer
+
+
+def training_trainer(settings: Mapping[str, Any], callbacks: Sequence[Callback] = (), **own: Any) -> Trainer:
+    """Builds a trainer with the strategy that training needs; see `make_trainer`."""
+    # Accumulation leaves steps without communication.
+    accumulates = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(settings))
+    accumulates = accumulates or settings.get("accumulate_grad_batches", 1) > 1
+    strategy = named_strategy(settings.get("strategy", "auto"), accumulates)
+    trainer = make_trainer(settings, callbacks, strategy=strategy, **own)
+    if strategy == "auto" and type(trainer.strategy) is DDPStrategy:  # Lightning has found several devices
+        trainer.strategy._ddp_kwargs.update(ddp_settings(accumulates))
     return trainer
 
 
