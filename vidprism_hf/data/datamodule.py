@@ -14,7 +14,7 @@ from ..model import VidPrismForVideoClassification, VidPrismVideoProcessor
 from .config import check_arguments
 from .features.cache import FeatureCache
 from .features.split import CachedClips
-from .loading.dataset import ClipDataset, ClipReader, ClipSampler, collate
+from .loading.dataset import ClipDataset, ClipReader, ClipSampler, PlainExamples, collate
 from .loading.position import check_same_clips, fingerprint, go_on
 from .loading.views import describe_training_views, mirrored, part_reader
 from .loading.workers import shield_worker
@@ -222,6 +222,17 @@ class VideoDataModule(L.LightningDataModule):
         """
         if self.hparams.processor is None:
             self._video_processor = processor_for(model)
+
+    def examples(self, split: str) -> PlainExamples:
+        """Returns the examples of a split for a training loop of one's own, such as transformers' Trainer.
+
+        Args:
+            split: `train`, in random views, or `val`, in the view of the evaluation.
+
+        Raises:
+            DataError: If no model is known yet (see `take_model`), or the dataset is streamed.
+        """
+        return PlainExamples(self._clips(split))
 
     def prepare_data(self) -> None:
         """Renders the demo clips if they are needed and not there."""

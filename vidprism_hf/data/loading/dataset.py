@@ -5,6 +5,7 @@ number of workers or processes and whichever clips share its batch.
 """
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +19,7 @@ from torch.utils.data.distributed import DistributedSampler
 from ...distributed import rank_and_world
 from ...model import VideoDecodeError, VidPrismVideoProcessor, decode_video
 from ..bad_videos import Note
+from ..reading.processor import normalize_clips
 from ..reading.sampling import FrameSampling
 from ..reading.time_limit import TimeLimit
 from ..reading.transforms import ClipAugmentation, test_views
@@ -199,6 +201,49 @@ def example(
         "counts": counts,
         "bad_clips": bad,
     }
+
+
+class PlainExamples(Dataset):
+    """Normalised examples for a training loop of one's own, such as the Trainer of transformers or plain PyTorch.
+
+    Items are dicts of `pixel_values_videos`, float32 (T, 3, H, W), and `labels`. Each epoch draws new random views
+    where the loop calls `set_epoch`, as transformers' Trainer does.
+
+    Args:
+        clips: The dataset that VideoDataModule's own loaders read.
+
+    Example:
+        ```python
+        data = VideoDataModule("clips", val_fraction=0.2)
+        data.take_model(model)
+        trainer = transformers.Trainer(model, args, train_dataset=data.examples("train"))
+        ```
+    """
+
+    def __init__(self, clips: ClipDataset):
+        self.clips = clips
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Takes the views of an epoch from now on."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Reads an example; a video that cannot be decoded is replaced in training, with a warning.
+
+        Raises:
+            VideoDecodeError: If a validation video cannot be decoded: no other may take its place.
+        """
+        example = self.clips[(self.epoch, index)]
+        for name, _, cause in example["bad_clips"]:
+            if not self.clips.training or not example["readable"]:
+                raise VideoDecodeError(f"{name}: {cause}")
+            warnings.warn(f"{name}: {cause}; replaced by another video of its class", stacklevel=2)
+        pixels = normalize_clips(example["pixel_values_videos"], self.clips.reader.processor)
+        return {"pixel_values_videos": pixels, "labels": example["labels"]}
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:

@@ -6,28 +6,27 @@ run with others of these goes on at the same clip, if a batch of its own begins 
 who reads it, and every order on the seed.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..sources.few_shot import clip_list_hash
 from ..tables import ClipSplits, DataError
-
-if TYPE_CHECKING:
-    from ..streaming.open import ClipStreams
 
 MOST_NAMES = 5  # of labels in a message
 IN_WORDS = {"processes": "processes", "batch_size": "data.batch_size", "seed": "data.seed"}
 IN_WORDS["num_workers"] = "data.num_workers"
 
 
-def fingerprint(splits: "ClipSplits | ClipStreams") -> dict[str, Any]:
-    """What tells whether a run has the clips of another: their labels, their number, and a hash of their list."""
+def fingerprint(splits: Any) -> dict[str, Any]:
+    """Returns what identifies the training clips of a run: labels, number, and a hash of their list.
+
+    Args:
+        splits: `ClipSplits`, or the streams of a Hub dataset.
+    """
     if isinstance(splits, ClipSplits):
         count, digest = len(splits.train), clip_list_hash(splits.train, in_order=True)
-    else:  # the commit and the split tell the rest
-        classes = b"".join(part.tobytes() + b"." for part in splits.train.classes)
-        count, digest = splits.num_train, hashlib.sha256(splits.description.encode() + classes).hexdigest()
+    else:
+        count, digest = splits.num_train, splits.train_digest
     return {"labels": list(splits.id2label.values()), "num_clips": count, "clips": digest}
 
 

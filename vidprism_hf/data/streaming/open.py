@@ -3,6 +3,7 @@
 Labels are read, and checked, before the first video is: of parquet files no other column is fetched for that.
 """
 
+import hashlib
 import posixpath
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -55,6 +56,12 @@ class ClipStreams:
     notes: tuple[str, ...] = ()
     missing: dict[str, tuple[str, ...]] = field(default_factory=dict)
     description: str = ""
+
+    @property
+    def train_digest(self) -> str:
+        """A hash of the training rows; the commit and the split say what `classes` does not."""
+        classes = b"".join(part.tobytes() + b"." for part in self.train.classes)
+        return hashlib.sha256(self.description.encode() + classes).hexdigest()
 
 
 def hub_streams(
