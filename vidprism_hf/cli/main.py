@@ -32,7 +32,7 @@ def _splits(argv: list[str]) -> int:
 
 
 def _ablate(argv: list[str]) -> int:
-    from ..ablation.ablate import main
+    from .ablate import main
 
     return main(argv)
 
