@@ -161,10 +161,10 @@ def test_a_folds_list_is_one_of_finetunes(study, source, tmp_path):
     [
         (("--data.feature_cache=null",), "data.feature_cache: name a folder for the features"),
         (("--model.ema_decay=0.9",), "model.ema_decay: is not supported in an ablation"),
-        (("--groups=^(.)",), "--folds, --groups: give one of them"),
+        (("--groups=^(.)",), "folds, groups: give one of them"),
         ((OWN_SPLIT,), "data.val_fraction: conflicts with --folds and --groups"),
         (("--trainer.max_epochs=0",), "trainer.max_epochs=0: nothing would be trained"),
-        (("--folds=9",), "--folds 9: a class has 4 videos"),
+        (("--folds=9",), "folds=9: a class has 4 videos"),
         (("--seeds=0",), "--seeds 0: must be at least 1"),
         (("--data.shots=2",), "data.shots: is not supported in an ablation"),
         (("--trainer.limit_train_batches=1",), "trainer.limit_train_batches: is not supported in an ablation"),
@@ -277,6 +277,8 @@ def test_rows_are_heads_that_there_are(grid):
 def test_all_is_every_grid():
     assert {row.grid for row in grid_rows(["all"])} == set(GRIDS)
     assert grid_rows(["experts", "experts"]) == grid_rows(["experts"])
+    with pytest.raises(UserError, match="grids: no grid expert; there are baselines, "):
+        grid_rows(["expert"])
 
 
 def test_the_command_without_scikit_learn(study, tmp_path, capsys, monkeypatch):

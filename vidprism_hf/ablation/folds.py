@@ -24,18 +24,18 @@ def group_folds(names: Sequence[str], pattern: str) -> np.ndarray:
     try:
         expression = re.compile(pattern)
     except re.error as error:
-        raise UserError(f"--groups {pattern}: is not a regular expression ({error})") from error
+        raise UserError(f"groups={pattern}: is not a regular expression ({error})") from error
     if expression.groups != 1:
-        raise UserError(f"--groups {pattern}: must contain one capturing group, such as '^([a-z]+)_'")
+        raise UserError(f"groups={pattern}: must contain one capturing group, such as '^([a-z]+)_'")
     groups = []
     for name in names:
         match = expression.search(name.partition("/")[2] or name)
         if match is None or match[1] is None:
-            raise UserError(f"--groups {pattern}: does not match {name}; every video needs a group")
+            raise UserError(f"groups={pattern}: does not match {name}; every video needs a group")
         groups.append(match[1])
     order, folds = np.unique(groups, return_inverse=True)
     if len(order) < 2:
-        raise UserError(f"--groups {pattern}: all videos are in one group, {order[0]}; at least two are needed")
+        raise UserError(f"groups={pattern}: all videos are in one group, {order[0]}; at least two are needed")
     return folds
 
 
@@ -57,12 +57,12 @@ def block_folds(names: Sequence[str], labels: Sequence[int], count: int) -> np.n
         UserError: If a class has fewer videos than folds.
     """
     if count < 2:
-        raise UserError(f"--folds {count}: must be at least 2")
+        raise UserError(f"folds={count}: must be at least 2")
     labels, folds = np.asarray(labels), np.zeros(len(names), dtype=np.int64)
     for label in np.unique(labels):
         videos = sorted(np.flatnonzero(labels == label).tolist(), key=lambda video: natural(names[video]))
         if len(videos) < count:
-            raise UserError(f"--folds {count}: a class has {len(videos)} videos; lower it")
+            raise UserError(f"folds={count}: a class has {len(videos)} videos; lower it")
         folds[videos] = np.arange(len(videos)) * count // len(videos)
     return folds
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import UserError
+
 # Row name to fields of VidPrismConfig, arguments of VidPrismLightningModule, or `baseline`.
 Rows = dict[str, dict[str, Any]]
 FOUR = [2, 4, 8, 16]
@@ -121,7 +123,13 @@ RECIPE, PROBE = Row("", "the recipe"), Row("", "linear probe", baseline="probe")
 
 
 def grid_rows(grids: Sequence[str]) -> list[Row]:
-    """Returns the rows of some grids, in order; `all` is every grid."""
+    """Returns the rows of some grids, in order; `all` is every grid.
+
+    Raises:
+        UserError: If there is no such grid.
+    """
+    if unknown := [grid for grid in grids if grid not in {"all", *GRIDS}]:
+        raise UserError(f"grids: no grid {unknown[0]}; there are {', '.join(GRIDS)}")
     rows = []
     for grid in GRIDS if "all" in grids else dict.fromkeys(grids):
         for name, changes in GRIDS[grid].items():

@@ -22,7 +22,7 @@ from ..data.fetch.contents import write_whole
 from ..errors import UserError
 from ..evaluation.figures import png
 from ..evaluation.intervals import wilson_interval
-from .trials import Trial, Trials
+from .trials import Trials
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def summarise(rows: dict[tuple[str, str], Trials], recipe: Trials, probe: Trials
         UserError: If the recipe is not finished, or no row beside it.
     """
     if not recipe:
-        raise UserError("trials.jsonl: the recipe itself is not finished on all folds; run without --report")
+        raise UserError("trials.jsonl: the recipe itself is not finished on all folds; run the study first")
     results = [
         _result(grid, row, trials, over_recipe, _difference(trials, probe))
         for (grid, row), trials in rows.items()
@@ -82,7 +82,7 @@ def summarise(rows: dict[tuple[str, str], Trials], recipe: Trials, probe: Trials
     sizes = Counter(result.grid for result in results)
     results = [result for result in results if sizes[result.grid] > 1 or len(sizes) == 1]
     if not results:
-        raise UserError("trials.jsonl: no row of these grids is finished on all folds; run without --report")
+        raise UserError("trials.jsonl: no row of these grids is finished on all folds; run the study first")
     return results
 
 
@@ -118,11 +118,7 @@ def _difference(trials: Trials, others: Trials) -> Estimate:
 
 def _by_fold(trials: Trials) -> list[float]:
     """Returns each fold's accuracy, as the mean over seeds."""
-
-    def mean(fold: Sequence[Trial]) -> float:
-        return statistics.fmean(trial.top1 for trial in fold)
-
-    return [mean(fold) for fold in zip(*trials.values(), strict=True)]
+    return [statistics.fmean(trial.top1 for trial in fold) for fold in zip(*trials.values(), strict=True)]
 
 
 def _estimate(folds: Sequence[float]) -> Estimate:

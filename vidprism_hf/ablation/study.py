@@ -115,7 +115,7 @@ class Study:
         groups: str | None = None,
     ):
         if folds is not None and groups is not None:
-            raise UserError("--folds, --groups: give one of them, or none for the source's own split")
+            raise UserError("folds, groups: give one of them, or none for the source's own split")
         check_settings(data, model)
         self.data, self.model, self.output = data, model, Path(output)
         self.trainer, self.precision = trainer or TrainerSettings(), precision
@@ -303,32 +303,30 @@ class Study:
 
     def _run_trial(self, plan: Plan) -> Trial:
         start = time.perf_counter()
-        row, fold = plan.row, self.folds[plan.fold]
-        if row.baseline in PROBES:
-            correct, size = self._probe(fold, PROBES[row.baseline])
-        else:
-            correct, size = self._head(plan)
+        correct, size = self._probe(plan) if plan.row.baseline in PROBES else self._head(plan)
         return Trial(correct, size, round(time.perf_counter() - start, 2))
 
     def _head(self, plan: Plan) -> tuple[list[bool], int]:
-        fold, batch_size = self.folds[plan.fold], self.data.hparams.batch_size
-        config, settings = self._head_config(plan.row), self._module_settings(plan.row)
-        model = train_head(config, settings, self.trainer, fold.train, batch_size, plan.seed, plan.row.baseline)
+        """Returns whether each validation video is predicted correctly, and the number of trainable parameters."""
+        row, fold, seed = plan.row, self.folds[plan.fold], plan.seed
+        config, settings = self._head_config(row), self._module_settings(row)
+        batch_size = self.data.hparams.batch_size
+        model = train_head(config, settings, self.trainer, fold.train, batch_size, seed, row.baseline)
         correct = []
         for batch in feature_loader(fold.val, 64):
             with torch.no_grad():
                 logits = model(frame_features=batch["frame_features"]).logits
             if not logits.isfinite().all():
-                raise UserError(
-                    f"{plan.row.name}, fold {plan.fold}, seed {plan.seed}: training diverged; lower the learning rate"
-                )
+                raise UserError(f"{row.name}, fold {plan.fold}, seed {seed}: diverged; lower model.learning_rate")
             correct += (logits.argmax(-1) == batch["labels"]).tolist()
         return correct, num_trainable(model)
 
-    def _probe(self, fold: Fold, settings: dict[str, Any]) -> tuple[list[bool], int]:
+    def _probe(self, plan: Plan) -> tuple[list[bool], int]:
+        """Returns the same of a probe."""
+        fold = self.folds[plan.fold]
         views = (fold.train.train_views or 1) if fold.train.reader.augmentation else 1
         frames, labels = arrays([fold.train[view, index] for view in range(views) for index in range(len(fold.train))])
-        probe = fit_probe(frames, labels, np.tile(fold.groups, views), **settings)
+        probe = fit_probe(frames, labels, np.tile(fold.groups, views), **PROBES[plan.row.baseline])
         frames, labels = arrays([fold.val[index] for index in range(len(fold.val))])
         size = (probe["frames"].transform(frames[:1]).shape[-1] + 1) * len(self.model.id2label)
         return (probe.predict(frames) == labels).tolist(), size
