@@ -1,1 +1,1 @@
-"""Studies of the head on kept features."""
+"""Studies of the head on cached frame features: `study.Study`, `vidprism ablate` (extra `ablate`)."""

@@ -1,13 +1,17 @@
-"""The rows of the ablations: what each changes in the recipe's head. A row of several grids is trained once.
+"""Grids of the ablations: what each row changes in the recipe's head. A row of several grids is trained once.
 
-Rows speak of 16 frames and of `recipes/ablations/head.yaml`, the head for few clips: plain means of windows, no
-interaction, the mean of all frames as read-out. `{}` is that recipe as it is; every grid holds it, or is about a part
-that it lacks and then holds the part's default, so that rows of a grid differ in one thing.
+Rows assume 16 frames and `recipes/ablations/head.yaml`, the head for small data: window means, no interaction, the mean
+of all frames as readout. `{}` is that recipe unchanged. Every grid contains it, or the default of a part that it lacks,
+so that rows of a grid differ in one thing.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-# Grid to rows, a row's name to fields of VidPrismConfig or of the training, or to `baseline`.
+from ..errors import UserError
+
+# Row name to fields of VidPrismConfig, arguments of VidPrismLightningModule, or `baseline`.
 Rows = dict[str, dict[str, Any]]
 FOUR = [2, 4, 8, 16]
 # The paper's head.
@@ -17,7 +21,7 @@ BOTH = {"interaction": "both"}
 NO_LOSSES = {"rank_loss_weight": 0.0, "gate_loss_weight": 0.0, "diversity_loss_weight": 0.0}
 
 GRIDS: dict[str, Rows] = {
-    # Rivals on the same features.
+    # Other heads on the same features.
     "baselines": {
         "VidPrism, the recipe": {},
         "VidPrism, the recipe at the tower's width": {"hidden_size": None},
@@ -28,7 +32,7 @@ GRIDS: dict[str, Rows] = {
         "transformer of the same size": {"baseline": "transformer"},
         "homogeneous mixture with a router": {"baseline": "mixture"},
     },
-    # What the recipe does for few clips, one thing taken back at a time.
+    # What the recipe does for small data, one thing undone at a time.
     "small": {
         "the recipe": {},
         "features as they are": {"feature_norm": "none"},
@@ -79,7 +83,7 @@ GRIDS: dict[str, Rows] = {
         "+ rank, gate, diversity": PAPER
         | {"rank_loss_weight": 0.1, "gate_loss_weight": 0.01, "diversity_loss_weight": 0.005},
     },
-    # What the paper did not try.
+    # Not in the paper.
     "merging": {
         "RgSTA, weights over the kept frames, k = 1": RGSTA | {"merge_normalization": "kept"},
         "weights over the rest, k = 1": RGSTA | {"merge_normalization": "rest"},
@@ -97,7 +101,38 @@ GRIDS: dict[str, Rows] = {
 }
 
 
-def grid_rows(names: list[str]) -> list[tuple[str, str, dict[str, Any]]]:
-    """Grid, row and changes of some grids, in order; `all` is every grid."""
-    names = list(GRIDS) if "all" in names else names
-    return [(grid, row, changes) for grid in dict.fromkeys(names) for row, changes in GRIDS[grid].items()]
+@dataclass(frozen=True)
+class Row:
+    """One variant.
+
+    Attributes:
+        grid: Its grid.
+        name: Its name in the grid.
+        changes: Fields of VidPrismConfig and arguments of VidPrismLightningModule that differ from the recipe.
+        baseline: A probe (probes.PROBES), `transformer` or `mixture` instead of VidPrism's head.
+    """
+
+    grid: str
+    name: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    baseline: str | None = None
+
+
+# What all rows are compared with.
+RECIPE, PROBE = Row("", "the recipe"), Row("", "linear probe", baseline="probe")
+
+
+def grid_rows(grids: Sequence[str]) -> list[Row]:
+    """Returns the rows of some grids, in order; `all` is every grid.
+
+    Raises:
+        UserError: If there is no such grid.
+    """
+    if unknown := [grid for grid in grids if grid not in {"all", *GRIDS}]:
+        raise UserError(f"grids: no grid {unknown[0]}; there are {', '.join(GRIDS)}")
+    rows = []
+    for grid in GRIDS if "all" in grids else dict.fromkeys(grids):
+        for name, changes in GRIDS[grid].items():
+            config = {key: value for key, value in changes.items() if key != "baseline"}
+            rows.append(Row(grid, name, config, changes.get("baseline")))
+    return rows

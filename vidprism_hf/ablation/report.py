@@ -1,10 +1,9 @@
-"""What a sweep of `vidprism ablate` comes to: a table in Markdown and CSV, and a figure.
+"""The report of a study: a table in Markdown and CSV, and a figure.
 
-An accuracy is the mean over folds of the mean over seeds. Its interval is Student's, of the folds, since clips of one
-fold (a person, a recording) are alike and seeds share their clips; it is widened for the training clips that folds
-share. Rows are compared with the recipe as it is, and with a linear probe of the mean frame, by the differences within
-folds, which leave out how hard each is, on the seeds that both have. Of twenty rows that differ by chance alone one is
-clear of its interval.
+An accuracy is the mean over folds of the mean over seeds. Its 95 % interval is Student's over folds, since videos of
+one fold (a person, a recording) are alike and seeds share their videos; it is widened for the training videos that
+folds share. Rows are compared with the recipe and with a linear probe of the mean frame by differences within folds, on
+the seeds that both have. Of twenty rows that differ by chance alone, one is expected outside its interval.
 """
 
 import csv
@@ -15,20 +14,20 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
+from scipy.stats import t as student
 
 from ..data.fetch.contents import write_whole
 from ..errors import UserError
 from ..evaluation.figures import png
-from ..evaluation.intervals import student_interval, wilson_interval
-from .trials import Cell, Cells
+from ..evaluation.intervals import wilson_interval
+from .trials import Trials
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over folds with its 95 % interval; not a number where there is none, as of folds that are all the same."""
+    """A mean over folds with its 95 % interval; NaN where undefined, such as the interval of equal folds."""
 
     mean: float = math.nan
     low: float = math.nan
@@ -37,19 +36,18 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Result:
-    """A row of the table; shares are from 0 to 1.
+    """A row of the table; accuracies are from 0 to 1.
 
     Attributes:
-        grid: Its grid.
-        row: Its name.
-        seeds: How many are complete.
-        parameters: Numbers that its head learns.
+        grid: Grid of the row.
+        row: Name of the row.
+        seeds: Number of finished seeds.
+        parameters: Number of trainable parameters.
         top1: Accuracy.
-        seed_deviation: Standard deviation over seeds of the accuracy over all folds; not a number for one seed, as
-            probes have.
-        over_recipe: Accuracy above that of the recipe.
-        over_probe: Accuracy above that of the linear probe of the mean frame.
-        seconds: Median of a cell.
+        seed_deviation: Standard deviation over seeds of the accuracy over all folds; NaN for one seed, as of probes.
+        over_recipe: Accuracy minus the recipe's.
+        over_probe: Accuracy minus that of the linear probe of the mean frame.
+        seconds: Median duration of a trial.
     """
 
     grid: str
@@ -63,61 +61,64 @@ class Result:
     seconds: float
 
 
-def summarise(sweep: dict[tuple[str, str], Cells], recipe: Cells, probe: Cells) -> list[Result]:
-    """The rows of the table; those without a cell are left out, and grids of which a single row is left.
+def summarise(rows: dict[tuple[str, str], Trials], recipe: Trials, probe: Trials) -> list[Result]:
+    """Returns the rows of the table, without those that have no trials and grids with a single row left.
 
     Args:
-        sweep: Grid and row to its cells.
-        recipe: The cells of the recipe as it is.
-        probe: Those of the linear probe of the mean frame.
+        rows: Grid and row name to trials.
+        recipe: Trials of the unchanged recipe.
+        probe: Trials of the linear probe of the mean frame.
 
     Raises:
-        UserError: If there are none of the recipe, or no row beside it.
+        UserError: If the recipe is not finished, or no row beside it.
     """
     if not recipe:
-        raise UserError("cells.jsonl: not all folds of the recipe itself are there; run the sweep without --report")
+        raise UserError("trials.jsonl: the recipe itself is not finished on all folds; run the study first")
     results = [
-        _result(grid, row, cells, over_recipe, _difference(cells, probe))
-        for (grid, row), cells in sweep.items()
-        if not math.isnan((over_recipe := _difference(cells, recipe)).mean)
+        _result(grid, row, trials, over_recipe, _difference(trials, probe))
+        for (grid, row), trials in rows.items()
+        if not math.isnan((over_recipe := _difference(trials, recipe)).mean)
     ]
-    rows = Counter(result.grid for result in results)
-    results = [result for result in results if rows[result.grid] > 1 or len(rows) == 1]
+    sizes = Counter(result.grid for result in results)
+    results = [result for result in results if sizes[result.grid] > 1 or len(sizes) == 1]
     if not results:
-        raise UserError("cells.jsonl: no row of these grids is there as a whole; run the sweep without --report")
+        raise UserError("trials.jsonl: no row of these grids is finished on all folds; run the study first")
     return results
 
 
-def _result(grid: str, row: str, cells: Cells, over_recipe: Estimate, over_probe: Estimate) -> Result:
-    folds = _by_fold(list(cells.values()))
-    first = next(iter(cells.values()))
+def _result(grid: str, row: str, trials: Trials, over_recipe: Estimate, over_probe: Estimate) -> Result:
+    folds, every = _by_fold(trials), [trial for of_seed in trials.values() for trial in of_seed]
     if len(folds) > 1:
         top1 = _estimate(folds)
     else:
-        top1 = Estimate(folds[0], *wilson_interval(folds[0], len(first[0].right)))
-    seeds = [statistics.fmean(cell.top1 for cell in of_seed) for of_seed in cells.values()]
+        top1 = Estimate(folds[0], *wilson_interval(folds[0], len(every[0].correct)))
+    seeds = [statistics.fmean(trial.top1 for trial in of_seed) for of_seed in trials.values()]
     return Result(
         grid,
         row,
-        len(cells),
-        first[0].parameters,
+        len(trials),
+        every[0].parameters,
         Estimate(top1.mean, max(0.0, top1.low), min(1.0, top1.high)),
         statistics.stdev(seeds) if len(seeds) > 1 else math.nan,
         over_recipe,
         over_probe,
-        statistics.median(cell.seconds for of_seed in cells.values() for cell in of_seed),
+        statistics.median(trial.seconds for trial in every),
     )
 
 
-def _difference(cells: Cells, others: Cells) -> Estimate:
-    """How far cells are above others, on the seeds that both have; a probe stands beside the mean over all seeds."""
-    if None not in cells and None not in others:
-        shared = [seed for seed in cells if seed in others]
-        cells, others = ({seed: both[seed] for seed in shared} for both in (cells, others))
-    if not cells or not others:
+def _difference(trials: Trials, others: Trials) -> Estimate:
+    """Returns accuracy minus the others', on the seeds that both have; a probe is compared with all of them."""
+    if None not in trials and None not in others:
+        trials, others = ({seed: of[seed] for seed in trials.keys() & others.keys()} for of in (trials, others))
+    if not trials or not others:
         return Estimate()
-    pairs = zip(_by_fold(list(cells.values())), _by_fold(list(others.values())), strict=True)
+    pairs = zip(_by_fold(trials), _by_fold(others), strict=True)
     return _estimate([one - other for one, other in pairs])
+
+
+def _by_fold(trials: Trials) -> list[float]:
+    """Returns each fold's accuracy, as the mean over seeds."""
+    return [statistics.fmean(trial.top1 for trial in fold) for fold in zip(*trials.values(), strict=True)]
 
 
 def _estimate(folds: Sequence[float]) -> Estimate:
@@ -127,18 +128,29 @@ def _estimate(folds: Sequence[float]) -> Estimate:
     return Estimate(mean, *student_interval(folds, 1 / (len(folds) - 1)))
 
 
-def _by_fold(cells: list[list[Cell]]) -> list[float]:
-    """Mean over seeds of each fold's accuracy."""
-    return [statistics.fmean(cell.top1 for cell in of_fold) for of_fold in zip(*cells, strict=True)]
+def student_interval(values: Sequence[float], overlap: float = 0.0) -> tuple[float, float]:
+    """Returns Student's 95 % interval of the mean of at least two values, one per fold.
+
+    Args:
+        values: One per fold.
+        overlap: Validation videos of a fold per training video. Folds share training videos, so that their results
+            are not independent: the variance of the mean is (1 / k + overlap) times that of the k values (Nadeau and
+            Bengio, 2003, "Inference for the generalization error"). 0 for independent values.
+    """
+    if len(values) < 2:
+        raise ValueError(f"no interval of {len(values)} values")
+    error = statistics.stdev(values) * math.sqrt(1 / len(values) + overlap)
+    low, high = student.interval(0.95, len(values) - 1, statistics.fmean(values), error)
+    return float(low), float(high)
 
 
 def write_report(results: Sequence[Result], about: str, folder: Path) -> list[Path]:
-    """Writes ablations.md, ablations.csv and ablations.png, each whole or not at all, and returns their paths.
+    """Writes ablations.md, ablations.csv and ablations.png, each atomically, and returns their paths.
 
     Args:
-        results: The rows.
-        about: What was trained and how, a paragraph.
-        folder: It must exist.
+        results: Rows of the table.
+        about: Paragraph on what was trained and how.
+        folder: Existing folder.
     """
     contents = {
         "md": markdown(results, about).encode("utf-8"),
@@ -152,7 +164,7 @@ def write_report(results: Sequence[Result], about: str, folder: Path) -> list[Pa
 
 
 def markdown(results: Sequence[Result], about: str) -> str:
-    """The table for people."""
+    """Returns the table for people."""
     lines = [
         "# Ablations",
         "",
@@ -164,19 +176,17 @@ def markdown(results: Sequence[Result], about: str) -> str:
     ]
     before = None
     for result in results:
-        grid = result.grid if result.grid != before else ""
-        before = result.grid
-        over_recipe, over_probe = (_points(estimate, "+") for estimate in (result.over_recipe, result.over_probe))
+        grid, before = (result.grid if result.grid != before else ""), result.grid
         spread = "" if math.isnan(result.seed_deviation) else f"± {100 * result.seed_deviation:.1f}"
         lines.append(
             f"| {grid} | {result.row} | {result.seeds} | {result.parameters:,} | {_points(result.top1)} | {spread} | "
-            f"{over_recipe} | {over_probe} |"
+            f"{_points(result.over_recipe, '+')} | {_points(result.over_probe, '+')} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def _points(estimate: Estimate, sign: str = "") -> str:
-    """Two columns: a mean in points, and its interval."""
+    """Returns two columns: a mean in points, and its interval."""
     mean, low, high = (
         "" if math.isnan(share) else f"{round(100 * share, 1) + 0.0:{sign}.1f}" for share in vars(estimate).values()
     )
@@ -184,28 +194,26 @@ def _points(estimate: Estimate, sign: str = "") -> str:
 
 
 def table_csv(results: Sequence[Result]) -> str:
-    """The table for programs, in full precision: of an estimate `x` the columns x, x_low and x_high."""
+    """Returns the table for programs, in full precision; an estimate `x` has columns x, x_low and x_high."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    rows = [_flat(result) for result in results]
+    rows = []
+    for result in results:
+        row = {}
+        for field in fields(result):
+            value = getattr(result, field.name)
+            if isinstance(value, Estimate):
+                row |= {field.name: value.mean, f"{field.name}_low": value.low, f"{field.name}_high": value.high}
+            else:
+                row[field.name] = value
+        rows.append(row)
     writer.writerow(rows[0])
     writer.writerows(row.values() for row in rows)
     return text.getvalue()
 
 
-def _flat(result: Result) -> dict[str, Any]:
-    columns = {}
-    for field in fields(result):
-        value = getattr(result, field.name)
-        if isinstance(value, Estimate):
-            columns |= {field.name: value.mean, f"{field.name}_low": value.low, f"{field.name}_high": value.high}
-        else:
-            columns[field.name] = value
-    return columns
-
-
 def figure(results: Sequence[Result]) -> bytes:
-    """Accuracies and differences with their intervals, grid by grid, as PNG bytes."""
+    """Returns a PNG of accuracies and differences with their intervals, grid by grid."""
     places, place, before = [], 0.0, None
     for result in results:
         place += 1.0 if result.grid == before else 1.8

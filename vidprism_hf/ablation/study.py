@@ -1,278 +1,297 @@
-"""A sweep of `vidprism ablate`: a head for each row of its grids, each fold and each seed, trained and tested.
+"""Studies of the head: a trial for each row of some grids, each fold and each seed, from cached frame features.
 
-The tower runs once for each clip and view, into the recipe's feature cache; a cell (a row, a fold, a seed) then takes
-seconds. It is trained by the recipe, by the run's own `VidPrismLightningModule`, for all its epochs: no checkpoint is
-chosen, so that held-out clips decide nothing.
-
-The sweep's folder holds folds/ (lists of held-out clips, which `vidprism finetune --data.val_list` takes) and
-cells.jsonl: a line for each finished cell, by the hash of all that it follows from. A sweep that was stopped goes on,
-one whose recipe has changed trains anew, and several processes may share one, which locks/ keeps apart.
+The tower runs once for each video and view, into the data module's feature cache; a trial then takes seconds. The
+study's folder holds folds/ (lists of validation videos, which `data.val_list` takes), trials.jsonl (a line per finished
+trial, keyed by a hash of everything it depends on), locks/ (several processes may share a study) and the report.
 """
 
-import argparse
 import gc
 import hashlib
+import inspect
 import json
 import signal
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import lightning as L
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from torch.utils.data import DataLoader, Dataset
+from lightning import LightningDataModule, LightningModule
+from torch.utils.data import Dataset
 
 from .. import __version__
-from ..cli.recipe import FinetuneCLI
 from ..data import VideoDataModule
 from ..data.fetch.contents import write_whole
-from ..data.loading.dataset import ClipSampler, collate
 from ..data.sources.few_shot import clip_list_hash
 from ..errors import UserError
-from ..model import VISION_PRESETS, VidPrismConfig, VidPrismForVideoClassification
+from ..model import VISION_PRESETS, VidPrismConfig
 from ..signals import SignalWatch, Stopped
-from ..training.module import VidPrismLightningModule
-from .baselines import PROBE_PENALTIES, TIME_WEIGHTS, LinearProbe, parameters_of, with_baseline
+from ..training.module import VidPrismLightningModule, check_frozen
+from .baselines import num_trainable
 from .folds import block_folds, group_folds
-from .trials import Cell, Cells, append_cell, read_cells
+from .grids import PROBE, RECIPE, Row, grid_rows
+from .heads import TrainerSettings, feature_loader, quiet_lightning, quiet_trainer, train_head
+from .probes import PENALTIES, PROBES, fit_probe
+from .report import Result, summarise, write_report
+from .trials import Trial, Trials, append_trial, read_trials
 
-CELLS = "cells.jsonl"
-AGAIN = "the same command goes on"
-# Linear probes: what each is built with.
-PROBES: dict[str, dict[str, Any]] = {
-    "probe": {},
-    "whitened_probe": {"whitened": True},
-    "timed_probe": {"time_weights": TIME_WEIGHTS},
-}
-# What of a recipe's trainer a cell is trained with; the head is small, so one device and full precision do.
-OF_TRAINER = (
-    "accelerator",
-    "max_epochs",
-    "max_steps",
-    "gradient_clip_val",
-    "gradient_clip_algorithm",
-    "accumulate_grad_batches",
-)
-GridRows = list[tuple[str, str, dict[str, Any]]]  # grid, name and changes
-# What a row may change beside the head.
-OF_TRAINING = ("learning_rate", "label_smoothing", "weight_decay")
-# What of its model has no influence on a head.
-OF_TOWER = {
+TRIALS = "trials.jsonl"
+RESUME = "run the same command to resume"
+MODULE_SETTINGS = set(inspect.signature(VidPrismLightningModule).parameters)
+# Those without effect on a head: a trial's key leaves them out.
+TOWER_SETTINGS = {
     *("backbone", "freeze_backbone", "freeze_layers"),
     *("backbone_lr_scale", "layer_decay", "gradient_checkpointing"),
 }
 
 
-class HeadModule(VidPrismLightningModule):
-    """The run's module without callbacks of its own: a cell has no folder and no bad clips."""
-
-    def configure_callbacks(self) -> list[L.Callback]:
-        return []
-
-
 @dataclass(frozen=True)
 class Fold:
-    """One part held out.
+    """One split into training and validation videos.
 
     Attributes:
-        train: Training clips as frame features.
-        val: Held-out clips as frame features.
-        features: Hashes of the features of both.
-        groups: For each training clip the number of the fold that it is in otherwise, (N,).
-        clips: Hash of the names and labels of both, in order.
+        train: Training videos as frame features.
+        val: Validation videos as frame features.
+        groups: Group of each training video, (N,), by which a probe chooses its penalty.
+        key: Hashes of features, names and labels.
     """
 
     train: Dataset
     val: Dataset
-    features: tuple[str, str]
-    groups: torch.Tensor
-    clips: str
+    groups: np.ndarray
+    key: tuple[str, ...]
 
 
-class Sweep:
-    """The cells of a recipe on a source of clips.
+class Plan(NamedTuple):
+    """A trial to run: row, fold and seed."""
+
+    row: Row
+    fold: int
+    seed: int
+
+
+class Study:
+    """Compares variants of the head on one source of videos, by cross-validation.
+
+    Building one computes the features that the cache lacks. A study that was stopped resumes: finished trials are kept,
+    and those whose settings have changed are trained again.
 
     Args:
-        cli: The parsed recipe.
-        output: The sweep's folder.
-        folds: Number of contiguous blocks to hold out in turn.
-        groups: Regular expression of the groups to hold out in turn; without both the source's split is the only
-            fold.
+        data: Source, batch size and feature cache; with folds of the study's own, its validation rule is ignored.
+        model: Tower, head configuration and optimizer settings that all rows share. Only its tower runs.
+        output: Folder of the study.
+        trainer: How heads are trained.
+        precision: Precision of the tower; `bf16-mixed` halves its time.
+        folds: Number of contiguous blocks of each class to hold out in turn.
+        groups: Regular expression; videos whose names agree in what it captures are held out together, in turn.
+            Without `folds` and `groups` the source's own split is the only fold.
+
+    Raises:
+        UserError: If the settings do not train heads on cached features, or a video cannot be decoded.
+
+    Example:
+        >>> data = VideoDataModule("clips", val_fraction=0.5, num_frames=16, augment=False, feature_cache="features")
+        >>> model = VidPrismLightningModule("b16", id2label=data.id2label, num_frames=16, freeze_backbone=True)
+        >>> study = Study(data, model, "runs/ablations", folds=5)
+        >>> study.run(["readout"], seeds=3)
+        >>> study.report(["readout"], seeds=3)
     """
 
-    def __init__(self, cli: FinetuneCLI, output: Path, folds: int | None, groups: str | None):
-        self.cli, self.output = cli, output
-        self.settings = {name: value for name, value in own_settings(cli.model).items() if name != "config"}
-        self.config = cli.model.hparams.config or {}
-        trainer = cli.config.trainer
-        self.trainer = {name: trainer[name] for name in OF_TRAINER}
+    @quiet_lightning()
+    def __init__(
+        self,
+        data: VideoDataModule,
+        model: VidPrismLightningModule,
+        output: str | Path,
+        *,
+        trainer: TrainerSettings | None = None,
+        precision: str | int | None = None,
+        folds: int | None = None,
+        groups: str | None = None,
+    ):
+        if folds is not None and groups is not None:
+            raise UserError("folds, groups: give one of them, or none for the source's own split")
+        check_settings(data, model)
+        self.data, self.model, self.output = data, model, Path(output)
+        self.trainer, self.precision = trainer or TrainerSettings(), precision
+        self.settings = {name: value for name, value in own_settings(model).items() if name != "config"}
+        self.config = model.hparams.config or {}
         self.folds = list(self._folds(folds, groups))
+        self.split = "the source's own split"
+        if groups:
+            self.split = f"{len(self.folds)} folds, one group each (`{groups}`)"
+        elif folds:
+            self.split = f"{len(self.folds)} folds, contiguous blocks of each class"
         self.feature_size = self.folds[0].val[0]["frame_features"].shape[-1]
-        self.cells = read_cells(output / CELLS)
+        self.trials = read_trials(self.output / TRIALS)
 
-    def run(self, rows: GridRows, seeds: range) -> None:
-        """Trains the cells that are not there, seed by seed: a sweep that is stopped has whole tables first."""
-        wanted: dict[str, tuple[str, dict[str, Any], int, int]] = {}
-        for seed in seeds:
-            for _, name, changes in rows:
-                for fold in range(len(self.folds)):
-                    wanted.setdefault(self._key(changes, fold, seed), (name, changes, fold, seed))
-        missing = {key: cell for key, cell in wanted.items() if key not in self.cells}
-        print(f"{len(wanted)} cells, {len(missing)} to train", flush=True)
+    @quiet_lightning()
+    def run(self, grids: Sequence[str] = ("all",), seeds: int = 3) -> None:
+        """Runs the missing trials seed by seed, so that a stopped study has complete tables first.
+
+        Args:
+            grids: Names of grids.GRIDS, or `all`. The recipe itself and a linear probe are always added.
+            seeds: Trainings of each row and fold.
+
+        Raises:
+            UserError: If a training diverges.
+            Stopped: After a signal, when the current trial is finished.
+        """
+        wanted: dict[str, Plan] = {}
+        for plan in self._plans(grids, seeds):
+            wanted.setdefault(self._key(plan), plan)
+        missing = {key: plan for key, plan in wanted.items() if key not in self.trials}
+        print(f"{len(wanted)} trials, {len(missing)} to train", flush=True)
         (self.output / "locks").mkdir(parents=True, exist_ok=True)
         watch = SignalWatch()
-        watch.install(quiet_trainer(accelerator="cpu"), "stopping after this cell")
+        watch.install(quiet_trainer(accelerator="cpu"), "stopping after this trial")
         try:
-            busy = []
-            for wait in (False, True):  # those that another process trains come last, should it not end them
-                for key, cell in list(missing.items()) if not wait else busy:
-                    if self._run_cell(key, cell, wait):
-                        busy.append((key, cell))
+            busy = {}
+            for wait in (False, True):  # trials of other processes come last, in case they do not finish
+                for key, plan in (busy if wait else missing).items():
+                    if not self._run_locked(key, plan, wait):
+                        busy[key] = plan
                     if watch.received:
-                        print(f"Stopped with {len(self.cells.keys() & wanted.keys())} of {len(wanted)} cells: {AGAIN}")
+                        print(
+                            f"Stopped with {len(self.trials.keys() & wanted.keys())} of {len(wanted)} trials: {RESUME}"
+                        )
                         raise Stopped(watch.received)
         finally:
             watch.restore()
 
-    def _run_cell(self, key: str, cell: tuple[str, dict[str, Any], int, int], wait: bool) -> bool:
-        """Trains a cell unless it is there; returns whether it was left to another process that trains it just now."""
-        name, changes, fold, seed = cell
+    def results(self, grids: Sequence[str] = ("all",), seeds: int = 3) -> list[Result]:
+        """Returns the rows of the table, of the trials that are finished."""
+        rows = {(row.grid, row.name): self._trials(row, seeds) for row in grid_rows(grids)}
+        return summarise(rows, self._trials(RECIPE, seeds), self._trials(PROBE, seeds))
+
+    def report(self, grids: Sequence[str] = ("all",), seeds: int = 3) -> list[Path]:
+        """Writes ablations.md, .csv and .png into the study's folder and returns their paths; trains nothing."""
+        return write_report(self.results(grids, seeds), self._about(grids, seeds), self.output)
+
+    def _plans(self, grids: Sequence[str], seeds: int) -> list[Plan]:
+        rows = [RECIPE, PROBE, *grid_rows(grids)]
+        return [Plan(row, fold, seed) for seed in range(seeds) for row in rows for fold in range(len(self.folds))]
+
+    def _run_locked(self, key: str, plan: Plan, wait: bool) -> bool:
+        """Runs a trial unless it is finished; returns False if another process is running it and `wait` is not set."""
         lock = FileLock(self.output / "locks" / key)
         try:
             lock.acquire(timeout=-1 if wait else 0)
         except Timeout:
-            return True
+            return False
         try:
-            self.cells = read_cells(self.output / CELLS)
-            if key not in self.cells:
-                trained = self._train(changes, self.folds[fold], seed)
-                append_cell(self.output / CELLS, key, trained)
-                self.cells[key] = trained
-                gc.collect()  # a trainer and its module refer to each other, with all weights: gigabytes in an hour
-                said = f"{sum(trained.right)} of {len(trained.right)} in {trained.seconds:.1f} s"
-                print(f"{name}, fold {fold}, seed {seed}: {said}", flush=True)
+            self.trials = read_trials(self.output / TRIALS)
+            if key not in self.trials:
+                self.trials[key] = trial = self._run_trial(plan)
+                append_trial(self.output / TRIALS, key, trial)
+                gc.collect()  # trainer and module refer to each other, with all weights: gigabytes in an hour
+                result = f"{sum(trial.correct)} of {len(trial.correct)} in {trial.seconds:.1f} s"
+                print(f"{plan.row.name}, fold {plan.fold}, seed {plan.seed}: {result}", flush=True)
         finally:
             lock.release()
             Path(lock.lock_file).unlink(missing_ok=True)
-        return False
+        return True
 
-    def of_row(self, changes: dict[str, Any], seeds: range) -> Cells:
-        """The cells of a row, of the seeds that are complete; of a probe, which has nothing random, under None."""
+    def _trials(self, row: Row, seeds: int) -> Trials:
+        """Returns a row's trials by seed, of the seeds whose folds are all finished; a probe's under None."""
         folds = range(len(self.folds))
-        of_seed = {None: 0} if changes.get("baseline") in PROBES else {seed: seed for seed in seeds}
+        numbers = {None: 0} if row.baseline in PROBES else {seed: seed for seed in range(seeds)}
         found = {
-            name: [self.cells.get(self._key(changes, fold, seed)) for fold in folds] for name, seed in of_seed.items()
+            name: [self.trials.get(self._key(Plan(row, fold, seed))) for fold in folds]
+            for name, seed in numbers.items()
         }
-        return {name: cells for name, cells in found.items() if None not in cells}
+        return {name: trials for name, trials in found.items() if None not in trials}
 
-    def _missing(self, rows: GridRows, seeds: range) -> str:
-        """How much of a sweep is not there, in a sentence."""
-        wanted = {self._key(row[2], fold, seed) for row in rows for fold in range(len(self.folds)) for seed in seeds}
-        there = len(wanted & self.cells.keys())
-        return "" if there == len(wanted) else f" **Not finished: {there} of {len(wanted)} cells.**"
-
-    def about(self, options: argparse.Namespace, rows: GridRows, seeds: range) -> str:
-        """What was trained and how, for the report."""
-        data, model = self.cli.datamodule, self.settings
-        how = "the source's own split"
-        if options.groups:
-            how = f"{len(self.folds)} folds, one group each (`{options.groups}`)"
-        elif options.folds:
-            how = f"{len(self.folds)} folds, contiguous blocks of each class"
-        clips = sum(data.num_clips.values())
+    def _about(self, grids: Sequence[str], seeds: int) -> str:
+        """Returns the report's paragraph on what was trained and how."""
+        data, model, fold = self.data, self.settings, self.folds[0]
+        wanted = {self._key(plan) for plan in self._plans(grids, seeds)}
+        finished = len(wanted & self.trials.keys())
         views = f"{data.hparams.train_views} random views" if data.hparams.augment else "the evaluation's own view"
         return (
-            f"{data.name}: {clips} clips of {len(data.id2label)} classes, {model['num_frames']} frames each; {how}; "
-            f"seeds as the rows say. The tower is frozen; training clips are seen in {views}. Heads train for "
-            f"{self._length()} of batches of {data.hparams.batch_size} at a learning rate of "
-            f"{model['learning_rate']:g} and weight decay {model['weight_decay']:g}, with "
-            f"`{json.dumps(self.config, sort_keys=True)}`; the last weights are tested. All rows but the probes, whose "
-            "penalty is chosen within each fold's training clips, have the settings of the recipe. top-1 is the mean "
-            "over folds." + self._missing(rows, seeds)
-        )
-
-    def _length(self) -> str:
-        """How long heads train, in words."""
-        epochs, steps = self.trainer["max_epochs"], self.trainer["max_steps"]
-        bounds = {f"{epochs} epochs": epochs, f"{steps} steps": steps}
-        return " and at most ".join(text for text, number in bounds.items() if number not in (None, -1))
+            f"{data.name}: {len(fold.train) + len(fold.val)} videos of {len(data.id2label)} classes, "
+            f"{model['num_frames']} frames each; {self.split}; seeds as stated per row. The tower is frozen; training "
+            f"videos are seen in {views}. Heads train for {self.trainer.length} with batches of "
+            f"{data.hparams.batch_size}, a learning rate of {model['learning_rate']:g} and weight decay "
+            f"{model['weight_decay']:g}, with `{json.dumps(self.config, sort_keys=True)}`; the last weights are "
+            "tested. All rows share these settings but the probes, whose penalty is chosen within each fold's training "
+            "videos. top-1 is the mean over folds."
+        ) + ("" if finished == len(wanted) else f" **Not finished: {finished} of {len(wanted)} trials.**")
 
     def _folds(self, count: int | None, pattern: str | None) -> Iterator[Fold]:
-        """The folds, with their features, which the tower computes where they are missing."""
-        data = self.cli.datamodule
+        """Yields the folds; the tower computes missing features."""
+        data = self.data
         if count is None and pattern is None:
-            yield self._fold(data, None)
+            yield self._fold(data, {})
             return
         tables = (data.splits.train, data.splits.val)
         names = [table.name(index) for table in tables for index in range(len(table))]
         labels = np.concatenate([table.labels for table in tables])
         folds = group_folds(names, pattern) if pattern is not None else block_folds(names, labels, count)
         fold_of = dict(zip(names, folds.tolist(), strict=True))
-        lists = self.output / "folds" / hashlib.sha256(json.dumps(fold_of, sort_keys=True).encode()).hexdigest()[:8]
+        lists = self.output / "folds" / hash_of(fold_of)[:8]
         lists.mkdir(parents=True, exist_ok=True)
         for fold in range(max(fold_of.values()) + 1):
-            listing = lists / f"{fold}.txt"
-            held_out = sorted(name for name, its in fold_of.items() if its == fold)
-            write_whole(listing, "".join(f"{name}\n" for name in held_out).encode())  # others may read it just now
-            rule = {"val_fraction": None, "val_pattern": None, "val_list": str(listing)}
+            val_list = lists / f"{fold}.txt"
+            held_out = sorted(name for name, own in fold_of.items() if own == fold)
+            write_whole(val_list, "".join(f"{name}\n" for name in held_out).encode())  # others may be reading it
+            rule = {"val_fraction": None, "val_pattern": None, "val_list": str(val_list)}
             yield self._fold(VideoDataModule(**own_settings(data) | rule), fold_of)
 
-    def _fold(self, data: VideoDataModule, fold_of: dict[str, int] | None) -> Fold:
-        trainer = quiet_trainer(
-            accelerator=self.trainer["accelerator"], precision=self.cli.config.trainer.precision, max_epochs=0
-        )
+    def _fold(self, data: VideoDataModule, fold_of: dict[str, int]) -> Fold:
+        trainer = quiet_trainer(accelerator=self.trainer.accelerator, precision=self.precision, max_epochs=0)
         try:
-            with warnings.catch_warnings():  # of a schedule, which this has none of
+            with warnings.catch_warnings():  # about the schedule of a training that does not take place
                 warnings.filterwarnings("ignore", "model.warmup_epochs")
-                trainer.fit(self.cli.model, datamodule=data)
+                trainer.fit(self.model, datamodule=data)
         except SystemExit as error:  # Lightning's answer to Ctrl-C
-            print(f"Stopped while features were computed: {AGAIN}")
+            print(f"Stopped while computing features: {RESUME}")
             raise Stopped(signal.SIGINT) from error
         train, val = data.train_dataloader().dataset, data.val_dataloader().dataset
-        names = [train.table.name(index) for index in range(len(train))]
-        bad = [
-            part.table.name(index) for part in (train, val) for index in range(len(part)) if part[index]["bad_clips"]
-        ]
+        bad = [part.table.name(i) for part in (train, val) for i in range(len(part)) if part[i]["bad_clips"]]
         if bad:
             raise UserError(
-                f"{bad[0]}: cannot be decoded, as {len(bad)} of {len(train) + len(val)} clips; vidprism data check "
-                "lists them, remove them"
+                f"{bad[0]}: cannot be decoded, like {len(bad)} of {len(train) + len(val)} videos in all; list them "
+                "with vidprism data check and remove them"
             )
-        groups = [] if fold_of is None else [fold_of[name] for name in names]
-        if len(set(groups)) < 2:  # parts of the training clips serve where a choice is made among them
-            fewest = min(Counter(train.table.labels).values())
-            blocks = np.arange(len(names)) * 5 // len(names)  # of all clips, where a class has but one
-            groups = block_folds(names, train.table.labels, min(5, fewest)) if fewest > 1 else blocks
-        clips = clip_list_hash(data.splits.train, in_order=True) + clip_list_hash(data.splits.val, in_order=True)
-        return Fold(train, val, (train.digest, val.digest), torch.as_tensor(groups), clips)
+        names, labels = [train.table.name(index) for index in range(len(train))], train.table.labels
+        groups = [fold_of.get(name, 0) for name in names]
+        if len(set(groups)) < 2:  # no two folds to train on: blocks of the training videos instead
+            fewest = min(Counter(labels.tolist()).values())
+            blocks = np.arange(len(names)) * 5 // len(names)  # across classes if one has a single video
+            groups = block_folds(names, labels, min(5, fewest)) if fewest > 1 else blocks
+        lists = [clip_list_hash(table, in_order=True) for table in (data.splits.train, data.splits.val)]
+        return Fold(train, val, np.asarray(groups), (train.digest, val.digest, *lists))
 
-    def _key(self, changes: dict[str, Any], index: int, seed: int) -> str:
-        """The hash of all that a cell follows from. What a row says that is the recipe's anyway changes nothing."""
-        fold, baseline = self.folds[index], changes.get("baseline")
-        about = {"version": __version__, "features": fold.features, "clips": fold.clips, "baseline": baseline}
-        if baseline in PROBES:  # which has nothing random
-            about |= {"probe": [PROBES[baseline], PROBE_PENALTIES, fold.groups.tolist()]}
+    def _key(self, plan: Plan) -> str:
+        """Returns the hash of all that a trial depends on; changes that repeat the recipe's value do not count."""
+        row, fold = plan.row, self.folds[plan.fold]
+        about = {"version": __version__, "fold": fold.key, "baseline": row.baseline}
+        if row.baseline in PROBES:  # nothing random
+            about |= {"probe": [PROBES[row.baseline], PENALTIES, fold.groups.tolist()]}
         else:
-            config, training = parts(changes)
-            model = {name: value for name, value in (self.settings | training).items() if name not in OF_TOWER}
+            settings = self._module_settings(row)
             about |= {
-                "head": self._head_config(config).to_dict(),
-                "model": model,
-                "batch_size": self.cli.datamodule.hparams.batch_size,
-                "trainer": self.trainer,
-                "seed": seed,
+                "head": self._head_config(row).to_dict(),
+                "model": {name: value for name, value in settings.items() if name not in TOWER_SETTINGS},
+                "batch_size": self.data.hparams.batch_size,
+                "trainer": asdict(self.trainer),
+                "seed": plan.seed,
             }
-        return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
+        return hash_of(about)[:32]
 
-    def _head_config(self, changes: dict[str, Any]) -> VidPrismConfig:
-        """The configuration of a head on kept features; its tower is a small one that never runs."""
-        labels = self.cli.model.id2label
+    def _module_settings(self, row: Row) -> dict[str, Any]:
+        return self.settings | {name: value for name, value in row.changes.items() if name in MODULE_SETTINGS}
+
+    def _head_config(self, row: Row) -> VidPrismConfig:
+        """Returns the configuration of a head on cached features; its tower is a small one that never runs."""
+        changes = {name: value for name, value in row.changes.items() if name not in MODULE_SETTINGS}
+        labels = self.model.id2label
         tower = VISION_PRESETS["tiny"]["vision_config"] | {"projection_dim": self.feature_size}
         return VidPrismConfig(
             vision_config=tower,
@@ -282,77 +301,66 @@ class Sweep:
             **self.config | changes,
         )
 
-    def _train(self, changes: dict[str, Any], fold: Fold, seed: int) -> Cell:
+    def _run_trial(self, plan: Plan) -> Trial:
         start = time.perf_counter()
-        baseline = changes.get("baseline")
-        if baseline in PROBES:
-            score, size = self._probe(fold, PROBES[baseline])
-        else:
-            config, training = parts(changes)
-            score, size = self._head(self._head_config(config), training, baseline, fold, seed)
-        right = []
-        for batch in loader(fold.val, 64):
-            scores = score(batch)
-            if not scores.isfinite().all():
-                raise UserError(f"seed {seed}, {json.dumps(changes)}: its training diverged; lower the learning rate")
-            right += (scores.argmax(-1) == batch["labels"]).tolist()
-        return Cell(right, size, round(time.perf_counter() - start, 2))
+        correct, size = self._probe(plan) if plan.row.baseline in PROBES else self._head(plan)
+        return Trial(correct, size, round(time.perf_counter() - start, 2))
 
-    def _head(self, config: VidPrismConfig, training: dict[str, Any], baseline: str | None, fold: Fold, seed: int):
-        L.seed_everything(seed, verbose=False)
-        model = VidPrismForVideoClassification._from_config(config)
-        model.vidprism.vision_tower.freeze()
-        if baseline is not None:
-            with_baseline(model, baseline)
-        module = HeadModule(**self.settings | training)
-        module.model = model.train()
-        trainer = quiet_trainer(**self.trainer)
-        batch_size = self.cli.datamodule.hparams.batch_size
-        trainer.fit(module, loader(fold.train, batch_size, ClipSampler(len(fold.train), training=True, seed=seed)))
-        model.eval().cpu()
-        return torch.no_grad()(lambda batch: model(frame_features=batch["frame_features"]).logits), parameters_of(model)
+    def _head(self, plan: Plan) -> tuple[list[bool], int]:
+        """Returns whether each validation video is predicted correctly, and the number of trainable parameters."""
+        row, fold, seed = plan.row, self.folds[plan.fold], plan.seed
+        config, settings = self._head_config(row), self._module_settings(row)
+        batch_size = self.data.hparams.batch_size
+        model = train_head(config, settings, self.trainer, fold.train, batch_size, seed, row.baseline)
+        correct = []
+        for batch in feature_loader(fold.val, 64):
+            with torch.no_grad():
+                logits = model(frame_features=batch["frame_features"]).logits
+            if not logits.isfinite().all():
+                raise UserError(f"{row.name}, fold {plan.fold}, seed {seed}: diverged; lower model.learning_rate")
+            correct += (logits.argmax(-1) == batch["labels"]).tolist()
+        return correct, num_trainable(model)
 
-    def _probe(self, fold: Fold, settings: dict[str, Any]):
+    def _probe(self, plan: Plan) -> tuple[list[bool], int]:
+        """Returns the same of a probe."""
+        fold = self.folds[plan.fold]
         views = (fold.train.train_views or 1) if fold.train.reader.augmentation else 1
-        items = [fold.train[view, index] for view in range(views) for index in range(len(fold.train))]
-        frames = torch.stack([item["frame_features"].float() for item in items])
-        labels = torch.tensor([item["labels"] for item in items])
-        probe = LinearProbe(len(self.cli.model.id2label), **settings)
-        probe.fit(frames, labels, fold.groups.repeat(views))
-        parts = 3 if probe.time_weight else 1
-        size = (parts * self.feature_size + 1) * len(self.cli.model.id2label)
-        return (lambda batch: probe(batch["frame_features"].float())), size
+        frames, labels = arrays([fold.train[view, index] for view in range(views) for index in range(len(fold.train))])
+        probe = fit_probe(frames, labels, np.tile(fold.groups, views), **PROBES[plan.row.baseline])
+        frames, labels = arrays([fold.val[index] for index in range(len(fold.val))])
+        size = (probe["frames"].transform(frames[:1]).shape[-1] + 1) * len(self.model.id2label)
+        return (probe.predict(frames) == labels).tolist(), size
 
 
-def parts(changes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a row changes in the head's configuration, and in its training."""
-    config = {name: value for name, value in changes.items() if name not in {"baseline", *OF_TRAINING}}
-    return config, {name: changes[name] for name in OF_TRAINING if name in changes}
+def check_settings(data: VideoDataModule, model: VidPrismLightningModule) -> None:
+    """Checks that settings train heads from cached features.
+
+    Raises:
+        UserError: If they do not.
+    """
+    if not data.hparams.feature_cache:
+        raise UserError("data.feature_cache: name a folder for the features; recipes/ablations/head.yaml is an example")
+    check_frozen(model.hparams.freeze_backbone)
+    for name in ("checkpoint", "ema_decay", "reference_batch_size"):
+        if model.hparams[name] is not None:
+            raise UserError(f"model.{name}: is not supported in an ablation; remove it")
+    if data.hparams.shots is not None:
+        raise UserError("data.shots: is not supported in an ablation, whose folds take all videos; remove it")
+    if (data.hparams.test_clips, data.hparams.test_crops) != (1, 1):
+        raise UserError("data.test_clips, data.test_crops: an ablation tests a single view; set both to 1")
 
 
-def own_settings(module: L.LightningModule | L.LightningDataModule) -> dict[str, Any]:
-    """The arguments that a module was built with, without what LightningCLI notes beside them."""
+def own_settings(module: LightningModule | LightningDataModule) -> dict[str, Any]:
+    """Returns the arguments that a module was built with, without LightningCLI's notes."""
     return {name: value for name, value in module.hparams.items() if not name.startswith("_")}
 
 
-def loader(clips: Dataset, batch_size: int, sampler: ClipSampler | None = None) -> DataLoader:
-    """Batches of frame features, in the process itself, and in full precision whatever the tower's was."""
-
-    def batch(items: list[dict[str, Any]]) -> dict[str, Any]:
-        collated = collate(items)
-        return collated | {"frame_features": collated["frame_features"].float()}
-
-    return DataLoader(clips, batch_size=batch_size, sampler=sampler, collate_fn=batch)
+def hash_of(value: Any) -> str:
+    """Returns the SHA-256 of a value as JSON, in hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def quiet_trainer(**settings: Any) -> L.Trainer:
-    """A trainer on one device that neither writes nor prints."""
-    return L.Trainer(
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        **settings,
-    )
+def arrays(items: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns frame features (N, T, D) in float32 and labels (N,)."""
+    frames = torch.stack([item["frame_features"].float() for item in items])
+    return frames.numpy(), np.array([int(item["labels"]) for item in items])

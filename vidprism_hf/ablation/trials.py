@@ -1,4 +1,4 @@
-"""The cells of a sweep of `vidprism ablate`: a line of cells.jsonl for each head that has been trained and tested."""
+"""Finished trials of a study: one line of trials.jsonl for each trained and tested head."""
 
 import json
 from contextlib import suppress
@@ -7,42 +7,43 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A trained head.
+class Trial:
+    """One trained and tested head.
 
     Attributes:
-        right: For each held-out clip whether it was recognised.
-        parameters: Numbers that were learned.
-        seconds: That it took.
+        correct: For each validation video, whether its class was predicted.
+        parameters: Number of trainable parameters.
+        seconds: Duration of training and testing.
     """
 
-    right: list[bool]
+    correct: list[bool]
     parameters: int
     seconds: float
 
     @property
     def top1(self) -> float:
-        """Share of the held-out clips that were recognised."""
-        return sum(self.right) / len(self.right)
+        """Accuracy on the validation videos, from 0 to 1."""
+        return sum(self.correct) / len(self.correct)
 
 
-Cells = dict[int | None, list[Cell]]  # a seed, or None where there is nothing random, to the folds' cells
+Trials = dict[int | None, list[Trial]]  # seed (None where nothing is random) to one trial per fold
 
 
-def read_cells(path: Path) -> dict[str, Cell]:
-    """The finished cells by key. A line that a killed sweep left unfinished is passed over."""
-    cells = {}
+def read_trials(path: Path) -> dict[str, Trial]:
+    """Returns the finished trials by key; skips a line that a killed process left incomplete."""
+    trials = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         with suppress(json.JSONDecodeError):
-            cell = json.loads(line)
-            cells[cell["key"]] = Cell([right == "1" for right in cell["right"]], cell["parameters"], cell["seconds"])
-    return cells
+            trial = json.loads(line)
+            correct = [digit == "1" for digit in trial["correct"]]
+            trials[trial["key"]] = Trial(correct, trial["parameters"], trial["seconds"])
+    return trials
 
 
-def append_cell(path: Path, key: str, cell: Cell) -> None:
-    """Adds a finished cell in one write, on a line of its own."""
-    right = "".join(str(int(right)) for right in cell.right)
-    line = json.dumps({"key": key, "right": right, "parameters": cell.parameters, "seconds": cell.seconds})
+def append_trial(path: Path, key: str, trial: Trial) -> None:
+    """Appends a finished trial in one write, on a line of its own."""
+    correct = "".join(str(int(value)) for value in trial.correct)
+    line = json.dumps({"key": key, "correct": correct, "parameters": trial.parameters, "seconds": trial.seconds})
     torn = path.exists() and not path.read_bytes().endswith(b"\n")
     with open(path, "ab") as file:
         file.write(b"\n" * torn + line.encode() + b"\n")

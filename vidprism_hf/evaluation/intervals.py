@@ -1,15 +1,8 @@
 """Confidence intervals of accuracies."""
 
 import math
-import statistics
 from collections.abc import Sequence
 from statistics import NormalDist
-
-# Student's t for an interval of 95 %, by degrees of freedom from 1; beyond them the normal's 1.96 plus its first term.
-STUDENT_95 = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
-    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
 
 
 def wilson_interval(share: float, trials: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -29,24 +22,6 @@ def wilson_interval(share: float, trials: int, confidence: float = 0.95) -> tupl
     spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
-
-
-def student_interval(values: Sequence[float], overlap: float = 0.0) -> tuple[float, float]:
-    """Student's 95 % interval of the mean of at least two values.
-
-    Args:
-        values: One a fold.
-        overlap: Held-out clips of a fold as a share of its training clips: folds share training clips, so that
-            their results are not independent. The variance of the mean is then (1 / k + overlap) of that of the k
-            values, not 1 / k (Nadeau and Bengio, 2003, "Inference for the generalization error"). 0 for independent
-            values.
-    """
-    if len(values) < 2:
-        raise ValueError(f"no interval of {len(values)} values")
-    freedom = len(values) - 1
-    t = STUDENT_95[freedom - 1] if freedom <= len(STUDENT_95) else 1.96 + 2.37 / freedom
-    mean, error = statistics.fmean(values), statistics.stdev(values) * math.sqrt(1 / len(values) + overlap)
-    return mean - t * error, mean + t * error
 
 
 def mean_class_interval(right: Sequence[int], clips: Sequence[int], confidence: float = 0.95) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Folds: groups and blocks stay together, every clip is held out once, and bad options say why."""
+"""Folds: groups and blocks stay together, every video is held out once, and bad options say why."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def test_blocks_are_contiguous_in_the_order_of_numbers():
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
-def test_blocks_differ_by_one_clip_at_most(count):
+def test_blocks_differ_by_one_video_at_most(count):
     names = [f"a/{number}" for number in range(13)]
     sizes = np.bincount(block_folds(names, [0] * 13, count))
     assert len(sizes) == count
@@ -31,11 +31,11 @@ def test_blocks_differ_by_one_clip_at_most(count):
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("(", "is no regular expression"),
-        ("^[a-z]+_", "must capture one group"),
-        ("^([0-9]+)_", "is not found in run/daria_run.avi"),
+        ("(", "is not a regular expression"),
+        ("^[a-z]+_", "must contain one capturing group"),
+        ("^([0-9]+)_", "does not match run/daria_run.avi"),
         ("_(r|w)", None),
-        ("(avi)", "all clips are of one group, avi"),
+        ("(avi)", "all videos are in one group, avi"),
     ],
 )
 def test_patterns_that_make_no_folds(pattern, message):
@@ -46,8 +46,8 @@ def test_patterns_that_make_no_folds(pattern, message):
         group_folds(NAMES, pattern)
 
 
-def test_more_folds_than_clips():
-    with pytest.raises(UserError, match="a class has 3 clips"):
+def test_more_folds_than_videos():
+    with pytest.raises(UserError, match="a class has 3 videos"):
         block_folds(NAMES, [0, 0, 0, 1, 1, 1], 4)
     with pytest.raises(UserError, match="at least 2"):
         block_folds(NAMES, [0, 0, 0, 1, 1, 1], 1)
