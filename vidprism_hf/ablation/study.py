@@ -33,7 +33,7 @@ from ..cli.recipe import FinetuneCLI
 from ..data import VideoDataModule
 from ..data.fetch.contents import write_whole
 from ..data.loading.dataset import ClipSampler, collate
-from ..data.sources.few_shot import clip_list_hash
+from ..data.sources.splits import clip_list_hash
 from ..errors import UserError
 from ..model import VISION_PRESETS, VidPrismConfig, VidPrismForVideoClassification
 from ..training.checkpoint.signals import SignalWatch, Stopped

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from ..data import VideoDataModule
 from ..data.bad_videos import BadClip
-from ..data.sources.few_shot import clip_list_hash
+from ..data.sources.splits import clip_list_hash
 from ..errors import UserError
 from .compute import cost
 from .metrics import measure

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..sources.few_shot import clip_list_hash
+from ..sources.splits import clip_list_hash
 from ..tables import ClipSplits, DataError
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from ...data.bad_videos import BadClip, ClipCounts
 from ...data.fetch.repository import stated_license
 from ...data.open import DEMO, source_kind
 from ...data.sources.benchmarks import BENCHMARKS
-from ...data.sources.few_shot import clip_list_hash
+from ...data.sources.splits import clip_list_hash
 from ...distributed import gathered
 from ...evaluation.compute import cost, million_parameters
 from ...evaluation.figures import confusion_matrix, curves, expert_weights
