@@ -254,7 +254,7 @@ def test_the_folder_of_a_run_for_its_export(tmp_path, capsys, exported, three_fi
 
 
 @pytest.mark.parametrize(
-    ("gated", "told"), [(False, "or a private one: check the name, or "), (True, "it is gated or closed to ")]
+    ("gated", "told"), [(False, "or a private one: check the name"), (True, "it is gated or closed")]
 )
 def test_predict_with_a_model_that_needs_a_token(tmp_path, monkeypatch, capsys, exported, three_files, gated, told):
     monkeypatch.delenv("HF_TOKEN", raising=False)
