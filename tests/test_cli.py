@@ -269,7 +269,9 @@ def test_the_folder_of_a_run_for_its_export(tmp_path, capsys, exported, three_fi
     assert refuse(capsys, ["evaluate", str(tmp_path), "--config", "recipes/demo.yaml"]).endswith(hint)
 
 
-@pytest.mark.parametrize(("gated", "told"), [(False, "or a private one: check the name, or "), (True, "it is gated: ")])
+@pytest.mark.parametrize(
+    ("gated", "told"), [(False, "or a private one: check the name"), (True, "it is gated or closed")]
+)
 def test_predict_with_a_model_that_needs_a_token(tmp_path, monkeypatch, capsys, exported, three_files, gated, told):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)

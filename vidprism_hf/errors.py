@@ -1,38 +1,98 @@
-"""The errors that a person can mend: the command line shows them as one line, without a traceback."""
+"""User-facing errors: printed as one line, without a traceback."""
 
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
+import httpx2
 from huggingface_hub.errors import (
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
     StrictDataclassError,
 )
 from huggingface_hub.utils import validate_repo_id
 
 LOG_IN = "run `hf auth login` or set HF_TOKEN"
+RETRYABLE_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
 class UserError(ValueError):
     """Bad input. The message is one line: which file or field, what is wrong, what to do."""
 
 
+class DataError(UserError):
+    """A data source that cannot be used as it is. One line: where, what is wrong, what to do."""
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of a library's message, which tells the cause; what follows are its hints."""
-    if isinstance(error, StrictDataclassError):  # its first line names the field alone
+    """Returns the first line of a library's message, which names the cause; the rest are hints."""
+    if isinstance(error, StrictDataclassError):  # its first line names only the field
         return " ".join(str(error).split())
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def why_not_loaded(name: str, error: Exception) -> str:
-    """Why a model could not be loaded.
+def causes(error: BaseException | None) -> list[BaseException]:
+    """Returns an error and the chain of errors behind it."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain
+
+
+def http_status(error: BaseException) -> int | None:
+    """Returns the status of the Hub's answer behind an error; None if there was no answer."""
+    return next((link.response.status_code for link in causes(error) if isinstance(link, HfHubHTTPError)), None)
+
+
+def describe_hub_error(error: BaseException, kind: str = "dataset", revision: str | None = None) -> str | None:
+    """Says why a repository could not be read from the Hub, to follow its name: what is wrong and what to do.
+
+    Every reader of the Hub uses this one function, whatever library stood between: the whole chain of causes counts.
 
     Args:
-        name: Of the model as the user gave it: a folder or a Hub id.
+        error: What huggingface_hub, transformers or `datasets` raised.
+        kind: "model" or "dataset".
+        revision: The revision asked for.
+
+    Returns:
+        A phrase; None if the Hub is not the cause.
+    """
+    chain, status = causes(error), http_status(error)
+
+    def raised(*kinds: type) -> bool:
+        return any(isinstance(link, kinds) for link in chain)
+
+    # `datasets` drops the cause here and keeps only its words.
+    if raised(GatedRepoError) or status == 403 or f"gated {kind}" in str(error):
+        return f"it is gated or closed to this account: ask for access on its page, and {LOG_IN}"
+    if raised(RevisionNotFoundError):
+        return f"it has no revision {revision!r}: give a branch, tag or commit of it"
+    if raised(RepositoryNotFoundError) or status == 401:
+        return f"no such folder, and no such {kind} on the Hub or a private one: check the name, or {LOG_IN}"
+    if raised(HFValidationError):
+        return f"no such folder, and not a {kind} id: give org/name, or a folder that exists"
+    if raised(OfflineModeIsEnabled):
+        return "it is not in the cache, and HF_HUB_OFFLINE forbids to ask the Hub: fetch it once with a network"
+    if raised(RevisionResolutionError, LocalEntryNotFoundError, httpx2.TransportError):
+        return "it is not in the cache, and the Hub cannot be reached: try again with a network"
+    return None if status is None else f"the Hub answers with HTTP status {status}: try again later"
+
+
+def why_not_loaded(name: str, error: Exception) -> str:
+    """Says why a model could not be loaded.
+
+    Args:
+        name: The model as the user gave it: a folder or a Hub id.
         error: What transformers raised.
     """
-    folder, cause = Path(name), error.__cause__
+    folder = Path(name)
     if folder.exists():
         is_run = not (folder / "config.json").exists() and (folder / "export" / "config.json").exists()
         return f"a run's folder; did you mean {folder / 'export'}?" if is_run else first_line(error)
@@ -40,26 +100,28 @@ def why_not_loaded(name: str, error: Exception) -> str:
         validate_repo_id(name)
     except HFValidationError:
         return "no such folder"
-    if isinstance(cause, GatedRepoError):
-        return f"it is gated: ask for access on its page, and {LOG_IN}"
-    if isinstance(cause, RepositoryNotFoundError):
-        return f"no such folder, and no such model on the Hub or a private one: check the name, or {LOG_IN}"
-    return first_line(error)
+    return describe_hub_error(error, "model") or first_line(error)
 
 
 def one_line_or_traceback(error: BaseException) -> str:
-    """What to say of a failure that does not end the run: the cause, or the traceback where it is our own mistake."""
+    """Describes a failure that does not end the run: its cause, or the traceback if the bug may be ours."""
     if isinstance(error, UserError | OSError):
         return first_line(error)
     return "".join(traceback.format_exception(error)).strip()
 
 
 def last_line(error: BaseException) -> str:
-    """The message of one of our own errors, which a DataLoader puts below its worker's traceback."""
+    """Returns the message of one of our own errors, which a DataLoader puts below its worker's traceback."""
     name = f"{type(error).__module__}.{type(error).__qualname__}: "
     return str(error).strip().splitlines()[-1].removeprefix(name)
 
 
 def printable(text: str) -> str:
-    """The text with bytes that are none, as file names may hold, written as escapes."""
+    """Escapes the bytes of a text that are not UTF-8, as file names may contain."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def some(names: Sequence[str], limit: int = 5) -> str:
+    """Lists the first names, for messages of one line: what cannot be printed is escaped."""
+    shown = ", ".join(name if name.isprintable() else repr(name) for name in names[:limit])
+    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -184,6 +184,21 @@ def test_names_of_source_and_split(folder):
     assert len(phrases) == 5
 
 
+def test_the_split_of_class_folders_without_a_rule_is_described(folder):
+    data = module(folder / "train")
+    assert len(data.val_table) == 2
+    assert data.split_description == "a share of 0.2 of each class held out (seed 0)"
+
+
+def test_a_single_list_is_split_by_a_fraction(folder, tmp_path):
+    clips = sorted(path.relative_to(folder).as_posix() for path in (folder / "train").rglob("*.mp4"))
+    (tmp_path / "all.txt").write_text("\n".join(clips))
+    data = module(folder, train_list=str(tmp_path / "all.txt"), val_fraction=0.5)
+    assert len(data.train_table) + len(data.val_table) == len(clips)
+    assert set(data.val_table.labels.tolist()) == {0, 1}
+    assert data.split_description == "clips listed in all.txt, a share of 0.5 of each class held out (seed 0)"
+
+
 def test_split_rules_reach_the_folder(folder):
     assert len(module(folder / "train", val_pattern="^[01]").val_table) == 4
     assert len(module(folder / "train", val_fraction=0.2).val_table) == 2

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from vidprism_hf.data import ClipSplits, DataError, FileTable
 from vidprism_hf.data.sources.annotations import scan_lists
-from vidprism_hf.data.sources.few_shot import clip_list_hash, few_shot, save_clip_list
+from vidprism_hf.data.sources.splits import clip_list_hash, few_shot, save_clip_list
 
 
 def rows(table):

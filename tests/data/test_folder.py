@@ -122,6 +122,54 @@ def test_fraction_is_stratified_and_stable(sizes, fraction, seed, order):
         assert [name for name in names(again.val) if not name.startswith("another")] == names(splits.val)
 
 
+def test_one_level_without_a_rule_holds_out_a_fifth_of_each_class_and_says_so(tmp_path):
+    make(tmp_path, *(f"{label}/{clip}.mp4" for label in ("bend", "run") for clip in range(10)))
+    splits = scan_folder(tmp_path, seed=3)
+    asked = scan_folder(tmp_path, val_fraction=0.2, seed=3)
+    assert np.bincount(splits.val.labels).tolist() == [2, 2]
+    assert names(splits.val) == names(asked.val)
+    assert splits.notes == (
+        f"{tmp_path}: has no split, so a share of 0.2 of each class held out (seed 3); data.val_fraction, val_list or "
+        "val_pattern choose another",
+    )
+    assert asked.notes == ()
+    assert (splits.description, asked.description) == ("a share of 0.2 of each class held out (seed 3)", "")
+
+
+SESSIONS = ("day1", "day2")
+
+
+@pytest.mark.parametrize("prefix", ["", "train/"])
+def test_class_folders_with_the_same_subfolders_are_warned_of(tmp_path, prefix):
+    make(
+        tmp_path, *(f"{prefix}{outer}/{inner}/{n}.mp4" for outer in SESSIONS for inner in ("bend", "run") for n in "ab")
+    )
+    if prefix:
+        make(tmp_path, "val/day1/bend/c.mp4")
+    splits = scan_folder(tmp_path)
+    assert splits.id2label == {0: "day1", 1: "day2"}
+    (note,) = [note for note in splits.notes if "the same subfolders" in note]
+    assert note == (
+        f"{tmp_path / prefix}: all class folders have the same subfolders: read as classes day1, day2, each with bend, "
+        "run; if bend, run are the classes, put them outermost (bend/day1/...)"
+    )
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ("run/day1/a.mp4", "run/day2/a.mp4"),
+        ("run/day1/a.mp4", "run/day2/a.mp4", "bend/day1/a.mp4"),
+        ("run/day1/a.mp4", "run/day2/a.mp4", "run/b.mp4", "bend/day1/a.mp4", "bend/day2/a.mp4", "bend/b.mp4"),
+        ("run/clips/a.mp4", "run/clips/b.mp4", "bend/clips/a.mp4"),
+    ],
+    ids=["one class", "other subfolders", "clips beside them", "one subfolder"],
+)
+def test_other_subfolders_are_not_warned_of(tmp_path, files):
+    splits = scan_folder(make(tmp_path, *files), val_fraction=0.5)
+    assert not [note for note in splits.notes if "all class folders" in note]
+
+
 def test_fraction_depends_on_the_seed(tmp_path):
     make(tmp_path, *(f"run/{clip}.mp4" for clip in range(40)))
     drawn = {tuple(names(scan_folder(tmp_path, val_fraction=0.5, seed=seed).val)) for seed in range(3)}
@@ -197,7 +245,7 @@ RULES = {"val_fraction": 0.5, "val_pattern": "ann"}
     ("files", "rules", "message"),
     [
         ((), {}, "no class folders"),
-        (("run/a.mp4",), {}, r"give exactly one of data\.val_fraction"),
+        (("run/a.mp4",), {}, r"data\.val_fraction=0\.2 holds out none of 1 clips"),
         (("run/a.mp4",), RULES, r"data\.val_fraction and data\.val_pattern are given"),
         (("train/run/a.mp4", "val/run/b.mp4"), {"val_fraction": 0.5}, r"remove data\.val_fraction"),
         (("train/run/a.mp4",), {}, "has train/ but none of val, validation, test"),
@@ -211,7 +259,7 @@ RULES = {"val_fraction": 0.5, "val_pattern": "ann"}
         (("run/a.mp4", "jump/.keep"), {"val_fraction": 0.5}, "jump: class folder without clips"),
         (("run/a.mp4",), {"val_pattern": "z"}, "data.val_pattern=z holds out none of 1 clips"),
         (("run/a.mp4", "bend/a.mp4"), {"val_pattern": "a"}, "holds out every clip and leaves none"),
-        (("run/a.mp4", "bend/b.mp4"), {"val_pattern": "a"}, "run: .* holds out every clip of this label"),
+        (("run/a.mp4", "bend/b.mp4"), {"val_pattern": "a"}, "holds out every clip of label 'run'"),
         (("run/a.mp4",), {"val_pattern": "("}, "not a regular expression"),
         (("run/a.mp4", "run/b.mp4"), {"val_fraction": 1.0}, "must lie between 0 and 1"),
         (("run/a.mp4",), {"val_fraction": 0.5}, "holds out none of 1 clips"),

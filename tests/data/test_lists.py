@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vidprism_hf.data import DataError
-from vidprism_hf.data.sources.annotation_formats import read_label_names
 from vidprism_hf.data.sources.annotations import scan_lists
+from vidprism_hf.label_names import read_label_names
 
 
 def make(root, *names):
@@ -96,6 +96,39 @@ def test_text_forms(scan, train, val):
 def test_tables_with_a_header(scan, train, val):
     assert named(scan(train, val, suffix=".csv")) == EXPECTED
     assert named(scan(train, val, suffix=".txt")) == EXPECTED  # the content tells
+
+
+ONE = "bend/ann 1.avi 0\nrun/ann, 2.mp4 1\nrun/ben.avi 1\nbend/cem.webm 0\n"
+
+
+def test_a_single_list_is_split_by_a_fraction(root, tmp_path):
+    (tmp_path / "all.txt").write_text(ONE)
+    (tmp_path / "all.csv").write_text("path,label\n" + ONE.replace(",", "").replace(" 0", ",0").replace(" 1\n", ",1\n"))
+    make(root, "run/ann 2.mp4")
+    for name in ("all.txt", "all.csv"):
+        splits = scan_lists(root, tmp_path / name, val_fraction=0.5, seed=1)
+        assert [sorted(table.labels.tolist()) for table in (splits.train, splits.val)] == [[0, 1], [0, 1]]
+        assert splits.id2label == {0: "bend", 1: "run"}
+        same, other = (scan_lists(root, tmp_path / name, val_fraction=0.5, seed=seed) for seed in (1, 3))
+        assert named(same) == named(splits) != named(other)
+
+
+def test_a_single_list_with_missing_clips(root, tmp_path):
+    (tmp_path / "all.txt").write_text(ONE + "run/gone.avi 1\n")
+    with pytest.raises(DataError, match="1 of 5 clips are not below"):
+        scan_lists(root, tmp_path / "all.txt", val_fraction=0.5)
+    splits = scan_lists(root, tmp_path / "all.txt", val_fraction=0.5, allow_missing=True)
+    assert (len(splits.train), len(splits.val), splits.missing) == (2, 2, {"train": ("run/gone.avi",)})
+
+
+def test_a_single_list_needs_one_rule(root, tmp_path):
+    (tmp_path / "all.txt").write_text(ONE)
+    with pytest.raises(DataError, match=r"data\.val_list: is not given; .* or data\.val_fraction"):
+        scan_lists(root, tmp_path / "all.txt")
+    with pytest.raises(DataError, match=r"data\.val_fraction: data\.val_list gives the validation split already"):
+        scan_lists(root, tmp_path / "all.txt", tmp_path / "all.txt", val_fraction=0.5)
+    with pytest.raises(DataError, match=r"data\.val_fraction=2: must lie between 0 and 1"):
+        scan_lists(root, tmp_path / "all.txt", val_fraction=2)
 
 
 def test_ssv2(tmp_path):
@@ -196,15 +229,15 @@ def test_files_of_label_names(tmp_path, name, text):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("names.txt", "", "holds no label names"),
+        ("names.txt", "", "has no label names"),
         ("names.txt", "2 a\n3 b", "do not count from 0 or 1"),
         ("names.txt", "0 a\n2 b", "do not count from 0 or 1"),
         ("names.txt", "0 a\n0 b", "do not count from 0 or 1"),
         ("names.txt", "run\n\nbend", "label name '' is empty"),
         ("names.csv", "id,name\n0,run\n1,run", "label name 'run' is .* given twice"),
-        ("labels.json", '{"run": "x"}', "is no JSON object of names and their numbers"),
+        ("labels.json", '{"run": "x"}', "is not a JSON object of names and numbers"),
         ("labels.json", "{", "is not JSON"),
-        ("names.txt", "\0", "is no UTF-8 text"),
+        ("names.txt", "\0", "is not UTF-8 text"),
     ],
 )
 def test_bad_files_of_label_names(tmp_path, name, text, message):
@@ -265,10 +298,10 @@ NAMES = ("names.txt", "bend\nrun\n")
         (TRAIN, "clip,kind\nrun/ben.avi,1", None, r"val\.txt, line 1: .*; found: clip, kind; give one of path,"),
         (TRAIN, "path,label\nrun/ben.avi", None, r"val\.txt, line 2: has 1 columns, the header 2"),
         (TRAIN, "path,label\nrun/ben.avi,", None, r"val\.txt, line 2: label '' is neither"),
-        (TRAIN, "path,label\n\nrun/ben.avi,1\n,1", None, r"val\.txt, line 4: '' is no file name"),
+        (TRAIN, "path,label\n\nrun/ben.avi,1\n,1", None, r"val\.txt, line 4: '' is not a file name"),
         (TRAIN, "youtube_id,time_start,time_end,label\na,x,1,run", None, r"val\.txt, line 2: time_start and time_end"),
         (TRAIN, "", None, r"val\.txt: lists no clips"),
-        (TRAIN, b"\xff\xfer\0u\0n\0", None, r"data\.val_list=.*val\.txt: is no UTF-8 text"),
+        (TRAIN, b"\xff\xfer\0u\0n\0", None, r"data\.val_list=.*val\.txt: is not UTF-8 text"),
         (TRAIN, b"run/ben.avi caf\xe9", None, r"val\.txt, line 1: label .* is neither .* UTF-8"),
     ],
 )
@@ -281,15 +314,15 @@ def test_bad_lists(scan, train, val, names, message):
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({}, "is no list of clips"),
-        ([7], "is no list of clips"),
+        ({}, "is not a list of clips"),
+        ([7], "is not a list of clips"),
         ([], "lists no clips"),
         ([{"id": "3"}], "entry 1: label None is neither"),
         ([{"id": "3", "label": True}], "entry 1: label True is neither"),
         ([{"label": "run"}], "entry 1: names no file"),
         ([{"path": ["a"], "label": "run"}], "entry 1: names no file"),
-        ([{"path": "a\0b", "label": "run"}], "entry 1: .* is no file name"),
-        ([{"path": "\ud800", "label": "run"}], "entry 1: .* is no file name"),
+        ([{"path": "a\0b", "label": "run"}], "entry 1: .* is not a file name"),
+        ([{"path": "\ud800", "label": "run"}], "entry 1: .* is not a file name"),
     ],
 )
 def test_bad_json(root, tmp_path, entries, message):

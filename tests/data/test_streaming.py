@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from vidprism_hf.data.sources.hub_tables import Labels
+from vidprism_hf.data.sources.hub_dataset import Labels
 from vidprism_hf.data.streaming import dataset as streamed_clips
 from vidprism_hf.data.streaming import rows as streamed_rows
 from vidprism_hf.data.streaming.dataset import StreamedClips

@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from .. import __version__
 from ..data import VideoDataModule
 from ..data.fetch.contents import write_whole
-from ..data.sources.few_shot import clip_list_hash
+from ..data.sources.splits import clip_list_hash
 from ..errors import UserError
 from ..model import VISION_PRESETS, VidPrismConfig
 from ..signals import SignalWatch, Stopped

@@ -41,10 +41,9 @@ from ..data.inspection import (
     spread_over_classes,
 )
 from ..data.loading.dataset import ClipReader
-from ..data.open import RULES, source_kind
 from ..data.reading.processor import load_processor
 from ..data.sources.benchmarks import BENCHMARKS, prepare
-from ..data.tables import ClipSplits, DataError
+from ..data.tables import ClipSplits
 from ..errors import UserError, printable
 
 USAGE = """usage: vidprism data VERB ...
@@ -241,36 +240,15 @@ def _data_part(recipe: Path) -> dict[str, Any]:
 def open_parts(settings: dict[str, Any]) -> tuple[ClipSplits, Parts]:
     """Opens a source, and prints what it has to say on stderr.
 
-    Clips that can be looked at need not be split: where nothing tells which ones are held out, all of them are one
-    split, `all`.
-
     Raises:
         DataError: If the source cannot be used.
     """
-    is_folder = source_kind(settings["source"], settings["train_list"]) == "folder"
-    divided = not is_folder or any(settings[rule] is not None for rule in RULES)
-    names = ("train", "val")
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
-        try:
-            splits = _splits(settings)
-        except DataError as error:
-            splits, names = None if divided else _undivided(settings), ("all", "all")
-            if splits is None:
-                raise error
+        splits = _splits(settings)
     for note in notes:
-        # Which classes an arbitrary half leaves out is no news.
-        if names[0] != "all" or "no held-out clip" not in str(note.message):
-            print(f"vidprism data: {printable(str(note.message))}", file=sys.stderr)
-    return splits, tuple(zip(names, (splits.train, splits.val), strict=True))
-
-
-def _undivided(settings: dict[str, Any]) -> ClipSplits | None:
-    """The clips of a folder with one level of classes, halved somehow; None if that is not what is wrong with it."""
-    try:
-        return _splits(settings | {"val_fraction": 0.5})
-    except DataError:
-        return None
+        print(f"vidprism data: {printable(str(note.message))}", file=sys.stderr)
+    return splits, (("train", splits.train), ("val", splits.val))
 
 
 def _splits(settings: dict[str, Any]) -> ClipSplits:
@@ -329,8 +307,7 @@ def _print_classes(parts: Parts, splits: ClipSplits) -> None:
     counts = {split: np.zeros(len(splits.id2label), np.int64) for split, _ in parts}
     for split, table in parts:
         counts[split] += np.bincount(table.labels, minlength=len(splits.id2label))
-    columns = [f"{split} clips" if split == "all" else split for split in counts]
-    table = Table("class", *columns, title=f"{len(splits.id2label)} classes", show_footer=True)
+    table = Table("class", *counts, title=f"{len(splits.id2label)} classes", show_footer=True)
     for column, split in zip(table.columns[1:], counts, strict=True):
         column.justify, column.footer = "right", str(counts[split].sum())
     table.columns[0].footer = "all classes"

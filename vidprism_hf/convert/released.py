@@ -5,7 +5,6 @@ The released file holds `model_state_dict` (`visual.*` in OpenAI CLIP's naming, 
 has the released code's switches (`VidPrismConfig.released`), which reproduce its numbers.
 """
 
-import csv
 import math
 import re
 from collections import Counter
@@ -15,6 +14,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from ..errors import UserError
+from ..label_names import read_label_names
 from ..model import VidPrismConfig, VidPrismForVideoClassification
 
 CLIP_HEAD_WIDTH = 64  # of every OpenAI ViT
@@ -240,18 +240,12 @@ def convert(
 
 
 def read_labels(file: Path) -> list[str]:
-    """Reads label names from a CSV with the columns id and name, the field's common form.
+    """Reads label names in any form of `read_label_names`, with ids from 0 like the checkpoint's classes.
 
     Raises:
-        UserError: If the file cannot be read, a column is missing, or ids are not 0, 1, 2, ...
+        UserError: If the file cannot be read, or its ids are not 0, 1, 2, ...
     """
-    try:
-        with open(file, newline="", encoding="utf-8") as lines:
-            rows = sorted((int(row["id"]), row["name"].strip()) for row in csv.DictReader(lines))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
-    except (KeyError, ValueError, AttributeError, TypeError) as error:  # a short row has None in it
-        raise UserError(f"{file}: every line needs the columns id (a number) and name") from error
-    if [index for index, _ in rows] != list(range(len(rows))):
-        raise UserError(f"{file}: ids must be 0 to {len(rows) - 1}, each once")
-    return [name for _, name in rows]
+    names, indices = read_label_names(file, "--labels")
+    if 0 not in indices:
+        raise UserError(f"{file}: ids must be 0 to {len(names) - 1}, each once")
+    return names

@@ -18,8 +18,8 @@ from .fetch.repository import stated_license
 from .sources.annotations import scan_lists
 from .sources.benchmarks import BENCHMARKS, benchmark_splits
 from .sources.demo import demo_folder
-from .sources.few_shot import few_shot
 from .sources.folder import scan_folder
+from .sources.splits import DEFAULT_FRACTION, describe_fraction, few_shot
 from .tables import ClipSplits, DataError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ SETTINGS = {
     "demo": (),
     "benchmark": ("split", "verify_counts"),
     "folder": RULES,
-    "lists": ("train_list", "val_list", "label_names", "allow_missing"),
+    "lists": ("train_list", "val_list", "label_names", "allow_missing", "val_fraction"),
     "hub": (
         *("hub_config", "hub_revision", "train_split", "val_split", "video_column", "label_column", "streaming"),
         *(*RULES, "train_list", "label_names", "allow_missing"),
@@ -73,7 +73,7 @@ def open_source(settings: dict[str, Any]) -> "ClipSplits | ClipStreams":
     elif kind == "folder":
         splits = scan_folder(source, seed=seed, **{name: settings[name] for name in RULES})
     elif kind == "lists":
-        splits = scan_lists(source, **{name: settings[name] for name in SETTINGS["lists"]})
+        splits = scan_lists(source, seed=seed, **{name: settings[name] for name in SETTINGS["lists"]})
     elif settings["streaming"]:
         from .streaming.open import hub_streams  # the datasets library takes a second to import
 
@@ -145,15 +145,19 @@ def describe_split(settings: dict[str, Any], read: str = "") -> str:
     elif settings["train_list"] is not None:
         text = f"training clips listed in {Path(settings['train_list']).name}"
         text += f", held-out clips in {Path(settings['val_list']).name}" if settings["val_list"] else ""
+        if settings["val_fraction"] is not None:
+            text = f"clips listed in {Path(settings['train_list']).name}, "
+            text += describe_fraction(settings["val_fraction"], seed)
     elif settings["val_fraction"] is not None:
-        text = f"a share of {settings['val_fraction']:g} of each class held out (seed {seed})"
+        text = describe_fraction(settings["val_fraction"], seed)
     elif settings["val_list"] is not None:
         text = f"held-out clips listed in {Path(settings['val_list']).name}"
     elif settings["val_pattern"] is not None:
         text = f"held out: file names in which `{settings['val_pattern']}` is found"
     else:
-        text = "the source's own split"
-    text = f"{read}; {text}" if read else text
+        by_default = describe_fraction(DEFAULT_FRACTION, seed) in read  # class folders without a rule
+        text = "" if by_default else "the source's own split"
+    text = "; ".join(filter(None, [read, text]))
     return text + (f"; {settings['shots']} training clips a class, drawn by seed {seed}" if settings["shots"] else "")
 
 

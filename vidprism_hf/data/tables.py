@@ -13,11 +13,19 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
-from ..errors import UserError
+from ..errors import DataError as DataError
+
+# fmt: off
+VIDEO_EXTENSIONS = frozenset({
+    ".3gp", ".asf", ".avi", ".divx", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg",
+    ".mts", ".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv",
+})
+# fmt: on
 
 
-class DataError(UserError):
-    """A data source that cannot be used as it is. One line: where, what is wrong, what to do."""
+def is_video(name: str) -> bool:
+    """Tells a video by the extension of its name."""
+    return os.path.splitext(name)[1].lower() in VIDEO_EXTENSIONS
 
 
 def stable_hash(*parts: object) -> int:

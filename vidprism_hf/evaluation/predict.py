@@ -132,7 +132,7 @@ def list_files(arguments: Iterable[str]) -> list[str]:
 
 def videos_below(folder: str | os.PathLike) -> list[str]:
     """The videos in a folder and those below it, sorted by path; hidden ones are skipped."""
-    from ..data.sources.folder import VIDEO_EXTENSIONS  # brings in all that trains, which takes seconds
+    from ..data.tables import VIDEO_EXTENSIONS  # brings in all that trains, which takes seconds
 
     found = []
     for root, folders, names in os.walk(folder, followlinks=True):

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from ..data import VideoDataModule
 from ..data.bad_videos import BadClip
-from ..data.sources.few_shot import clip_list_hash
+from ..data.sources.splits import clip_list_hash
 from ..errors import UserError, first_line
 from .compute import cost
 from .metrics import measure

@@ -12,7 +12,7 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 
-from ..data.sources.few_shot import clip_list_hash
+from ..data.sources.splits import clip_list_hash
 from ..errors import one_line_or_traceback
 from ..evaluation.report import Evaluation, Protocol
 from ..hub import export_model, render_card

@@ -22,7 +22,7 @@ from ..data import VideoDataModule
 from ..data.bad_videos import BadClip, TooManyBadClips, bad_clip_table
 from ..data.fetch.contents import write_whole
 from ..data.open import dataset_facts
-from ..data.sources.few_shot import save_clip_list
+from ..data.sources.splits import save_clip_list
 from ..distributed import print_once
 from ..errors import UserError
 from ..evaluation.records import write_evaluation

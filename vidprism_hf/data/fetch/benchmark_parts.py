@@ -1,8 +1,8 @@
-"""The parts that a benchmark is fetched in, its clips and its official lists, and how each gets to its place.
+"""Fetches the parts of a benchmark: its videos and its official annotations.
 
-A part that is being fetched has a folder `downloads/<part>`; it goes when the part is whole and in its place. So a
-folder there means that a download was begun and must be finished. Archives that were fetched are removed when they are
-unpacked; archives that a person put below the benchmark's folder are unpacked and kept.
+A part that is being fetched has a folder `downloads/<part>`, removed once the part is complete and in its place: a
+folder there means an unfinished download. Fetched archives are removed once unpacked; archives that a person put below
+the benchmark's folder are unpacked and kept.
 """
 
 import os
@@ -29,11 +29,11 @@ class HubPart:
     Attributes:
         repo: Dataset id.
         patterns: Which of its files; `*` also matches `/`.
-        target: The folder below the benchmark's that they come to.
+        target: Where they go, below the benchmark's folder.
         archive: Whether they are one archive, whole or in pieces, to be unpacked.
-        convert: Makes from the folder of fetched files one of other files.
+        convert: Turns the folder of fetched files into another.
         revision: Branch, tag or commit.
-        endpoint: Address of the Hub, if it is not the usual one.
+        endpoint: Address of the Hub, if not the usual one.
     """
 
     repo: str
@@ -50,7 +50,7 @@ class HubPart:
         if self.archive and not work.exists() and (there := self._local_archives(folder)):
             origin, archives = "local archives", there
         elif not self.archive and work.is_dir() and not any(work.iterdir()) and (folder / self.target).is_dir():
-            return f"hf://datasets/{self.repo}"  # an earlier try ended when all was in its place
+            return f"hf://datasets/{self.repo}"  # an earlier try was stopped after its last step
         else:
             origin, archives = self._download(work, f"{folder.name} ({key})")
         if self.archive:
@@ -79,9 +79,9 @@ class WebFiles:
     """Files of a web server.
 
     Attributes:
-        base: Address that they lie below, with a slash at its end.
-        files: Their names there.
-        target: The folder below the benchmark's that they come to.
+        base: Address above them, with a slash at its end.
+        files: Their names.
+        target: Where they go, below the benchmark's folder.
     """
 
     base: str
@@ -97,13 +97,13 @@ class WebFiles:
 
 @dataclass(frozen=True)
 class WebArchives:
-    """Archives of a web server, named by a list there; each is fetched, unpacked and removed in turn.
+    """Archives of a web server, listed in an index; each is fetched, unpacked and removed in turn.
 
     Attributes:
-        base: Address that they lie below, with a slash at its end.
-        index: Name of the list there: an address a line, of which the last piece counts.
-        target: The folder below the benchmark's that they come to, each into a folder of its name.
-        replacements: Address of an archive of clips that take the place of those of their names.
+        base: Address above them, with a slash at its end.
+        index: Name of the index: an address a line, of which the last component counts.
+        target: Where they go, below the benchmark's folder, each into a folder of its name.
+        replacements: Address of an archive of videos that replace those of the same names.
     """
 
     base: str
@@ -115,11 +115,11 @@ class WebArchives:
         """Fetches the part, see `fetch_part`."""
         work, target = folder / DOWNLOADS / key, folder / self.target
         work.mkdir(parents=True, exist_ok=True)
-        index = fetch_file(self.base + self.index, work / self.index, show_progress=False)
+        index = fetch_file(self.base + self.index, work / self.index)
         names = [line.strip().rsplit("/", 1)[-1] for line in index.read_text(errors="replace").split()]
         if not names or not all(re.fullmatch(r"\w[\w.-]*\.(tar|tar\.gz|tgz)", name) for name in names):
             index.unlink()
-            raise DataError(f"{self.base}{self.index}: is no list of archives; try again, or unpack them by hand")
+            raise DataError(f"{self.base}{self.index}: is not a list of archives; try again, or unpack them by hand")
         missing = {name: target / re.sub(r"\.(tar|tar\.gz|tgz)$", "", name) for name in names}
         missing = {name: place for name, place in missing.items() if not place.is_dir()}
         self._check_space(folder, key, [name for name in missing if not (target / name).exists()])
@@ -137,7 +137,7 @@ class WebArchives:
     def _check_space(self, folder: Path, key: str, names: list[str]) -> None:
         with ThreadPoolExecutor(8) as pool:
             sizes = list(pool.map(lambda name: remote_size(self.base + name), names))
-        # Videos hardly pack, and one archive at a time lies beside what it holds.
+        # Videos hardly compress, and one archive at a time is on disk beside its content.
         needed = sum(sizes) + max(sizes, default=0)
         require_space(folder, max(0, needed - _bytes_below(folder / DOWNLOADS / key)), f"{folder.name} ({key})")
 
@@ -155,12 +155,12 @@ Part = HubPart | WebFiles | WebArchives
 
 
 def unfinished(folder: Path, key: str) -> bool:
-    """Whether a part's download was begun and not finished."""
+    """Whether a part has an unfinished download."""
     return (folder / DOWNLOADS / key).is_dir()
 
 
 def fetch_part(part: Part, folder: Path, key: str) -> str:
-    """Fetches a part into a benchmark's folder; an earlier try is gone on with.
+    """Fetches a part into a benchmark's folder, resuming an earlier try.
 
     Args:
         part: The part.
@@ -179,7 +179,7 @@ def fetch_part(part: Part, folder: Path, key: str) -> str:
         work, done = folder / DOWNLOADS / key, folder / DOWNLOADS / f".{key}"
         if work.is_dir():
             shutil.rmtree(done, ignore_errors=True)
-            work.rename(done)  # at once: half of a folder would count as an unfinished download
+            work.rename(done)  # atomic: half a folder would count as an unfinished download
             shutil.rmtree(done, ignore_errors=True)
             if not any(work.parent.iterdir()):
                 work.parent.rmdir()
@@ -189,7 +189,7 @@ def fetch_part(part: Part, folder: Path, key: str) -> str:
 
 
 def _publish(made: Path, target: Path) -> None:
-    """Moves a folder, or the one folder that is all it holds, to its place; files into a folder that is there."""
+    """Moves a folder, or the only folder in it, to its place; files into an existing folder."""
     entries = [entry for entry in made.iterdir() if not entry.name.startswith(".")]
     if len(entries) == 1 and entries[0].is_dir():
         made = entries[0]
@@ -202,7 +202,7 @@ def _publish(made: Path, target: Path) -> None:
     if target.is_dir() and not any(target.iterdir()):
         target.rmdir()
     if target.exists():
-        raise DataError(f"{target}: is in the way of what was fetched; move it away")
+        raise DataError(f"{target}: already exists; move it away")
     made.rename(target)
 
 

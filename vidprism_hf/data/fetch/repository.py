@@ -1,4 +1,4 @@
-"""A dataset repository of the Hub at one commit: its files, fetching them, and what may go wrong with either."""
+"""Dataset repositories of the Hub at one commit: lists and fetches their files, and explains what fails."""
 
 import os
 import posixpath
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import httpx2
 import yaml
 from huggingface_hub import (
     DatasetCard,
@@ -20,19 +19,9 @@ from huggingface_hub import (
     snapshot_download,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    RevisionResolutionError,
-)
 
-from ..sources.folder import VIDEO_EXTENSIONS
-from ..tables import DataError
+from ...errors import DataError, causes, describe_hub_error
+from ..tables import VIDEO_EXTENSIONS
 from .archives import archive_groups
 from .download import fetch_hub
 
@@ -55,22 +44,22 @@ class Repository:
 
     @classmethod
     def find(cls, source: str, revision: str | None = None) -> "Repository":
-        """Looks a repository up; offline in the cache.
+        """Looks a repository up on the Hub; offline in the cache.
 
         Raises:
-            DataError: If there is none, or it may not be read.
+            DataError: If there is no such repository, or it may not be read.
         """
-        with hub_errors(source, revision, hint="; there is no folder of that name either"):
+        with hub_errors(source, revision):
             found = resolve_revision(source, repo_type="dataset", revision=revision)
             # Also keeps the list of all files at that commit, for the next time.
-            names = ["README.md", ".gitattributes"]  # the second one is there always: the client warns of no match
+            names = ["README.md", ".gitattributes"]  # the second always exists: the client warns where nothing matches
             folder = snapshot_download(source, repo_type="dataset", revision=found, allow_patterns=names)
             tree = get_cached_repo_tree(source, repo_type="dataset", revision=found)
         configs = _card_metadata(Path(folder, "README.md")).get("configs")
         return cls(source, found.resolved, {file.path: file.size for file in tree}, bool(configs))
 
     def named(self, *extensions: str) -> list[str]:
-        """The files with one of these extensions, hidden ones left out."""
+        """Returns the files with one of these extensions, without hidden ones."""
         return sorted(
             name
             for name in self.files
@@ -79,12 +68,12 @@ class Repository:
 
     @property
     def videos(self) -> list[str]:
-        """The videos in it. A picture of the card may be a .gif, code a .ts: neither makes a set of clips."""
+        """Its videos. A .gif may be a picture of the card and a .ts code, so neither counts."""
         return self.named(*(VIDEO_EXTENSIONS - {".gif", ".ts"}))
 
     @property
     def archives(self) -> dict[str, list[str]]:
-        """The archives in it, by name without suffix."""
+        """Its archives, by name without suffix."""
         return archive_groups(name for name in self.files if not name.startswith("."))
 
     @property
@@ -95,7 +84,7 @@ class Repository:
         return bool(tables) or self.has_configs or not (self.videos or self.archives)
 
     def folder(self, root: str | os.PathLike) -> Path:
-        """Where below `root` its files are put."""
+        """Returns the folder below `root` for its files."""
         return Path(root) / f"{self.source.replace('/', '--')}-{self.commit[:12]}"
 
     def fetch(self, names: Sequence[str], root: str | os.PathLike) -> Path:
@@ -104,8 +93,8 @@ class Repository:
         missing = {name: self.files[name] for name in names if not _has_size(folder / name, self.files[name])}
         if missing and is_offline_mode():
             raise DataError(
-                f"{self.source}: {len(missing)} of {len(names)} files are not in {folder} and the Hub may not be asked "
-                "(HF_HUB_OFFLINE); fetch them once with a network"
+                f"{self.source}: {len(missing)} of {len(names)} files are not in {folder}, and HF_HUB_OFFLINE "
+                "forbids to ask the Hub; fetch them once with a network"
             )
         if missing:
             patterns = {posixpath.join(_top_folder(name), f"*{posixpath.splitext(name)[1]}") for name in names}
@@ -115,10 +104,10 @@ class Repository:
 
 
 def stated_license(source: str, revision: str | None = None) -> str | None:
-    """The licence that a repository's card states, by the copy that `Repository.find` has fetched: nobody is asked.
+    """Returns the licence in a repository's card, read from the copy that `Repository.find` fetched: no request.
 
     Returns:
-        Its id on the Hub, or its own name where that is `other`; None where none is stated.
+        Its id on the Hub, or its own name where that is `other`; None if there is none.
     """
     card = try_to_load_from_cache(source, "README.md", repo_type="dataset", revision=revision)
     metadata = _card_metadata(Path(card)) if isinstance(card, str) else {}
@@ -129,7 +118,7 @@ def stated_license(source: str, revision: str | None = None) -> str | None:
 
 
 def _card_metadata(card: Path) -> dict[str, Any]:
-    """The metadata of a card; nothing where there is no card, or its authors have broken it."""
+    """Returns the metadata of a card; nothing if it is missing or malformed."""
     try:
         return DatasetCard.load(card, ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError, yaml.YAMLError):
@@ -138,45 +127,24 @@ def _card_metadata(card: Path) -> dict[str, Any]:
 
 @contextmanager
 def hub_errors(source: str, revision: str | None = None, hint: str = "") -> Iterator[None]:
-    """Turns what the Hub's libraries raise into one line. Their chain of causes tells more than the last of them."""
+    """Turns what the Hub's libraries raise into one line."""
     try:
         yield
     except DataError:
         raise
     except Exception as error:  # builders raise whatever the files lead them to
-        raise DataError(f"{source}: {_explain(error, revision)}{hint}") from error
+        raise DataError(f"{source}: {describe_hub_error(error, revision=revision) or _explain(error)}{hint}") from error
 
 
-def _explain(error: BaseException, revision: str | None) -> str:
-    chain: list[BaseException] = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
-
-    def raised(*kinds: type) -> bool:
-        return any(isinstance(link, kinds) for link in chain)
-
-    status = next((link.response.status_code for link in chain if isinstance(link, HfHubHTTPError)), None)
-    # `datasets` cuts the chain here and leaves only its words.
-    if raised(GatedRepoError) or status == 403 or "gated dataset" in str(chain[0]):
-        return "is gated or closed to this account; ask for access on its page and log in with `hf auth login`"
-    if raised(RevisionNotFoundError):
-        return f"has no revision {revision!r}; give a branch, tag or commit of it as data.hub_revision"
-    if raised(RepositoryNotFoundError) or status == 401:
-        return "no such dataset on the Hub, or a private one; mend data.source, or log in with `hf auth login`"
-    if raised(HFValidationError):
-        return "is no dataset id; give org/name as data.source, or a folder that exists"
-    if raised(OfflineModeIsEnabled):
-        return "is not in the cache, and the Hub may not be asked (HF_HUB_OFFLINE); fetch it once with a network"
-    if raised(RevisionResolutionError, LocalEntryNotFoundError, httpx2.TransportError) or (status or 0) >= 500:
-        return "is not in the cache, and the Hub cannot be reached; try again with a network"
-    if raised(datasets.exceptions.DataFilesNotFoundError):
+def _explain(error: Exception) -> str:
+    """Describes what the files led `datasets` to."""
+    if any(isinstance(link, datasets.exceptions.DataFilesNotFoundError) for link in causes(error)):
         return "has no files that can be loaded; choose a dataset of clips"
     # A builder's own error only says that there was one.
-    general = isinstance(chain[0], datasets.exceptions.DatasetGenerationError) and len(chain) > 1
-    cause = str(chain[1] if general else chain[0]) or type(chain[0]).__name__
-    cause = " ".join(re.sub(r"\?\S+", "", cause).split())[:300]  # addresses of files may carry a signature
-    return f"cannot be loaded ({cause}); mend data.source or data.hub_config"
+    behind = causes(error)[1:] if isinstance(error, datasets.exceptions.DatasetGenerationError) else []
+    cause = next(iter(behind), error)
+    text = " ".join(re.sub(r"\?\S+", "", str(cause) or type(cause).__name__).split())[:300]  # addresses may be signed
+    return f"cannot be loaded ({text}); check data.source and data.hub_config"
 
 
 def _has_size(path: Path, size: int) -> bool:

@@ -9,7 +9,7 @@ who reads it, and every order on the seed.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..sources.few_shot import clip_list_hash
+from ..sources.splits import clip_list_hash
 from ..tables import ClipSplits, DataError
 
 MOST_NAMES = 5  # of labels in a message

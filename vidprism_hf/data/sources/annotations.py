@@ -1,15 +1,14 @@
-"""Clips by list files: text, CSV or JSON files that name the clips below a root folder and their labels.
+"""Annotation files: text, CSV or JSON files that list the videos below a root folder and their labels.
 
-list_files.py has the table of their forms. Here the listed paths become files, and the labels class indices.
+annotation_formats.py has the table of formats. Here the listed paths become files, and the labels class indices.
 
 A path is relative to the root. One without the extension of a video gets that of the file which is there. One without
 a folder that is not in the root itself is looked up below it by its file name, so that lists of bare names (SSv2, the
 few-shot lists of ViFi-CLIP and TC-CLIP) fit class folders too.
 
-A row without a label belongs to the class of the folder that its clip lies in. Class names come from, in this order:
-the file of label names; the labels, if they are names, sorted; the folders, if the labels are numbers and each number
-goes with exactly one folder. Whether numbers count from 0 or 1 is never guessed: the names, or the folders, say which
-class a number is.
+A row without a label belongs to the class of its folder. Class names come from, in this order: the file of label
+names; the labels, if they are names, sorted; the folders, if the labels are numbers and each goes with exactly one
+folder. Whether numbers count from 0 or 1 is never guessed: the names, or the folders, say which class a number is.
 """
 
 import errno
@@ -18,70 +17,78 @@ import posixpath
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..tables import ClipSplits, DataError, FileTable
-from .annotation_formats import ClipList, LabelNames, ListRow, read_label_names, read_list, some
-from .folder import VIDEO_EXTENSIONS
+from ...errors import some
+from ...label_names import LabelNames, read_label_names
+from ..tables import VIDEO_EXTENSIONS, ClipSplits, DataError, FileTable, is_video
+from .annotation_formats import ClipList, ListRow, read_list
+from .splits import split_table
 
 
 def scan_lists(
     source: str | os.PathLike,
     train_list: str | os.PathLike,
-    val_list: str | os.PathLike | None,
+    val_list: str | os.PathLike | None = None,
     label_names: str | os.PathLike | None = None,
     allow_missing: bool = False,
+    val_fraction: float | None = None,
+    seed: int = 0,
 ) -> ClipSplits:
-    """Reads the clips that two list files name. They keep the order of their list.
+    """Reads the videos that two annotation files list, or splits those of one. They keep the order of their file.
 
     Args:
         source: The folder that the paths are relative to.
-        train_list: The list of the clips to train on.
-        val_list: The list of the held-out clips.
+        train_list: The training split; without `val_list` all videos.
+        val_list: The validation split.
         label_names: The file of label names, see `read_label_names`.
-        allow_missing: Leave out listed clips that are not there, and say so in `notes` and `missing`.
+        allow_missing: Leave out listed videos that do not exist, and say so in `notes` and `missing`.
+        val_fraction: Without `val_list`: the share of each class to hold out, see `split_table`.
+        seed: Seed of the fraction.
 
     Raises:
-        DataError: If a file cannot be read, a row is unclear, a clip is missing, listed twice or outside the
+        DataError: If a file cannot be read, a row is unclear, a video is missing, listed twice or outside the
             folder, or the labels cannot be named or do not agree.
     """
     root = Path(source)
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "no such folder"
         raise DataError(f"{root}: {what}; give the folder of the listed clips as data.source")
+    if val_list is not None and val_fraction is not None:
+        raise DataError("data.val_fraction: data.val_list gives the validation split already; remove one of them")
     given = None if label_names is None else read_label_names(label_names)
-    train, val = read_list(train_list, "data.train_list"), read_list(val_list, "data.val_list")
+    lists = [read_list(train_list, "data.train_list")]
+    if val_fraction is None:
+        lists.append(read_list(val_list, "data.val_list"))
     try:
         disk = _Disk(root)
-        notes = [*_locate(train, disk), *_locate(val, disk)]
+        notes = [note for clips in lists for note in _locate(clips, disk)]
     except OSError as error:
         name = some([str(error.filename)])
         raise DataError(f"{name}: cannot be read ({error.strerror}); change its permissions") from error
-    _check_repeats(train, val)
-    missing = {"train": _missing(train, root, allow_missing), "val": _missing(val, root, allow_missing)}
-    for clips, names in zip((train, val), missing.values(), strict=True):
-        if names:
+    _check_repeats(lists)
+    missing = {}
+    for split, clips in zip(("train", "val"), lists, strict=False):
+        if names := _missing(clips, root, allow_missing):
+            missing[split] = names
             count = f"{len(names)} of {len(clips.rows)} clips are not below {root} and are left out"
             notes.append(f"{clips.path}: {count}: {some(names)}")
-    classes = given or _infer_classes(train, val)
-    for clips in (train, val):
+    classes = given or _infer_classes(lists)
+    for clips in lists:
         clips.rows = [row for row in clips.rows if row.present]
-    origin = Path(train.path if label_names is None else label_names)
-    indices = [_indices(clips, classes, origin) for clips in (train, val)]
-    notes += _label_notes(train, val, indices, classes, origin)
+    origin = Path(lists[0].path if label_names is None else label_names)
+    indices = [_indices(clips, classes, origin) for clips in lists]
+    notes += _label_notes(lists, indices, classes, origin)
+    id2label = dict(enumerate(classes.names))
     tables = [
         FileTable.from_lists(root, [row.paths[0] for row in clips.rows], labels)
-        for clips, labels in zip((train, val), indices, strict=True)
+        for clips, labels in zip(lists, indices, strict=True)
     ]
-    return ClipSplits(
-        train=tables[0],
-        val=tables[1],
-        id2label=dict(enumerate(classes.names)),
-        notes=tuple(notes),
-        missing={split: names for split, names in missing.items() if names},
-    )
+    if val_fraction is not None:
+        tables = split_table(tables[0], id2label, {"val_fraction": val_fraction}, seed)
+    return ClipSplits(*tables, id2label=id2label, notes=tuple(notes), missing=missing)
 
 
 class _Disk:
-    """What lies below a folder. Every folder is listed once: asking for each file would take minutes on a server."""
+    """Files below a folder. Every folder is listed once: asking for each file would take minutes on a server."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -90,13 +97,13 @@ class _Disk:
         self.by_name: dict[str, list[str]] | None = None
 
     def relative(self, path: str, where: str) -> str:
-        """A listed path in its shortest form, relative to the root."""
+        """Returns a listed path in its shortest form, relative to the root."""
         try:
             readable = path and b"\0" not in os.fsencode(path)
         except UnicodeEncodeError:
             readable = False
         if not readable:
-            raise DataError(f"{where}: {path!r} is no file name; mend it")
+            raise DataError(f"{where}: {path!r} is not a file name; correct it")
         path = posixpath.normpath(path)
         inside = next((path.removeprefix(base) for base in self.bases if path.startswith(base)), path)
         if inside.startswith("/") or inside.split("/", 1)[0] == "..":
@@ -104,7 +111,7 @@ class _Disk:
         return inside
 
     def find(self, path: str) -> list[str]:
-        """The files that a listed path may mean, of which there should be one."""
+        """Returns the files that a listed path may mean; there should be one."""
         folder, name = posixpath.split(path)
         files, _ = self._list(folder)
         if name in files:
@@ -113,7 +120,7 @@ class _Disk:
         return found if found or folder else self._index().get(name, [])
 
     def _list(self, folder: str) -> tuple[set[str], list[str]]:
-        """The files and the folders in a folder; a folder that is not there has none."""
+        """Returns the files and folders in a folder; none if it does not exist."""
         if folder not in self.listings:
             files, folders = set(), []
             try:
@@ -130,27 +137,26 @@ class _Disk:
         return self.listings[folder]
 
     def _index(self) -> dict[str, list[str]]:
-        """The files below the root's folders, by their names with and without the extension of a video."""
+        """Returns the files below the root's folders, by name with and without the extension of a video."""
         if self.by_name is None:
             self.by_name = {}
             waiting, seen = [""], set()
             while waiting:
                 folder = waiting.pop()
-                real = os.path.realpath(self.root / folder)  # links may lead round in a circle
+                real = os.path.realpath(self.root / folder)  # links may form a cycle
                 if real in seen:
                     continue
                 seen.add(real)
                 files, folders = self._list(folder)
                 waiting += [posixpath.join(folder, name) for name in folders if not name.startswith(".")]
                 for name in files if folder else ():
-                    stem, ending = posixpath.splitext(name)
-                    for key in {name, stem if ending.lower() in VIDEO_EXTENSIONS else name}:
+                    for key in {name, posixpath.splitext(name)[0] if is_video(name) else name}:
                         self.by_name.setdefault(key, []).append(posixpath.join(folder, name))
         return self.by_name
 
 
 def _locate(clips: ClipList, disk: _Disk) -> list[str]:
-    """Puts the files that are there into the rows; returns what to tell about it."""
+    """Puts the files found into the rows; returns notes."""
     moved = 0
     for index, row in enumerate(clips.rows):
         paths = tuple(disk.relative(path, clips.where(row)) for path in row.paths)
@@ -163,9 +169,9 @@ def _locate(clips: ClipList, disk: _Disk) -> list[str]:
     return [f"{clips.path}: {moved} clips are found by their file names in folders below {disk.root}"] if moved else []
 
 
-def _check_repeats(train: ClipList, val: ClipList) -> None:
+def _check_repeats(lists: Sequence[ClipList]) -> None:
     seen: dict[str, tuple[ClipList, ListRow]] = {}
-    for clips in (train, val):
+    for clips in lists:
         for row in clips.rows:
             name = row.paths[0]
             if name in seen:
@@ -194,11 +200,11 @@ def _missing(clips: ClipList, root: Path, allow_missing: bool) -> tuple[str, ...
     return missing
 
 
-def _infer_classes(train: ClipList, val: ClipList) -> LabelNames:
-    """Class names without a file of them: the labels or, where those are numbers, the folders."""
+def _infer_classes(lists: Sequence[ClipList]) -> LabelNames:
+    """Names the classes without a file of names: by the labels or, where those are numbers, by the folders."""
     folder_of: dict[int, str] = {}
     number_of: dict[str, int] = {}
-    for clips in (train, val):
+    for clips in lists:
         for row in clips.rows:
             place = row.folder
             if not isinstance(row.label, int) or not (place or row.present):
@@ -217,11 +223,11 @@ def _infer_classes(train: ClipList, val: ClipList) -> LabelNames:
     if folder_of:
         numbers = sorted(folder_of)
         return LabelNames([folder_of[number] for number in numbers], {n: index for index, n in enumerate(numbers)})
-    return LabelNames(sorted({row.label or row.folder for row in train.rows} - {""}), {})
+    return LabelNames(sorted({row.label or row.folder for row in lists[0].rows} - {""}), {})
 
 
 def _indices(clips: ClipList, classes: LabelNames, origin: Path) -> list[int]:
-    """The class index of each row."""
+    """Returns the class index of each row."""
     index_of = {name: index for index, name in enumerate(classes.names)}
     indices = []
     for row in clips.rows:
@@ -241,22 +247,23 @@ def _indices(clips: ClipList, classes: LabelNames, origin: Path) -> list[int]:
 
 
 def _label_notes(
-    train: ClipList, val: ClipList, indices: Sequence[Sequence[int]], classes: LabelNames, origin: Path
+    lists: Sequence[ClipList], indices: Sequence[Sequence[int]], classes: LabelNames, origin: Path
 ) -> list[str]:
-    """What to tell about the labels; held-out clips of a label that is never trained are an error."""
-    trained, held_out = map(set, indices)
-    for row, index in zip(val.rows, indices[1], strict=True):
-        if index not in trained:
-            raise DataError(
-                f"{val.where(row)}: label {classes.names[index]!r} has no clip in {train.path}; add some or remove it"
-            )
+    """Returns notes about the labels; validation videos of a label that is never trained are an error."""
+    train, trained = lists[0], set(indices[0])
+    for clips, found in zip(lists[1:], indices[1:], strict=True):
+        for row, index in zip(clips.rows, found, strict=True):
+            if index not in trained:
+                name = classes.names[index]
+                where = f"{clips.where(row)}: label {name!r}"
+                raise DataError(f"{where} has no clip in {train.path}; add some or remove it")
     notes = []
-    uses_numbers = any(isinstance(row.label, int) for row in (train.rows[0], val.rows[0]))
+    uses_numbers = any(isinstance(clips.rows[0].label, int) for clips in lists)
     if uses_numbers and any(number != index for number, index in classes.indices.items()):
         numbers = f"{min(classes.indices)} to {max(classes.indices)}"
         notes.append(f"{origin}: labels {numbers} become indices 0 to {len(classes.names) - 1}, in this order")
-    for clips, present in ((train, trained), (val, held_out)):
-        absent = [name for index, name in enumerate(classes.names) if index not in present]
+    for clips, found in zip(lists, map(set, indices), strict=True):
+        absent = [name for index, name in enumerate(classes.names) if index not in found]
         if absent:
             notes.append(f"{clips.path}: {len(absent)} of {len(classes.names)} labels have no clip: {some(absent)}")
     return notes

@@ -1,22 +1,22 @@
-"""Where the official lists of a benchmark lie below its folder, in the layouts that people have them in."""
+"""Finds the official annotations of a benchmark below its folder, in the layouts people have them in."""
 
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...label_names import read_label_names
 from ..fetch.benchmark_parts import DOWNLOADS
-from .annotation_formats import read_label_names
-from .folder import VIDEO_EXTENSIONS
+from ..tables import is_video
 
 
 class Absent(Exception):
-    """An official list is not there."""
+    """An official annotation file is missing."""
 
 
 @dataclass(frozen=True)
 class Lists:
-    """What `scan_lists` is given, and the official files that it comes from."""
+    """Arguments of `scan_lists`, and the official files they come from."""
 
     source: Path
     train: Path
@@ -26,15 +26,15 @@ class Lists:
 
 
 def find_ucf101(folder: Path, split: int, scratch: Path) -> Lists:
-    """Finds the lists of UCF101.
+    """Finds the annotations of UCF101.
 
     Args:
         folder: The benchmark's folder.
         split: Number of the official split, from 1.
-        scratch: A folder for lists that are made from the official ones.
+        scratch: A folder for files made from the official ones.
 
     Raises:
-        Absent: If an official list is not there.
+        Absent: If an official file is missing.
     """
     names = _find(folder, "classInd.txt")
     train, val = (_find(folder, f"{name}list{split:02d}.txt") for name in ("train", "test"))
@@ -42,7 +42,7 @@ def find_ucf101(folder: Path, split: int, scratch: Path) -> Lists:
 
 
 def find_hmdb51(folder: Path, split: int, scratch: Path) -> Lists:
-    """Finds the lists of HMDB51 and makes two of them, see `find_ucf101`."""
+    """Turns the annotations of HMDB51 into two files, see `find_ucf101`."""
     suffix = f"_test_split{split}.txt"
     folder_of_lists = _find(folder, f"*{suffix}").parent
     official = {path.name.removesuffix(suffix): path for path in folder_of_lists.glob(f"*{suffix}")}
@@ -59,27 +59,23 @@ def find_hmdb51(folder: Path, split: int, scratch: Path) -> Lists:
 
 
 def find_k400(folder: Path, split: int, scratch: Path) -> Lists:
-    """Finds the lists of Kinetics-400, see `find_ucf101`."""
+    """Finds the annotations of Kinetics-400, see `find_ucf101`."""
     train, val = _find(folder, "train.csv"), _find(folder, "val.csv", "validate.csv", "validation.csv")
     return Lists(folder, train, val, None, (train, val))
 
 
 def find_ssv2(folder: Path, split: int, scratch: Path) -> Lists:
-    """Finds the lists of Something-Something v2, see `find_ucf101`."""
+    """Finds the annotations of Something-Something v2, see `find_ucf101`."""
     names, train, val = (
         _find(folder, f"{name}.json", f"something-something-v2-{name}.json")
         for name in ("labels", "train", "validation")
     )
-    clips = [
-        path
-        for path in _folders(folder)
-        if any(os.path.splitext(entry.name)[1].lower() in VIDEO_EXTENSIONS for entry in _entries(path))
-    ]
+    clips = [path for path in _folders(folder) if any(is_video(entry.name) for entry in _entries(path))]
     return Lists(clips[0] if len(clips) == 1 else folder, train, val, names, (names, train, val))
 
 
 def _find(folder: Path, *names: str) -> Path:
-    """The file of one of these names in a folder or at most two levels below it."""
+    """Returns the file of one of these names in a folder or at most two levels below it."""
     for name in names:
         for parent in _folders(folder):
             for path in sorted(parent.glob(name)):
@@ -88,7 +84,7 @@ def _find(folder: Path, *names: str) -> Path:
 
 
 def _folders(folder: Path) -> Iterator[Path]:
-    """A folder and those at most two levels below it, hidden ones and downloads aside."""
+    """Yields a folder and those at most two levels below it, except hidden ones and downloads."""
     level = [folder] if folder.is_dir() else []
     for depth in range(3):
         yield from level
@@ -98,10 +94,10 @@ def _folders(folder: Path) -> Iterator[Path]:
 
 
 def _entries(folder: Path) -> list[os.DirEntry]:
-    with os.scandir(folder) as entries:  # asks the disk for no file of its own, of which there may be 220,000
+    with os.scandir(folder) as entries:  # no request per file: there may be 220,000
         return sorted(entries, key=lambda entry: entry.name)
 
 
 def _with_classes(folder: Path, labels: list[str]) -> Path:
-    """The folder that holds the class folders."""
+    """Returns the parent of the class folders."""
     return next((path for path in _folders(folder) if any((path / label).is_dir() for label in labels)), folder)

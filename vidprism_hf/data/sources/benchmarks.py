@@ -1,7 +1,6 @@
-"""The four benchmarks: UCF101, HMDB51, Kinetics-400 and Something-Something v2, by their official lists.
+"""The four benchmarks: UCF101, HMDB51, Kinetics-400 and Something-Something v2, by their official annotations.
 
-A benchmark lies in `root/<name>/`. What is there is used: the clips and the official lists, in the layouts that people
-have them in.
+A benchmark is in `root/<name>/`. A copy that exists is used, in any of the layouts people have.
 
 | name   | clips                                          | lists                                                    |
 | ------ | ---------------------------------------------- | -------------------------------------------------------- |
@@ -10,9 +9,9 @@ have them in.
 | k400   | `train/**/<id>_<start>_<end>.mp4`, `val/**`    | `annotations/{train,val}.csv`                            |
 | ssv2   | `20bn-something-something-v2/<id>.webm`        | `labels/{labels,train,validation}.json`                  |
 
-Folders may have other names, lie one level deeper or be left out. What is missing, the clips or the lists, is fetched
-(benchmark_parts.py tells how). `manifest.json` says where everything came from and how many clips there are;
-`missing_<split>.txt` lists the clips that are not there.
+Folders may have other names, be one level deeper or be left out. What is missing, videos or annotations, is fetched by
+benchmark_parts.py. `manifest.json` records where everything came from and the number of videos; `missing_<split>.txt`
+lists missing videos.
 """
 
 import dataclasses
@@ -40,10 +39,9 @@ from ..fetch.benchmark_parts import (
 )
 from ..fetch.contents import write_whole
 from ..fetch.download import say
-from ..tables import ClipSplits, DataError
+from ..tables import ClipSplits, DataError, is_video
 from .annotations import scan_lists
 from .benchmark_annotations import Absent, Lists, find_hmdb51, find_k400, find_ssv2, find_ucf101
-from .folder import VIDEO_EXTENSIONS
 
 MANIFEST = "manifest.json"
 LOCAL = "local copy"
@@ -55,16 +53,15 @@ class Benchmark:
     """A benchmark.
 
     Attributes:
-        name: Its short name.
-        title: Its own name.
+        name: Short name.
+        title: Full name.
         num_classes: Official number of classes.
-        counts: For each official split the numbers of training and of held-out clips that its lists name; None where
-            the lists in use differ.
-        complete: Whether all these clips can be had. Of the others some are gone for good.
-        parts: What it is fetched in: `lists`, and `clips` or, apart, `train` and `val`.
-        find_lists: Finds the lists below a folder for a split; may write some into a scratch folder.
+        counts: Official (training, validation) videos of each split; None where the published lists differ.
+        complete: Whether all videos are still available.
+        parts: What is fetched: `lists`, and `clips` or, apart, `train` and `val`.
+        find_lists: Finds the annotations of a split below a folder; may write some into a scratch folder.
         terms: Licence and terms, in a line.
-        home: Where a person finds clips and lists.
+        home: Page with videos and annotations.
     """
 
     name: str
@@ -79,20 +76,20 @@ class Benchmark:
 
     @property
     def num_splits(self) -> int:
-        """How many official splits there are."""
+        """Number of official splits."""
         return len(self.counts)
 
 
 @dataclass
 class Manifest:
-    """What there is of a benchmark; kept as `manifest.json`.
+    """What exists of a benchmark, saved as `manifest.json`.
 
     Attributes:
         name: The benchmark.
-        sources: Part to where it came from: an address with the commit, or `local copy`.
+        sources: Part to its origin: an address with the commit, or `local copy`.
         splits: Number of an official split to `lists` (file to SHA-256), `classes`, and for `train` and `val` the
-            numbers of clips `expected` (null: not known), `listed`, `found` and `missing`.
-        date: When this was found so.
+            numbers of videos `expected` (null: unknown), `listed`, `found` and `missing`.
+        date: When this last changed.
     """
 
     name: str
@@ -109,15 +106,15 @@ class Manifest:
 
 
 def prepare(benchmark: str | Benchmark, root: str | os.PathLike, split: int = 1, verify: bool = True) -> Manifest:
-    """Makes sure that a benchmark is there: fetches what is missing, verifies the counts, writes the manifest.
+    """Fetches what is missing of a benchmark, verifies the counts and writes the manifest.
 
-    A second call only looks whether all is as it was.
+    A second call only verifies.
 
     Args:
         benchmark: Name (ucf101, hmdb51, k400, ssv2) or description.
-        root: The folder that holds, or will hold, a folder of the benchmark's name.
+        root: The parent of the benchmark's folder.
         split: Which official split, counted from 1.
-        verify: Whether counts that differ from the official ones are an error; if not, they are a note.
+        verify: Whether counts that differ from the official ones are an error, not only a note.
 
     Raises:
         DataError: If something cannot be fetched, read or written, or counts differ.
@@ -128,10 +125,10 @@ def prepare(benchmark: str | Benchmark, root: str | os.PathLike, split: int = 1,
 def benchmark_splits(
     benchmark: str | Benchmark, root: str | os.PathLike, split: int = 1, verify: bool = True
 ) -> ClipSplits:
-    """The clips of an official split, fetched first where they are not there: see `prepare` for the arguments.
+    """Returns the videos of an official split, fetched first where missing: see `prepare` for the arguments.
 
-    `train` is the official training list, `val` the official test list (ucf101, hmdb51) or validation list (k400,
-    ssv2). Clips that are not there are in `missing` and in `notes`.
+    `train` is the official training split, `val` the official test split (ucf101, hmdb51) or validation split (k400,
+    ssv2). Missing videos are in `missing` and in `notes`.
     """
     return _prepare(benchmark, root, split, verify)[0]
 
@@ -172,7 +169,7 @@ def _prepare(
 
 
 def _missing_parts(benchmark: Benchmark, folder: Path, split: int) -> dict[str, str]:
-    """The parts that must be fetched, or whose fetching was begun, and what is missing of each."""
+    """Returns the parts to fetch or to resume, and what is missing of each."""
     missing = {key: "clip" if key == "clips" else f"{key} clip" for key in benchmark.parts if key != "lists"}
     missing = {key: what for key, what in missing.items() if not _has_clips(folder, key)}
     try:
@@ -185,10 +182,10 @@ def _missing_parts(benchmark: Benchmark, folder: Path, split: int) -> dict[str, 
 
 
 def _has_clips(folder: Path, key: str) -> bool:
-    """Whether there is any clip of a part: of all, or outside the folders of the other splits."""
+    """Whether any video of a part exists, outside the folders of the other splits."""
     others = {"train": ("val", "test"), "val": ("train", "test")}.get(key, ())
     for directory, children, files in os.walk(folder, followlinks=True):
-        if any(os.path.splitext(name)[1].lower() in VIDEO_EXTENSIONS for name in files):
+        if any(map(is_video, files)):
             return True
         children[:] = [name for name in children if not name.startswith(".")]
         if Path(directory) == folder:
@@ -197,7 +194,7 @@ def _has_clips(folder: Path, key: str) -> bool:
 
 
 def _fetch(benchmark: Benchmark, folder: Path, split: int) -> None:
-    """Fetches what is missing; processes that start together wait for the first."""
+    """Fetches what is missing; concurrent processes wait for the first."""
     lock = FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -226,7 +223,7 @@ def _fetch(benchmark: Benchmark, folder: Path, split: int) -> None:
 
 
 def _scan(benchmark: Benchmark, folder: Path, split: int) -> tuple[ClipSplits, dict[str, str]]:
-    """The clips of a split, and the SHA-256 of each official file that names them."""
+    """Returns the videos of a split, and the SHA-256 of each official annotation file."""
     with tempfile.TemporaryDirectory() as scratch:
         lists = benchmark.find_lists(folder, split, Path(scratch))
         try:
@@ -250,7 +247,7 @@ def _counts(benchmark: Benchmark, split: int, found: ClipSplits) -> dict[str, di
 
 
 def _problems(benchmark: Benchmark, counts: dict[str, dict[str, int | None]], found: ClipSplits) -> list[str]:
-    """How a copy differs from the official numbers."""
+    """Lists how a copy differs from the official numbers."""
     problems = []
     if benchmark.num_classes is not None and len(found.id2label) != benchmark.num_classes:
         problems.append(f"{len(found.id2label)} classes instead of {benchmark.num_classes}")
@@ -269,7 +266,7 @@ def _missing_file(benchmark: Benchmark, split: int, name: str) -> str:
 
 
 def _write_records(benchmark: Benchmark, folder: Path, split: int, manifest: Manifest, found: ClipSplits) -> list[str]:
-    """Writes the manifest and the lists of missing clips; returns a note if the folder cannot be written."""
+    """Writes the manifest and the lists of missing videos; returns a note if the folder cannot be written."""
     try:
         for name in SPLITS:
             path = folder / _missing_file(benchmark, split, name)
@@ -287,12 +284,12 @@ def _read_manifest(folder: Path) -> Manifest | None:
     try:
         manifest = Manifest(**json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
-        return None  # it only tells what there is: a new one is as good
+        return None  # it only records what exists: a new one is as good
     return manifest if isinstance(manifest.sources, dict) and isinstance(manifest.splits, dict) else None
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes the manifest with today's date unless it says the same already."""
+    """Writes the manifest with the current date, unless nothing changed."""
     if _read_manifest(folder) == manifest:
         return
     manifest.date = datetime.now(timezone.utc).isoformat(timespec="seconds")

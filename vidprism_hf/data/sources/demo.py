@@ -1,9 +1,9 @@
-"""Demo clips: moving shapes whose class is told by the order of events alone.
+"""Demo videos: moving shapes whose class depends on the order of frames alone.
 
-Classes come in pairs of opposite motions. A clip of the second class of a pair is drawn like those of the
-first and played backwards, so the frames of the two classes have one distribution and neither a single frame
-nor the bag of all frames tells them apart. Every frame is coded on its own with a constant quantiser:
-prediction between frames would mark the direction of time in the coding noise.
+Classes come in pairs of opposite motions. A video of the second class of a pair is drawn like those of the first and
+played backwards, so the frames of both classes have one distribution: neither a single frame nor the bag of all frames
+separates them. Every frame is coded on its own with a constant quantiser, because prediction between frames would mark
+the direction of time in the coding noise.
 """
 
 import os
@@ -34,7 +34,7 @@ _SPLIT_STREAMS = {"train": 0, "val": 1}
 
 
 def demo_folder(root: str | os.PathLike, seed: int = 0, train_per_class: int = 100, val_per_class: int = 20) -> Path:
-    """The folder of demo clips below `root` for these settings, rendered if it is not there yet.
+    """Returns the folder of demo videos below `root` for these settings, rendered if missing.
 
     Raises:
         DataError: If the clips cannot be written below `root`.
@@ -48,14 +48,14 @@ def demo_folder(root: str | os.PathLike, seed: int = 0, train_per_class: int = 1
 def render_demo(root: str | os.PathLike, seed: int = 0, train_per_class: int = 100, val_per_class: int = 20) -> None:
     """Renders the demo as `root/{train,val}/<class>/<nnn>.mp4`.
 
-    Every clip has a random stream of its own, named by seed, split, class and number: the splits share none,
-    and more clips leave the first ones as they are.
+    Every video has a random stream of its own, named by seed, split, class and number: splits share none, and
+    raising the counts changes no video that exists.
 
     Args:
-        root: The folder to make. It must not exist.
-        seed: Seed of all clips. The same seed gives the same frames.
+        root: The folder to create. It must not exist.
+        seed: Seed of all videos. The same seed gives the same frames.
         train_per_class: Training clips of each class.
-        val_per_class: Held-out clips of each class.
+        val_per_class: Validation clips of each class.
 
     Raises:
         DataError: If the folder exists or cannot be written.
@@ -65,7 +65,7 @@ def render_demo(root: str | os.PathLike, seed: int = 0, train_per_class: int = 1
         raise DataError(f"{root}: exists already; give a new folder to render the demo clips to")
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
-        # Rendered beside and renamed: a folder of this name is complete.
+        # Rendered beside and renamed: a folder with this name is complete.
         with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as partial:
             _render_splits(Path(partial) / root.name, seed, {"train": train_per_class, "val": val_per_class})
             _publish(Path(partial) / root.name, root)
@@ -87,7 +87,7 @@ def _publish(partial: Path, root: Path) -> None:
     try:
         partial.rename(root)
     except OSError:
-        # Another process may have rendered the same clips in the meantime: theirs are as good.
+        # Another process may have rendered the same videos meanwhile.
         if not root.is_dir():
             raise
 
@@ -122,7 +122,7 @@ def _draw(motion: str, rng: np.random.Generator) -> Iterator[np.ndarray]:
 
 
 def _progress(length: int, rng: np.random.Generator) -> np.ndarray:
-    """How much of the motion is done at each frame, from 0 to 1, (T,): speed waxes and wanes at random."""
+    """Returns the share of the motion done at each frame, from 0 to 1, (T,), at a randomly varying speed."""
     time = np.arange(length - 1) / (length - 1)
     swing, waves, phase = rng.uniform(0, 0.7), rng.uniform(0.5, 1.5), rng.uniform(0, 1)
     speed = 1 + swing * np.cos(2 * np.pi * (waves * time + phase))
@@ -130,7 +130,7 @@ def _progress(length: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _path(motion: str, progress: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """Centre x, centre y and radius of the shape at each frame, (T,) each, in pixels.
+    """Returns centre x, centre y and radius of the shape at each frame, (T,) each, in pixels.
 
     The motion stays within the central square, which the evaluation crop keeps.
     """
@@ -154,7 +154,7 @@ def _path(motion: str, progress: np.ndarray, rng: np.random.Generator) -> tuple[
 
 
 def _colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A grey background of faint soft blobs, (H, W, 3), and a colour for the shape that stands out, (3,).
+    """Returns a grey background of faint soft blobs, (H, W, 3), and a contrasting colour for the shape, (3,).
 
     Grey, because a tower with random weights has to learn within minutes where the shape is: on a background
     near the mean colour of CLIP's pixels the patches that hold it stand out from the first step on.
@@ -174,7 +174,7 @@ def _colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _distance(shape: str, x: np.ndarray, y: np.ndarray, tilt: float) -> np.ndarray:
-    """Signed distance to a shape of radius about 1, negative inside."""
+    """Returns the signed distance to a shape of radius about 1, negative inside."""
     if shape == "disc":
         return np.hypot(x, y) - 1
     if shape == "ring":

@@ -1,27 +1,21 @@
-"""Folders of class folders: the list of clips, their labels, and which of them are held out.
+"""Folders of class folders: lists the videos and their labels, and splits them.
 
 Two layouts are read. Either the split is in the folders,
 
     source/train/<class>/...    source/val/<class>/...
 
-or there is one level, `source/<class>/...`, and exactly one rule says which clips are held out.
+or there is one level, `source/<class>/...`, and a rule of splits.py says which videos are for validation.
 """
 
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ..tables import ClipSplits, DataError, FileTable, stable_hash
+from ...errors import some
+from ..tables import VIDEO_EXTENSIONS, ClipSplits, DataError, FileTable, is_video
+from .splits import DEFAULT_FRACTION, describe_fraction, split_table
 
-# fmt: off
-VIDEO_EXTENSIONS = frozenset({
-    ".3gp", ".asf", ".avi", ".divx", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg",
-    ".mts", ".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv",
-})
-# fmt: on
 TRAIN_FOLDER = "train"
 HELD_OUT_FOLDERS = ("val", "validation", "test")
 
@@ -33,22 +27,19 @@ def scan_folder(
     val_pattern: str | None = None,
     seed: int = 0,
 ) -> ClipSplits:
-    """Lists the clips of a folder of class folders and splits them.
+    """Lists the videos of a folder of class folders and splits them.
 
-    With `source/train` the held-out clips are those of `source/val`, else of `source/validation`, else of
-    `source/test`, and no rule may be given. With one level of class folders one rule must be given. Class
-    folders are searched to any depth, links are followed; hidden files and folders are skipped.
+    With `source/train` the validation split is `source/val`, else `source/validation`, else `source/test`, and no rule
+    may be given. With one level of class folders at most one rule of `split_table` is given; without any a fifth of
+    each class is held out. Class folders are searched to any depth, links are followed; hidden files and folders are
+    skipped.
 
     Args:
         source: The folder.
-        val_fraction: Share of each class to hold out, between 0 and 1. Which clips is decided by a hash of
-            the seed and each clip's name: the order of listing and the other classes have no influence.
-        val_list: A text file that names the held-out clips, one path relative to `source` a line, like
-            `bend/daria_bend.avi`. Empty lines and lines that begin with `#` are skipped.
-        val_pattern: A regular expression; clips in which it is found are held out. It is searched in the
-            clip's path below its class folder: `daria_bend.avi` for `source/bend/daria_bend.avi`,
-            `day1/take2.mp4` for `source/bend/day1/take2.mp4`.
-        seed: Seed of `val_fraction`.
+        val_fraction: Share of each class to hold out, between 0 and 1.
+        val_list: A text file that names the validation split, one path relative to `source` a line.
+        val_pattern: A regular expression, searched in each path below its class folder.
+        seed: Seed of the fraction.
 
     Raises:
         DataError: If the folder, a class folder or the rule cannot be used.
@@ -58,28 +49,34 @@ def scan_folder(
         what = "is not a folder" if root.exists() else "no such folder"
         raise DataError(f"{root}: {what}; give a folder of class folders as data.source, or demo")
     rules = {"val_fraction": val_fraction, "val_list": val_list, "val_pattern": val_pattern}
-    rules = {f"data.{name}": value for name, value in rules.items() if value is not None}
+    given = [f"data.{name}" for name, value in rules.items() if value is not None]
     try:
         held_out = _held_out_folder(root)
-        if held_out is None:
-            return _split_one_level(root, rules, seed)
-        if rules:
-            raise DataError(
-                f"{root}: is split into {TRAIN_FOLDER}/ and {held_out}/ already; remove {next(iter(rules))}"
-            )
-        return _read_split_folders(root, held_out)
+        if held_out is not None and given:
+            raise DataError(f"{root}: is split into {TRAIN_FOLDER}/ and {held_out}/ already; remove {given[0]}")
+        if held_out is not None:
+            return _read_split_folders(root, held_out)
+        listing = _list_classes(root, root)
     except OSError as error:
         raise DataError(
             f"{error.filename}: cannot be read ({error.strerror}); change its permissions or remove it"
         ) from error
+    notes, description = [], ""
+    if not given:
+        rules["val_fraction"], description = DEFAULT_FRACTION, describe_fraction(DEFAULT_FRACTION, seed)
+        notes = [f"{root}: has no split, so {description}; data.val_fraction, val_list or val_pattern choose another"]
+    id2label = dict(enumerate(sorted(listing.clips)))
+    train, val = split_table(_table(root, listing, id2label), id2label, rules, seed)
+    return _assemble(train, val, id2label, listing.ignored, [*notes, *listing.notes], description)
 
 
 @dataclass(frozen=True)
 class _Listing:
-    """Clips per class, as paths relative to the source with `/` between folders, and the files left out."""
+    """Videos per class, as paths relative to the source with `/` between folders; other files; notes."""
 
     clips: dict[str, list[str]]
     ignored: list[str]
+    notes: list[str]
 
 
 def _visible(names: Sequence[str]) -> list[str]:
@@ -91,8 +88,8 @@ def _folders(path: Path) -> list[str]:
 
 
 def _held_out_folder(root: Path) -> str | None:
-    """The name of the held-out folder if the source is split by folders, None if it has one level."""
-    # A folder of that name which holds clips and no folders is a class that happens to be called so.
+    """Returns the name of the validation folder if the source is split by folders, None if it has one level."""
+    # A folder of that name with videos and no folders in it is a class that happens to be called so.
     present = [
         name
         for name in (TRAIN_FOLDER, *HELD_OUT_FOLDERS)
@@ -126,31 +123,44 @@ def _raise(error: OSError) -> None:
 
 
 def _list_classes(folder: Path, root: Path, seen: dict[str, str] | None = None) -> _Listing:
-    """Lists `folder/<class>/...` with paths relative to `root`; `seen` maps real paths to clips so far."""
+    """Lists `folder/<class>/...` with paths relative to `root`; `seen` maps real paths to videos so far."""
     seen = {} if seen is None else seen
     prefix = "" if folder == root else folder.relative_to(root).as_posix() + "/"
     ignored = [prefix + name for name in _visible([e.name for e in os.scandir(folder) if not e.is_dir()])]
     clips: dict[str, list[str]] = {}
+    inner: set[tuple[str, ...]] = set()
     for label in _folders(folder):
-        clips[label] = []
+        clips[label], below = [], set()
         for name, real in _walk(folder / label):
             clip = f"{prefix}{label}/{name}"
-            if os.path.splitext(name)[1].lower() not in VIDEO_EXTENSIONS:
+            if not is_video(name):
                 ignored.append(clip)
                 continue
             if real in seen:
                 raise DataError(f"{root}: {clip} and {seen[real]} are the same file; remove one of them")
             seen[real] = clip
             clips[label].append(clip)
+            below.add(name.partition("/")[0] if "/" in name else "")
         if not clips[label]:
             raise DataError(
                 f"{folder / label}: class folder without clips; remove it, or add clips "
                 f"({', '.join(sorted(VIDEO_EXTENSIONS))})"
             )
-        clips[label].sort()
+        inner.add(tuple(sorted(below)))
     if not clips:
         raise DataError(f"{folder}: has no class folders; put the clips of each class in a folder of its name")
-    return _Listing(clips, ignored)
+    return _Listing(clips, ignored, _session_notes(folder, list(clips), inner))
+
+
+def _session_notes(folder: Path, labels: list[str], inner: set[tuple[str, ...]]) -> list[str]:
+    """Warns where the class folders may be sessions, and the folders in them the classes."""
+    same = next(iter(inner))
+    if len(labels) < 2 or len(inner) > 1 or len(same) < 2 or "" in same:
+        return []
+    return [
+        f"{folder}: all class folders have the same subfolders: read as classes {some(labels)}, each with "
+        f"{some(same)}; if {some(same)} are the classes, put them outermost ({same[0]}/{labels[0]}/...)"
+    ]
 
 
 def _read_split_folders(root: Path, held_out: str) -> ClipSplits:
@@ -166,105 +176,28 @@ def _read_split_folders(root: Path, held_out: str) -> ClipSplits:
     others = [name for name in _visible(os.listdir(root)) if name not in (TRAIN_FOLDER, held_out)]
     files = [name for name in others if not (root / name).is_dir()]
     notes = [f"{root / name}: not read; {held_out}/ is the held-out split" for name in others if name not in files]
-    return _assemble(root, train.clips, val.clips, files + train.ignored + val.ignored, notes)
-
-
-def _split_one_level(root: Path, rules: dict[str, Any], seed: int) -> ClipSplits:
-    listing = _list_classes(root, root)
-    if len(rules) != 1:
-        problem = f"{' and '.join(rules)} are given" if rules else f"has no {TRAIN_FOLDER}/ and val/"
-        raise DataError(f"{root}: {problem}; give exactly one of data.val_fraction, data.val_list, data.val_pattern")
-    ((name, value),) = rules.items()
-    if name == "data.val_fraction":
-        is_held_out = _by_fraction(listing, value, seed)
-    elif name == "data.val_list":
-        is_held_out = _by_list(root, listing, Path(value))
-    else:
-        is_held_out = _by_pattern(value)
-    train: dict[str, list[str]] = {}
-    val: dict[str, list[str]] = {}
-    for label, clips in listing.clips.items():
-        for clip in clips:
-            (val if is_held_out(clip) else train).setdefault(label, []).append(clip)
-    _check_split(root, train, val, f"{name}={value}")
-    return _assemble(root, train, val, listing.ignored, [])
-
-
-def _check_split(root: Path, train: dict[str, list[str]], val: dict[str, list[str]], rule: str) -> None:
-    if not val:
-        raise DataError(f"{root}: {rule} holds out none of {sum(map(len, train.values()))} clips; change the rule")
-    if not train:
-        raise DataError(f"{root}: {rule} holds out every clip and leaves none to train on; change the rule")
-    untrained = sorted(set(val) - set(train))
-    if untrained:
-        raise DataError(f"{root / untrained[0]}: {rule} holds out every clip of this label; leave some to train on")
-
-
-def _by_fraction(listing: _Listing, fraction: float, seed: int) -> Callable[[str], bool]:
-    if not 0 < fraction < 1:
-        raise DataError(f"data.val_fraction={fraction}: must lie between 0 and 1, like 0.2")
-    held_out: set[str] = set()
-    for names in listing.clips.values():
-        # Each class gives at least one clip and keeps at least one; a single clip stays in training.
-        count = min(max(int(len(names) * fraction + 0.5), 1), len(names) - 1)
-        held_out.update(sorted(names, key=lambda name: (stable_hash(seed, name), name))[:count])
-    return held_out.__contains__
-
-
-def _by_list(root: Path, listing: _Listing, path: Path) -> Callable[[str], bool]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"data.val_list={path}: cannot be read as a text file ({error})") from error
-    known = {name for names in listing.clips.values() for name in names}
-    held_out: set[str] = set()
-    for number, line in enumerate(lines, start=1):
-        name = Path(line.strip()).as_posix()
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        if name not in known:
-            raise DataError(f"{path}, line {number}: no clip {name!r} below {root}; give paths relative to it")
-        if name in held_out:
-            raise DataError(f"{path}, line {number}: {name!r} is listed twice; remove one")
-        held_out.add(name)
-    return held_out.__contains__
-
-
-def _by_pattern(pattern: str) -> Callable[[str], bool]:
-    try:
-        regex = re.compile(pattern)
-    except re.error as error:
-        raise DataError(f"data.val_pattern={pattern}: is not a regular expression ({error})") from error
-    return lambda name: regex.search(name.split("/", 1)[1]) is not None
+    id2label = dict(enumerate(sorted(train.clips)))
+    tables = [_table(root, listing, id2label) for listing in (train, val)]
+    return _assemble(*tables, id2label, files + train.ignored + val.ignored, notes + train.notes)
 
 
 def _assemble(
-    root: Path,
-    train: dict[str, list[str]],
-    val: dict[str, list[str]],
+    train: FileTable,
+    val: FileTable,
+    id2label: dict[int, str],
     ignored: Sequence[str],
-    notes: Sequence[str],
+    notes: list[str],
+    description: str = "",
 ) -> ClipSplits:
-    label2id = {label: index for index, label in enumerate(sorted(train))}
-    notes = list(notes)
-    missing = sorted(set(train) - set(val))
+    root, notes, ignored = train.origin, list(notes), sorted(ignored)
+    missing = [id2label[index] for index in sorted(set(id2label) - set(val.labels.tolist()))]
     if missing:
-        notes.append(f"{root}: {len(missing)} of {len(train)} labels have no held-out clip: {_some(missing)}")
+        notes.append(f"{root}: {len(missing)} of {len(id2label)} labels have no held-out clip: {some(missing)}")
     if ignored:
-        notes.append(f"{root}: {len(ignored)} files are not clips and are ignored: {_some(sorted(ignored))}")
-    return ClipSplits(
-        train=_table(root, train, label2id),
-        val=_table(root, val, label2id),
-        id2label={index: label for label, index in label2id.items()},
-        ignored=tuple(sorted(ignored)),
-        notes=tuple(notes),
-    )
+        notes.append(f"{root}: {len(ignored)} files are not clips and are ignored: {some(ignored)}")
+    return ClipSplits(train, val, id2label, tuple(ignored), tuple(notes), description=description)
 
 
-def _table(root: Path, clips: dict[str, list[str]], label2id: dict[str, int]) -> FileTable:
-    rows = sorted((name, label2id[label]) for label, names in clips.items() for name in names)
-    return FileTable.from_lists(root, [name for name, _ in rows], [label for _, label in rows])
-
-
-def _some(names: Sequence[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def _table(root: Path, listing: _Listing, id2label: dict[int, str]) -> FileTable:
+    rows = sorted((name, index) for index, label in id2label.items() for name in listing.clips.get(label, ()))
+    return FileTable.from_lists(root, [name for name, _ in rows], [index for _, index in rows])

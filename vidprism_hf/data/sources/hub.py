@@ -1,4 +1,4 @@
-"""A dataset of the Hub as a source of clips, whatever its repository looks like.
+"""Datasets of the Hub as sources, whatever the layout of their repository.
 
 | repository                                      | how it is read                                                     |
 | ----------------------------------------------- | ------------------------------------------------------------------ |
@@ -6,10 +6,10 @@
 | `configs`                                       | in the repository, whose files are then fetched                    |
 | videos in class folders                         | fetched below `data.root`, then as a folder (folder.py)            |
 | archives of clips                               | fetched and unpacked below `data.root`, then as a folder           |
-| either of these two, with `data.train_list`     | as list files (lists.py)                                           |
+| either of these two, with `data.train_list`     | as annotation files (annotations.py)                               |
 
-Everything is read at one commit, which is looked up once; without a network that is the commit of the last time.
-Private repositories are read with the token that huggingface_hub finds. Code in a repository is never run.
+Everything is read at one commit, which is looked up once; offline, at the commit of the last time. Private repositories
+are read with the token that huggingface_hub finds. Code in a repository is never run.
 """
 
 import os
@@ -19,10 +19,10 @@ from pathlib import Path
 
 from ..fetch.archives import unpack
 from ..fetch.repository import Repository
-from ..tables import ClipSplits, DataError
+from ..tables import ClipSplits, DataError, is_video
 from .annotations import scan_lists
-from .folder import VIDEO_EXTENSIONS, scan_folder
-from .hub_tables import HubTables, load_splits
+from .folder import scan_folder
+from .hub_dataset import HubTables, load_splits
 
 LIST_EXTENSIONS = (".txt", ".csv", ".tsv", ".json", ".jsonl")
 
@@ -44,7 +44,7 @@ def hub_splits(
     val_pattern: str | None = None,
     seed: int = 0,
 ) -> ClipSplits:
-    """Fetches a dataset of the Hub, unless it is there, and lists its clips.
+    """Fetches a dataset of the Hub, unless already there, and lists its videos.
 
     Args:
         source: Its id, org/name.
@@ -52,15 +52,15 @@ def hub_splits(
         config: Its configuration, if it has several.
         revision: Branch, tag or commit.
         train_split: Split of a table to train on.
-        val_split: Held-out split of a table. None takes validation, val or test, the first that there is; else
-            a column `subset` or `split` that tells training from held-out rows; else `val_fraction` is needed.
+        val_split: Validation split of a table. None takes the first of validation, val and test; else a column
+            `subset` or `split` that marks training and validation rows; else `val_fraction` is needed.
         video_column: Column with the video or its path; None takes the one of type Video, or one with a usual name.
         label_column: Column with the label; None takes the one of type ClassLabel, or one with a usual name.
-        train_list: List file of the training clips, in the repository or in one of its archives.
-        val_list: With `train_list` that of the held-out clips; else a rule of `scan_folder`.
+        train_list: Annotation file of the training split, in the repository or in one of its archives.
+        val_list: With `train_list` that of the validation split; else a rule of `scan_folder`.
         label_names: File with names for labels that are numbers, in the repository, an archive, or local.
-        allow_missing: Whether listed clips may be missing.
-        val_fraction: Rule: share of each class to hold out, for tables with one split and for class folders.
+        allow_missing: Whether listed videos may be missing.
+        val_fraction: Share of each class to hold out, for tables with one split, one annotation file and class folders.
         val_pattern: Rule of `scan_folder`, for class folders.
         seed: Seed of `val_fraction`.
 
@@ -75,7 +75,7 @@ def hub_splits(
                 raise DataError(f"data.{name}: {source} has rows, no class folders; use data.val_split or val_fraction")
         tables = HubTables(repository, root, load_splits(repository, config), allow_missing)
         splits = tables.splits(train_split, val_split, video_column, label_column, label_names, val_fraction, seed)
-        # How the held-out rows were found stands in the notes.
+        # The notes say how the validation rows were found.
         found = [note.partition(": ")[2].partition(";")[0] for note in splits.notes if "held out" in note]
         return replace(splits, description=", ".join([description, f"split {train_split}", *found]))
     for name, value in (("hub_config", config), ("val_split", val_split), ("video_column", video_column)):
@@ -85,21 +85,22 @@ def hub_splits(
     clips = _class_root(places[0], source)
     if train_list is not None:
         lists = [_find_file("train_list", train_list, places), _find_file("val_list", val_list, places)]
-        splits = scan_lists(clips, *lists, _find_file("label_names", label_names, places), allow_missing)
+        names = _find_file("label_names", label_names, places)
+        splits = scan_lists(clips, *lists, names, allow_missing, val_fraction, seed)
         return replace(splits, description=description)
     val_list = _find_file("val_list", val_list, places)
     splits = scan_folder(clips, val_fraction=val_fraction, val_list=val_list, val_pattern=val_pattern, seed=seed)
-    return replace(splits, description=description)
+    return replace(splits, description=", ".join(filter(None, [description, splits.description])))
 
 
 def _fetch_clips(repository: Repository, root: str | os.PathLike) -> tuple[Path, ...]:
-    """Fetches videos or archives; returns the folder of the clips and, if it is another, that of other files."""
+    """Fetches videos or archives; returns the folder of the videos and, if it differs, that of other files."""
     archives = repository.archives
     lists = repository.named(*LIST_EXTENSIONS)
     if len(repository.videos) > len(archives):
         return (repository.fetch([*repository.videos, *lists], root),)
     if not archives:
-        raise DataError(f"{repository.source}: holds neither videos nor archives; choose a dataset of clips")
+        raise DataError(f"{repository.source}: has neither videos nor archives; choose a dataset of clips")
     files = repository.fetch([*(part for parts in archives.values() for part in parts), *lists], root)
     clips = files.with_name(f"{files.name}-unpacked")
     for name, parts in archives.items():
@@ -108,11 +109,11 @@ def _fetch_clips(repository: Repository, root: str | os.PathLike) -> tuple[Path,
 
 
 def _class_root(folder: Path, source: str) -> Path:
-    """The folder of the class folders: the deepest one that all folders with videos have in common."""
+    """Returns the folder of the class folders: the deepest one above all folders with videos."""
     holders = set()
     for directory, children, files in os.walk(folder):
         children[:] = [name for name in children if not name.startswith(".")]
-        if any(os.path.splitext(name)[1].lower() in VIDEO_EXTENSIONS for name in files):
+        if any(map(is_video, files)):
             holders.add(directory)
     if not holders:
         raise DataError(f"{source}: no videos in {folder}; choose a dataset of clips")

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..fetch.repository import Repository, hub_errors
 from ..sources.folder import HELD_OUT_FOLDERS, TRAIN_FOLDER
-from ..sources.hub_tables import (
+from ..sources.hub_dataset import (
     HELD_OUT_SPLITS,
     Labels,
     choose_split,

@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 
 from ...data.bad_videos import BadClip, ClipCounts
 from ...data.open import dataset_facts
-from ...data.sources.few_shot import clip_list_hash
+from ...data.sources.splits import clip_list_hash
 from ...distributed import gathered
 from ...evaluation.compute import cost, million_parameters
 from ...evaluation.figures import confusion_matrix, curves, expert_weights

@@ -1,4 +1,4 @@
-"""Tables of a Hub dataset: which column has the videos, which the labels, which rows are held out; rows as clips."""
+"""Tables of a Hub dataset: finds the columns of videos and labels, and the validation split; rows as videos."""
 
 import os
 import posixpath
@@ -12,31 +12,32 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ...label_names import read_label_names
 from ..fetch.repository import Repository, hub_errors
-from ..tables import ClipSplits, ClipTable, DataError, FileTable, stable_hash
-from .annotations import read_label_names
+from ..tables import ClipSplits, ClipTable, DataError, FileTable
+from .splits import split_table
 
 HELD_OUT_SPLITS = ("validation", "val", "test")
 VIDEO_COLUMNS = (
     *("video", "video_path", "video_file", "video_bytes", "file_name", "filename", "file_path", "filepath"),
     *("path", "clip", "clip_path", "mp4"),
 )
-LABEL_COLUMNS = ("label", "labels", "class", "action", "category", "target", "label_name", "class_name", "action_name")
+LABELS = ("label", "labels", "class", "action", "category", "target", "label_name", "class_name", "action_name")
 NAME_COLUMNS = ("label_name", "label_text", "label_str", "class_name", "action_name", "class", "action", "category")
 SUBSET_COLUMNS = ("subset", "split")
-# The numbers are those of HMDB51's official lists, in which 0 is for clips that a split does not use.
+# The numbers are those of HMDB51's official lists, where 0 marks videos that a split does not use.
 SUBSETS = {"train": ("train", "training", 1), "held out": ("validation", "valid", "val", "test", "testing", 2)}
 
 
 @dataclass(frozen=True, eq=False)
 class HubTable:
-    """Clips that are rows of a Hub dataset, with their videos in them: a `ClipTable`.
+    """Videos embedded in the rows of a Hub dataset: a `ClipTable`.
 
     Attributes:
         origin: The dataset's id and split.
         split: The split's name.
-        videos: The split's only needed column, `video`, of type Video(decode=False).
-        rows: Row in the split of each clip, (N,), int64.
+        videos: The column `video` of the split, of type Video(decode=False).
+        rows: Row of each video in the split, (N,), int64.
         labels: Class indices, (N,), int64.
     """
 
@@ -50,13 +51,13 @@ class HubTable:
         return len(self.rows)
 
     def name(self, index: int) -> str:
-        """The row, and the file name that it gives: `train[12] v_run_g01.mp4`."""
+        """Returns the row and its file name: `train[12] v_run_g01.mp4`."""
         row = int(self.rows[index])
         path = self.videos.data.column("video")[row]["path"].as_py()
         return f"{self.split}[{row}]" + (f" {posixpath.basename(path)}" if path else "")
 
     def video(self, index: int) -> str | bytes:
-        """The bytes of the file, or its path. A row without a video gives no bytes, which no decoder takes."""
+        """Returns the bytes of the file, or its path; no bytes, which fail to decode, for a row without a video."""
         video = self.videos[int(self.rows[index])]["video"] or {}
         return video.get("bytes") or video.get("path") or b""
 
@@ -80,17 +81,17 @@ class Labels:
     index: dict[Any, int]
 
     def encode(self, values: Sequence[Any], where: str) -> np.ndarray:
-        """Class indices of some values, (N,), int64.
+        """Returns the class indices of some values, (N,), int64.
 
         Raises:
-            DataError: If a value is no label; -1 and none stand for a label that is kept secret.
+            DataError: If a value is not a label; -1 and None mark labels that are not published.
         """
         unknown = next((row for row, value in enumerate(values) if value not in self.index), None)
         if unknown is not None:
             value = values[unknown]
             if value in (None, -1):
                 raise DataError(f"{where}: row {unknown} has no label; choose another split as data.val_split")
-            raise DataError(f"{where}: row {unknown} has label {value!r}, which no training clip has; mend the dataset")
+            raise DataError(f"{where}: row {unknown} has label {value!r}, which no training clip has; correct it")
         return np.array([self.index[value] for value in values], dtype=np.int64)
 
 
@@ -109,10 +110,10 @@ def load_splits(repository: Repository, config: str | None) -> dict[str, dataset
 
 
 def choose_split(source: str, splits: Sequence[str], asked: str, field: str) -> str:
-    """The split that is asked for.
+    """Returns the split asked for.
 
     Raises:
-        DataError: If there is none of that name.
+        DataError: If no split has that name.
     """
     if asked not in splits:
         raise DataError(f"{source}: has no split {asked!r} but {', '.join(splits)}; name one as data.{field}")
@@ -120,7 +121,7 @@ def choose_split(source: str, splits: Sequence[str], asked: str, field: str) -> 
 
 
 def find_video_column(source: str, features: datasets.Features, asked: str | None) -> str:
-    """The column with the videos.
+    """Finds the column with the videos.
 
     Raises:
         DataError: If there is none.
@@ -147,24 +148,23 @@ def find_labels(
     read: Callable[[Sequence[str]], list[tuple]],
     label_names: str | None = None,
 ) -> Labels:
-    """The label column and its names.
+    """Finds the label column and the label names.
 
     Names are those of a ClassLabel, in its order; else the texts of the training split, sorted. Numbers get their
-    names from `label_names`, or from a column that gives each number a text of its own: numbers alone would make
-    a model that cannot say what it has seen.
+    names from `label_names`, or from a column with a text of its own for each number.
 
     Args:
         source: The dataset's id, for messages.
         features: Its columns.
         asked: The column, if the user names one.
-        read: Gives the values of some columns in all rows of the training split.
+        read: Returns the values of some columns in all rows of the training split.
         label_names: File of label names.
 
     Raises:
         DataError: If there is no label column, or its labels have no names.
     """
     typed = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    usual = sorted((name for name in LABEL_COLUMNS if name in features), key=lambda name: name not in typed)
+    usual = sorted((name for name in LABELS if name in features), key=lambda name: name not in typed)
     column = asked or (typed[0] if len(typed) == 1 else next(iter(usual), None))
     if column is None or column not in features:
         what = f"has no column {asked!r}" if asked else "has no column of labels"
@@ -202,12 +202,12 @@ def _is_text(feature: Any) -> bool:
 
 
 def subset_column(features: datasets.Features) -> str | None:
-    """The column that may tell training from held-out rows within a split."""
+    """Returns the column that may mark training and validation rows within a split."""
     return next((name for name in SUBSET_COLUMNS if isinstance(features.get(name), datasets.Value)), None)
 
 
 def subset_values(values: set) -> tuple[Any, Any] | None:
-    """The values that stand for training and held-out rows; None if they do not look like that."""
+    """Returns the values that mark training and validation rows; None if there are no such values."""
     spelled = {value.lower() if isinstance(value, str) else value: value for value in values if value is not None}
     found = [next((spelled[name] for name in names if name in spelled), None) for names in SUBSETS.values()]
     return None if None in found else tuple(found)
@@ -215,7 +215,7 @@ def subset_values(values: set) -> tuple[Any, Any] | None:
 
 @dataclass
 class HubTables:
-    """The splits of a dataset, on the way to clips."""
+    """Turns the splits of a dataset into tables of videos."""
 
     repository: Repository
     root: str | os.PathLike
@@ -239,7 +239,7 @@ class HubTables:
             for role, (split, chosen) in zip(("train", "val"), rows, strict=False)
         ]
         if len(tables) == 1:
-            tables = _hold_out(tables[0], val_fraction, seed)
+            tables = split_table(tables[0], dict(enumerate(labels.names)), {"val_fraction": val_fraction}, seed)
         notes = (*self.notes, *_missing_notes(*tables, labels))
         return ClipSplits(*tables, id2label=dict(enumerate(labels.names)), notes=notes, missing=self.missing)
 
@@ -248,10 +248,10 @@ class HubTables:
         return lambda columns: list(zip(*(table.column(name).to_pylist() for name in columns), strict=True))
 
     def _split_rows(self, train: str, val: str | None, fraction: float | None):
-        """Which rows of which splits are for training and held out; only training where a fraction decides."""
+        """Returns (split, rows) for training and validation; only the first where a fraction decides."""
         every = {split: np.arange(len(data)) for split, data in self.data.items()}
         if val is not None and fraction is not None:
-            raise DataError("data.val_fraction: data.val_split says already what is held out; remove one of them")
+            raise DataError("data.val_fraction: data.val_split gives the validation split already; remove one of them")
         if fraction is not None:
             return [(train, every[train])]
         held_out = val or next((name for name in HELD_OUT_SPLITS if name in self.data and name != train), None)
@@ -291,7 +291,7 @@ class HubTables:
             return HubTable(origin, split, videos, rows, classes)
         paths = pc.struct_field(column, "path").take(pa.array(rows)).to_pylist()
         if None in paths:
-            raise DataError(f"{origin}: row {rows[paths.index(None)]} has no video; mend the dataset")
+            raise DataError(f"{origin}: row {rows[paths.index(None)]} has no video; correct the dataset")
         cached = re.compile(rf"(.*/snapshots/{self.repository.commit})/(.+)")
         matches = [cached.fullmatch(path) for path in paths]
         if all(matches) and matches:
@@ -301,7 +301,7 @@ class HubTables:
         return self._files(role, origin, paths, classes)
 
     def _files(self, role: str, origin: str, paths: list[str], classes: np.ndarray) -> FileTable:
-        """The table of rows that name files in the repository, which are fetched."""
+        """Fetches the files in the repository that the rows name; returns their table."""
         names = repository_names(self.repository, paths)
         kept = [row for row, name in enumerate(names) if name in self.repository.files]
         missing = tuple(name for name in names if name not in self.repository.files)
@@ -319,7 +319,7 @@ class HubTables:
 
 
 def repository_names(repository: Repository, paths: Sequence[str]) -> list[str]:
-    """The files of a repository that the paths in a column name: as they are, or below one folder of it."""
+    """Returns the files of a repository for the paths in a column: as they are, or below one of its folders."""
     names = [posixpath.normpath(path) for path in paths]
     if names[0] not in repository.files:
         found = [name for name in repository.files if name.endswith(f"/{names[0]}")]
@@ -332,22 +332,8 @@ def _unique(table: FileTable, origin: str) -> FileTable:
     counts = pc.value_counts(table.names)
     twice = pc.filter(counts.field("values"), pc.greater(counts.field("counts"), 1))
     if len(twice):
-        raise DataError(f"{origin}: {os.fsdecode(twice[0].as_py())} is in more than one row; mend the dataset")
+        raise DataError(f"{origin}: {os.fsdecode(twice[0].as_py())} is in more than one row; correct the dataset")
     return table
-
-
-def _hold_out(table: ClipTable, fraction: float, seed: int) -> list[ClipTable]:
-    """Divides a table class by class, as scan_folder does with clips in folders."""
-    if not 0 < fraction < 1:
-        raise DataError(f"data.val_fraction={fraction}: must lie between 0 and 1, like 0.2")
-    held_out = np.zeros(len(table), dtype=bool)
-    for label in np.unique(table.labels):
-        rows = np.flatnonzero(table.labels == label).tolist()
-        count = min(max(int(len(rows) * fraction + 0.5), 1), len(rows) - 1)
-        held_out[sorted(rows, key=lambda row: stable_hash(seed, table.name(row)))[:count]] = True
-    if not held_out.any():
-        raise DataError(f"{table.origin}: no class has a second clip to hold out; give data.val_split")
-    return [table.select(np.flatnonzero(~held_out)), table.select(np.flatnonzero(held_out))]
 
 
 def _missing_notes(train: ClipTable, val: ClipTable, labels: Labels) -> Iterator[str]:
