@@ -351,7 +351,7 @@ def check_settings(data: VideoDataModule, model: VidPrismLightningModule) -> Non
 
 
 def own_settings(module: LightningModule | LightningDataModule) -> dict[str, Any]:
-    """Returns the arguments that a module was built with, without LightningCLI's notes."""
+    """Returns the arguments that a module was built with, without those that Lightning notes for itself."""
     return {name: value for name, value in module.hparams.items() if not name.startswith("_")}
 
 
