@@ -31,13 +31,13 @@ from torch.utils.data import DataLoader, Dataset
 from .. import __version__
 from ..cli.recipe import FinetuneCLI
 from ..data import VideoDataModule
-from ..data.fetch.contents import write_whole
 from ..data.loading.dataset import ClipSampler, collate
 from ..data.sources.few_shot import clip_list_hash
 from ..errors import UserError
 from ..model import VISION_PRESETS, VidPrismConfig, VidPrismForVideoClassification
 from ..training.checkpoint.signals import SignalWatch, Stopped
 from ..training.module import VidPrismLightningModule
+from ..util import atomic_write
 from .baselines import PROBE_PENALTIES, TIME_WEIGHTS, LinearProbe, parameters_of, with_baseline
 from .folds import block_folds, group_folds
 from .trials import Cell, Cells, append_cell, read_cells
@@ -219,7 +219,7 @@ class Sweep:
         for fold in range(max(fold_of.values()) + 1):
             listing = lists / f"{fold}.txt"
             held_out = sorted(name for name, its in fold_of.items() if its == fold)
-            write_whole(listing, "".join(f"{name}\n" for name in held_out).encode())  # others may read it just now
+            atomic_write(listing, "".join(f"{name}\n" for name in held_out).encode())  # others may read it just now
             rule = {"val_fraction": None, "val_pattern": None, "val_list": str(listing)}
             yield self._fold(VideoDataModule(**own_settings(data) | rule), fold_of)
 

@@ -17,9 +17,10 @@ from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import UserError
+from ..errors import UserError, printable
 from ..hub import CardFacts, export_model, render_card
 from ..model import VidPrismConfig, VidPrismForVideoClassification, VidPrismVideoProcessor
+from ..util import preview
 
 CLIP_HEAD_WIDTH = 64  # of every OpenAI ViT
 DEFAULT_RATES = (2, 4, 8, 16)
@@ -238,7 +239,7 @@ def convert(
     except RuntimeError as error:  # shapes
         raise UserError(f"{file}: {' '.join(str(error).split())}") from error
     if missing or unexpected:
-        first = ", ".join((missing + unexpected)[:3])
+        first = preview(missing + unexpected, 3)
         raise UserError(f"{file}: {len(missing)} weights are missing, {len(unexpected)} have no place: {first}")
     return model.eval(), counts, unused
 
@@ -286,6 +287,7 @@ def main(argv: list[str]) -> int:
         num_frames=config.num_frames,
         rates=config.rates,
         origin="Its weights were converted from a checkpoint of the authors' released code.",
+        config=config,
     )
     export_model(model, processor, args.out, render_card(card))
 
@@ -293,6 +295,6 @@ def main(argv: list[str]) -> int:
     for part, count in counts.items():
         table.add_row(part, str(count))
     Console().print(table)
-    print(f"not used ({len(unused)}): {', '.join(unused) or 'none'}")
+    print(printable(f"not used ({len(unused)}): {preview(unused, 20) or 'none'}"))
     print(f"written to {args.out}: {len(labels)} classes, {config.num_frames} frames, rates {config.rates}")
     return 0

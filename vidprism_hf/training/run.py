@@ -24,7 +24,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from ..cli.recipe import FinetuneCLI, check_length, parse, progress_bars
 from ..data import VideoDataModule
 from ..data.bad_videos import BadClip, TooManyBadClips, bad_clip_table
-from ..data.fetch.contents import write_whole
 from ..data.sources.few_shot import save_clip_list
 from ..distributed import print_once
 from ..errors import UserError
@@ -33,6 +32,7 @@ from ..evaluation.report import Evaluation, rounded
 from ..evaluation.scores import ScoreRecorder
 from ..evaluation.testing import NotEvaluated, evaluate_held_out, subject_of
 from ..hub.export import refuse_other_content
+from ..util import atomic_write
 from .callbacks.averaging import WiseFT
 from .callbacks.bad_videos import BadClipReport
 from .callbacks.push import PushToHub, push_open
@@ -196,7 +196,7 @@ def finish(trainer: Trainer, evaluation: Evaluation, output: Path) -> None:
         write_evaluation(evaluation)
     counts = {split: dataclasses.asdict(clip_counts(trainer, split)) for split in ("train", "val")}
     counts["val"]["evaluated"] = evaluation.evaluated
-    write_whole(
+    atomic_write(
         output / METRICS, (json.dumps({**rounded(evaluation.values), "clips": counts}, indent=2) + "\n").encode()
     )
     (output / "checkpoints" / PREVIOUS).unlink(missing_ok=True)
@@ -242,7 +242,7 @@ def save_settings(cli: FinetuneCLI, output: Path) -> None:
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        write_whole(output / "config.yaml", cli.parser.dump(cli.config, skip_none=False).encode())
+        atomic_write(output / "config.yaml", cli.parser.dump(cli.config, skip_none=False).encode())
     except OSError as error:
         raise not_writable(output, error) from error
 
