@@ -1,7 +1,7 @@
 """User-facing errors: printed as one line, without a traceback."""
 
 import traceback
-from collections.abc import Sequence
+import unicodedata
 from pathlib import Path
 
 import httpx2
@@ -18,12 +18,24 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from .util import cut
+
+MOST_OF_MESSAGE = 1500  # letters
 LOG_IN = "run `hf auth login` or set HF_TOKEN"
 RETRYABLE_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})  # Unicode's categories of what controls and is not seen
+JOINERS = "\u200c\u200d"
 
 
 class UserError(ValueError):
-    """Bad input. The message is one line: which file or field, what is wrong, what to do."""
+    """Bad input. The message is one line: which file or field, what is wrong, what to do.
+
+    Of a longer one than fits on a screen, which names of others make, the middle is left out.
+    """
+
+    def __init__(self, message: str):
+        # A DataLoader builds the error of its worker again, with the traceback above the message.
+        super().__init__(message if "\n" in message else cut(message, MOST_OF_MESSAGE))
 
 
 class DataError(UserError):
@@ -117,11 +129,22 @@ def last_line(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """Escapes the bytes of a text that are not UTF-8, as file names may contain."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    """The text as one line that a terminal shows and does not obey.
+
+    Control characters, line breaks, marks that turn the direction of text, and bytes of file names that are no text
+    are written as escapes. The joiners of Persian, Indic scripts and emoji stay.
+    """
+    return text if text.isprintable() else "".join(map(_visible, text))
 
 
-def some(names: Sequence[str], limit: int = 5) -> str:
-    """Lists the first names, for messages of one line: what cannot be printed is escaped."""
-    shown = ", ".join(name if name.isprintable() else repr(name) for name in names[:limit])
-    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def printable_lines(text: str) -> str:
+    """The same for a text of several lines."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def _visible(character: str) -> str:
+    if unicodedata.category(character) not in HIDDEN or character in JOINERS:
+        return character
+    return (
+        character.encode("ascii", "backslashreplace").decode() if ord(character) > 0x7F else f"\\x{ord(character):02x}"
+    )

@@ -3,10 +3,12 @@
 import csv
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import DataError
+from .util import check_regular, shorten
 
 LABEL_COLUMNS = (
     *("label_name", "class_name", "action_name", "label", "class", "action", "category", "target"),
@@ -50,9 +52,11 @@ def read_label_names(path: Path | str, field: str = "data.label_names") -> Label
         raise DataError(f"{path}: has no label names; give one a line")
     if numbers[0] not in (0, 1) or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
         raise DataError(f"{path}: its label numbers do not count from 0 or 1 without gaps or repeats; number them so")
-    bad = [name for name in names if not name or not is_text(name) or names.count(name) > 1]
+    counts = Counter(names)
+    bad = [name for name in names if not name or not is_text(name) or counts[name] > 1]
     if bad:
-        raise DataError(f"{path}: label name {bad[0]!r} is empty, not UTF-8 or given twice; give each class its own")
+        what = f"label name {shorten(bad[0])!r} is empty, not UTF-8 or given twice"
+        raise DataError(f"{path}: {what}; give each class its own")
     return LabelNames(names, {number: index for index, number in enumerate(numbers)})
 
 
@@ -108,6 +112,7 @@ def read_json(path: Path, field: str) -> Any:
 
 def _read_bytes(path: Path, field: str) -> bytes:
     try:
+        check_regular(path)
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{field}={path}: cannot be read ({error.strerror}); give a readable file") from error

@@ -1,13 +1,13 @@
 """Clips that cannot be decoded: replaced in training, counted as wrong in evaluation, and never in the way."""
 
 import csv
-import os
 import threading
 import time
 
 import pytest
 import torch
 from clips import greys, render
+from stalled_files import stalled
 
 from vidprism_hf.data import ClipAugmentation, ClipDataset, ClipReader, FileTable, load_processor
 from vidprism_hf.data.bad_videos import BadClip, BadClipLog, TooManyBadClips, check_bad_clips, write_bad_clips
@@ -116,12 +116,9 @@ def test_in_evaluation_nothing_takes_its_place(table, processor, views):
 
 @pytest.fixture
 def hanging(tmp_path):
-    """A clip that never opens: a pipe that nobody writes to."""
-    path = tmp_path / "hang.mp4"
-    os.mkfifo(path)
-    yield path
-    # Let the thread that waits for it go.
-    os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))
+    """A clip that does not open for the time of the test; then the thread that waits for it goes."""
+    with stalled(tmp_path / "hang.mp4", b"clip"):
+        yield tmp_path / "hang.mp4"
 
 
 def test_a_clip_that_hangs_is_given_up(hanging, tmp_path, processor):
@@ -152,14 +149,13 @@ def test_time_limit_answers_belong_to_their_calls():
     assert within(sum, (1, 2)) == 3
 
 
-def test_time_limit_survives_a_fork(processor, table):
-    """DataLoader workers are forked from a process that may have decoded before."""
-    from torch.utils.data import DataLoader
+def test_time_limit_in_a_worker(processor, table):
+    """Which is given clips of a process that has decoded before."""
+    from vidprism_hf.workers import clip_loader
 
     clips = dataset(table, processor, time_limit=30)
     alone = [clips[index]["clip_index"] for index in range(5)]
-    loader = DataLoader(clips, batch_size=5, num_workers=1, collate_fn=collate, multiprocessing_context="fork")
-    (batch,) = loader
+    (batch,) = clip_loader(clips, 1, collate, batch_size=5)
     assert batch["clip_index"].tolist() == alone
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from file_modes import modes, umask
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -19,6 +20,7 @@ from transformers import pipeline
 from vidprism_hf import VidPrismForVideoClassification, VidPrismVideoProcessor
 from vidprism_hf.hub import export, export_model, render_card
 from vidprism_hf.hub.export import ExportError
+from vidprism_hf.workers import CONTEXT
 
 CODE = {
     "configuration_vidprism.py",
@@ -404,24 +406,29 @@ def test_old_export_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, 
 def killed(folder: Path, new: Path, call: str, number: int) -> bool:
     """Whether a process that replaces an export by another one was killed right before its n-th such call.
 
-    As SIGKILL does it: nothing of the process runs any more. It only copies files, which a forked process may.
+    As SIGKILL does it: nothing of the process runs any more.
     """
-    if (child := os.fork()) == 0:
-        original, calls = getattr(os, call), []
+    child = CONTEXT.Process(target=replace_and_die, args=(folder, new, call, number))
+    child.start()
+    child.join()
+    return child.exitcode == 9
 
-        def kill(*args, **kwargs):
-            calls.append(args)
-            if len(calls) == number:
-                os._exit(9)
-            return original(*args, **kwargs)
 
-        setattr(os, call, kill)
-        try:
-            with export.written_beside(folder) as partial:
-                shutil.copytree(new, partial, dirs_exist_ok=True)
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+def replace_and_die(folder: Path, new: Path, call: str, number: int) -> None:
+    original, calls = getattr(os, call), []
+
+    def kill(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == number:
+            os._exit(9)
+        return original(*args, **kwargs)
+
+    setattr(os, call, kill)
+    try:
+        with export.written_beside(folder) as partial:
+            shutil.copytree(new, partial, dirs_exist_ok=True)
+    finally:
+        os._exit(0)
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
@@ -528,3 +535,21 @@ def test_unwritable(tmp_path, name):
     assert str(caught.value).startswith(f"{tmp_path / name}: ")
     assert len(str(caught.value).splitlines()) == 1
     assert files_of(tmp_path) == {"file": b"no folder"}
+
+
+@pytest.mark.parametrize(("mask", "size"), [(0o002, "5GB"), (0o027, "100KB")])
+def test_an_export_has_the_modes_of_new_files(tmp_path, mask, size):
+    with umask(mask):
+        files = {"figures/curves.png": b"png"}
+        folder = export_model(tiny_model(), tiny_processor(), tmp_path / "a", card(), max_shard_size=size, files=files)
+    found = modes(folder)
+    assert any(name.endswith(".safetensors") for name in found)
+    assert found == {name: (0o777 if name in ("", "figures") else 0o666) & ~mask for name in found}
+
+
+def test_a_pipe_is_no_file_of_an_export(tmp_path):
+    folder = tiny_export(tmp_path / "export")
+    (folder / "README.md").unlink()
+    os.mkfifo(folder / "README.md")
+    with pytest.raises(ExportError, match=r"exists and is not an exported model \(it holds 'README\.md'\)"):
+        tiny_export(folder)

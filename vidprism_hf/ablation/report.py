@@ -18,10 +18,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 
-from ..data.fetch.contents import write_whole
 from ..errors import UserError
-from ..evaluation.figures import png
+from ..evaluation.figures import name, png
 from ..evaluation.intervals import wilson_interval
+from ..util import atomic_write
 from .trials import Trials
 
 
@@ -159,7 +159,7 @@ def write_report(results: Sequence[Result], about: str, folder: Path) -> list[Pa
     }
     paths = [folder / f"ablations.{kind}" for kind in contents]
     for path, content in zip(paths, contents.values(), strict=True):
-        write_whole(path, content)
+        atomic_write(path, content)
     return paths
 
 
@@ -234,6 +234,6 @@ def figure(results: Sequence[Result]) -> bytes:
             axes.plot([100 * estimate.mean], [place], "o", color="tab:blue", markersize=5)
         axes.set_xlabel(f"{label}\nwith 95 % intervals")
         axes.grid(axis="x", alpha=0.3)
-    every[0].set_yticks(places, [f"{result.grid}: {result.row}" for result in results])
+    name(every[0].yaxis, [f"{result.grid}: {result.row}" for result in results], places)
     every[0].set_ylim(places[-1] + 1, 0.5)
     return png(picture)

@@ -26,12 +26,12 @@ from torch.utils.data import Dataset
 
 from .. import __version__
 from ..data import VideoDataModule
-from ..data.fetch.contents import write_whole
 from ..data.sources.splits import clip_list_hash
 from ..errors import UserError
 from ..model import VISION_PRESETS, VidPrismConfig
 from ..signals import SignalWatch, Stopped
 from ..training.module import VidPrismLightningModule, check_frozen
+from ..util import atomic_write
 from .baselines import num_trainable
 from .folds import block_folds, group_folds
 from .grids import PROBE, RECIPE, Row, grid_rows
@@ -239,7 +239,7 @@ class Study:
         for fold in range(max(fold_of.values()) + 1):
             val_list = lists / f"{fold}.txt"
             held_out = sorted(name for name, own in fold_of.items() if own == fold)
-            write_whole(val_list, "".join(f"{name}\n" for name in held_out).encode())  # others may be reading it
+            atomic_write(val_list, "".join(f"{name}\n" for name in held_out).encode())  # others may be reading it
             rule = {"val_fraction": None, "val_pattern": None, "val_list": str(val_list)}
             yield self._fold(VideoDataModule(**own_settings(data) | rule), fold_of)
 

@@ -51,6 +51,7 @@ def main(argv: list[str]) -> int:
         revision=revision,
         num_frames=cli.config.model.num_frames if frames else None,
         trainer=trainer_settings(cli),
+        collective_timeout=cli.config.collective_timeout,
     )
     return 0
 

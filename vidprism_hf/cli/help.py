@@ -22,6 +22,7 @@ SECTIONS = {
     "export": ("the published weights", "training/exporting.py", "ExportSettings"),
     "evaluation": ("the final test", "evaluation/testing.py", "EvaluationSettings"),
 }
+TOP = ("config", "output", "resume", "seed_everything", "collective_timeout")
 LINKED = {"model.id2label", "data.processor", "data.num_frames"}  # taken from the data, or from the model
 USAGE = """usage: vidprism finetune [CLIPS] [--config RECIPE] [--KEY VALUE ...]
 
@@ -35,6 +36,7 @@ run that was stopped.
   --output FOLDER             folder of the run (runs/finetune)
   --resume auto|none|FILE     auto resumes a stopped run; none starts a fresh one and keeps the folder as FOLDER.1; a
                               checkpoint of the folder resumes from there (auto)
+  --collective_timeout N      seconds that a rank waits for another one in a step before all end (900)
   --help=trainer              the keys of Lightning's Trainer: devices, strategy, precision, callbacks, ...
 
 A recipe is code: it can name any class that is installed. Run those of people you trust.
@@ -93,7 +95,13 @@ def suggestion(name: str, section: str = "") -> str:
         name: As it was typed, with or without its section.
         section: Where it was typed, if the name does not say.
     """
-    known = [key.name for each in SECTIONS for key in keys(each)] + ["output", "resume", "seed_everything", "config"]
+    known = [key.name for each in SECTIONS for key in keys(each)] + [
+        "output",
+        "resume",
+        "seed_everything",
+        "config",
+        "collective_timeout",
+    ]
     close = difflib.get_close_matches(f"{section}.{name}" if section else name, known, n=1, cutoff=0.75)
     return f"; did you mean {close[0]}?" if close else ""
 

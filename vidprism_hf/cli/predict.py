@@ -12,6 +12,7 @@ from rich.text import Text
 
 from ..errors import UserError, first_line, printable
 from ..evaluation.predict import Prediction, default_workers, list_files, load, predict
+from ..workers import start_server
 
 
 def main(argv: list[str]) -> int:
@@ -40,8 +41,10 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--device {args.device}: {first_line(error)}") from error
 
     files = list_files(args.files)
-    model, processor = load(args.model, args.revision)
     workers = default_workers(len(files), args.batch_size) if args.workers is None else args.workers
+    if workers:  # the server imports while the model is loaded
+        start_server()
+    model, processor = load(args.model, args.revision)
     model = model.to(args.device).eval()
     predictions = predict(model, processor, files, args.top_k, args.batch_size, workers)
     failed = print_predictions(predictions, as_json=args.json)
@@ -64,7 +67,7 @@ def print_predictions(predictions: Iterable[Prediction], as_json: bool) -> int:
             for place, (label, score) in enumerate(zip(prediction.labels, prediction.scores, strict=True)):
                 # As Text: names may look like rich's markup.
                 name = Text(printable(prediction.file) if place == 0 else "")
-                table.add_row(name, Text(label), f"{score:.4f}")
+                table.add_row(name, Text(printable(label)), f"{score:.4f}")
             table.add_section()
     if table.row_count:
         Console().print(table)

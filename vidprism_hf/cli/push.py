@@ -3,12 +3,13 @@
 import argparse
 from pathlib import Path
 
-from ..hub.push import MESSAGE, PushResult, push_export
+from ..errors import printable, printable_lines
+from ..hub.push import DESCRIPTION, MESSAGE, PushResult, push_export
 
 
 def main(argv: list[str]) -> int:
     """`vidprism push`; the last line printed is the URL and the commit."""
-    parser = argparse.ArgumentParser("vidprism push", description="Publish an exported model on the Hub.")
+    parser = argparse.ArgumentParser("vidprism push", description=DESCRIPTION)
     parser.add_argument("folder", type=Path, help="the export, such as runs/demo/export")
     parser.add_argument("--repo", required=True, metavar="ORG/NAME", help="the repository; made if it is not there")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
@@ -26,13 +27,13 @@ def main(argv: list[str]) -> int:
 def print_result(result: PushResult, dry_run: bool, tag: str | None) -> None:
     """Files, notes and tag; the card for a dry run; URL and commit."""
     for file in result.files:
-        print(f"{file.state:<9} {file.size:>13,} bytes  {file.path}")
+        print(f"{file.state:<9} {file.size:>13,} bytes  {printable(file.path)}")
     for note in result.notes:
-        print(f"note: {note}")
+        print(f"note: {printable(note)}")
     total = sum(result.uploaded.values())
     print(f"{'To send' if dry_run else 'Sent'}: {len(result.uploaded)} files, {total:,} bytes")
     if tag:
         print(f"{'To tag' if dry_run else 'Tagged'}: {tag}")
     if dry_run:
-        print(f"\n{result.card}\n")
-    print(result.url, result.commit or "(no commit yet)")
+        print(f"\n{printable_lines(result.card)}\n")
+    print(printable(result.url), result.commit or "(no commit yet)")

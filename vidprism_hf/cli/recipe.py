@@ -16,6 +16,7 @@ from ..data.open import source_kind
 from ..errors import UserError
 from ..evaluation.testing import EvaluationSettings
 from ..hub.licenses import check_license
+from ..stalls import COLLECTIVE_TIMEOUT, check_timeout
 from ..training.checkpoint.files import CheckpointSettings
 from ..training.checkpoint.resume import AUTO
 from ..training.exporting import ExportSettings
@@ -39,6 +40,13 @@ class FinetuneCLI(LightningCLI):
             "<folder>.1; a checkpoint of the folder goes on from there, with other settings if they are given. The "
             "same command typed again goes on.",
         )
+        parser.add_argument(
+            "--collective_timeout",
+            type=float,
+            default=COLLECTIVE_TIMEOUT,
+            help="Seconds that one of several processes waits for another in a step before all end, saying where each "
+            "is; twice as many while checkpoints and exports are written.",
+        )
         parser.add_class_arguments(CheckpointSettings, "checkpoint")
         parser.add_class_arguments(ExportSettings, "export")
         parser.add_class_arguments(EvaluationSettings, "evaluation")
@@ -53,6 +61,7 @@ class FinetuneCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Looks for licence and backbone before data are fetched, which may be hundreds of gigabytes."""
         check_license("export.license", self.config.export.license)
+        check_timeout(self.config.collective_timeout)
         data = self.config.data
         if data.feature_cache:
             check_frozen(self.config.model.freeze_backbone)
@@ -151,6 +160,7 @@ def plan_of(cli: FinetuneCLI, command: str) -> RunPlan:
         built.evaluation,
         trainer=trainer_settings(cli),
         trainer_recipe=trainer_recipe(cli),
+        collective_timeout=config.collective_timeout,
         command=command,
     )
 

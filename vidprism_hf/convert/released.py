@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from ..errors import UserError
 from ..label_names import read_label_names
 from ..model import VidPrismConfig, VidPrismForVideoClassification
+from ..util import preview
 
 CLIP_HEAD_WIDTH = 64  # of every OpenAI ViT
 DEFAULT_RATES = (2, 4, 8, 16)
@@ -234,7 +235,7 @@ def convert(
     except RuntimeError as error:  # shapes
         raise UserError(f"{file}: {' '.join(str(error).split())}") from error
     if missing or unexpected:
-        first = ", ".join((missing + unexpected)[:3])
+        first = preview(missing + unexpected, 3)
         raise UserError(f"{file}: {len(missing)} weights are missing, {len(unexpected)} have no place: {first}")
     return model.eval(), counts, unused
 

@@ -10,14 +10,15 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from ..distributed import gathered
+from ..errors import printable
 from ..model import VidPrismForVideoClassification, VidPrismVideoProcessor
+from ..workers import clip_loader, start_server
 from .config import check_arguments
 from .features.cache import FeatureCache
 from .features.split import CachedClips
 from .loading.dataset import ClipDataset, ClipReader, ClipSampler, PlainExamples, collate
 from .loading.position import check_same_clips, fingerprint, go_on
 from .loading.views import describe_training_views, mirrored, part_reader
-from .loading.workers import shield_worker
 from .open import DEMO, check_source, describe_split, open_source, source_name
 from .reading.processor import DEFAULT_FRAMES, load_processor, normalize_clips, processor_for
 from .reading.transforms import BatchMixing
@@ -48,6 +49,7 @@ class VideoDataModule(L.LightningDataModule):
         num_frames: Frames per clip, beside a named processor; None takes the model's (32 of a preset).
         batch_size: Clips per batch in each process.
         num_workers: Loader processes beside each training process; 0 loads in the training process.
+        worker_timeout: Seconds to wait for a batch of the loader processes before the run ends; null is no limit.
         split: Which of a benchmark's official splits, 1 to 3 (ucf101, hmdb51).
         verify_counts: Whether a benchmark must have as many clips as its official lists say.
         train_list: List file of the training clips, with labels (lists.py tells the forms).
@@ -101,6 +103,7 @@ class VideoDataModule(L.LightningDataModule):
         num_frames: int | None = None,
         batch_size: int = 8,
         num_workers: int = 2,
+        worker_timeout: float | None = 600.0,
         split: int = 1,
         verify_counts: bool = True,
         train_list: str | None = None,
@@ -171,7 +174,7 @@ class VideoDataModule(L.LightningDataModule):
         if self._splits is None:
             self._splits = open_source(self.hparams)
             for note in self._splits.notes:
-                rank_zero_warn(note)
+                rank_zero_warn(printable(note))
         return self._splits
 
     @property
@@ -241,7 +244,10 @@ class VideoDataModule(L.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Lists the clips and loads the processor, so that bad names show before training starts."""
-        splits, _ = self.splits, self.video_processor
+        splits = self.splits
+        if self.hparams.num_workers:  # while what follows is made ready
+            start_server()
+        _ = self.video_processor
         if stage in ("fit", None):
             seen = "training clips are seen as in the evaluation"
             if self.hparams.augment:
@@ -266,6 +272,8 @@ class VideoDataModule(L.LightningDataModule):
             (rank_zero_info if exact else rank_zero_warn)(said)
         if self.hparams.streaming:
             loader.dataset.begin(begin["epoch"], batches, again=begin["bad"])
+            if batches:  # its workers come to the first one by way of those
+                loader.timeout = 0
             self._bad_epoch = begin["epoch"] if begin["bad"] else -1
         else:
             loader.sampler.begin(begin["epoch"], batches * self.hparams.batch_size)
@@ -371,16 +379,16 @@ class VideoDataModule(L.LightningDataModule):
             sampler = ClipSampler(len(clips), split == "train", hparams.seed, hparams.batch_size)
         if hparams.feature_cache:
             clips, workers = self._cached_clips(part), 0  # to hand features over would take longer than to read them
-        return DataLoader(
+        return clip_loader(
             clips,
+            workers,
+            collate,
+            hparams.worker_timeout,
             # Several views of a clip take the place of as many clips.
             batch_size=max(1, hparams.batch_size // (clips.reader.num_clips * clips.reader.num_crops)),
             sampler=sampler,
-            num_workers=workers,
-            collate_fn=collate,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=shield_worker,
             # Its own: the loader draws from it each epoch, and the run's random states go on without.
             generator=torch.Generator(),
         )
@@ -402,7 +410,8 @@ class VideoDataModule(L.LightningDataModule):
             settings = hparams.feature_cache_limit, encoder, hparams.batch_size, hparams.num_workers
             # A callback that takes note of signals may end the run in between.
             callbacks = (getattr(callback, "between_shards", None) for callback in self.trainer.callbacks)
-            cache = FeatureCache(hparams.feature_cache, *settings, next(filter(None, callbacks), None))
+            between = next(filter(None, callbacks), None)
+            cache = FeatureCache(hparams.feature_cache, *settings, between, hparams.worker_timeout)
             found = cache.cached({name: self._clips(name) for name in parts})
             self._cached |= {(*key, name): clips for name, clips in found.items()}
         return self._cached[(*key, part)]

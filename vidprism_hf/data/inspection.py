@@ -5,7 +5,6 @@ with the cause, and the others go on.
 """
 
 import math
-import multiprocessing
 import os
 import signal
 import time
@@ -19,10 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from ..errors import UserError, first_line, printable
+from .. import fonts
+from ..errors import UserError, first_line
 from ..model import VideoDecodeError, check_video
+from ..util import atomic_path, preview
+from ..workers import CONTEXT, start_server
 from .loading.dataset import ClipReader
 from .tables import ClipTable, stable_hash
 
@@ -118,16 +120,12 @@ def read_clips(
     Raises:
         UserError: If the processes do not start.
     """
-    # Fork servers import once and hold no threads; where there are none each process imports anew.
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if "forkserver" in methods:
-        context.set_forkserver_preload([__name__])
+    start_server()
     waiting = iter(clips)
     limit = math.inf if time_limit is None else time_limit
     workers: list[_Worker] = []
     try:
-        workers.extend(_Worker(context, parts, read) for _ in range(num_workers))
+        workers.extend(_Worker(parts, read) for _ in range(num_workers))
         while workers:
             patience = max(0.0, min(worker.deadline for worker in workers) - time.monotonic())
             wait([worker.connection for worker in workers], None if patience == math.inf else patience)
@@ -141,7 +139,7 @@ def read_clips(
                 if outcome is not None:
                     yield outcome
                 if not worker.alive:
-                    workers[place] = _Worker(context, parts, read)
+                    workers[place] = _Worker(parts, read)
                 elif (clip := next(waiting, None)) is not None:
                     worker.give(clip, limit)
                 else:
@@ -155,9 +153,9 @@ def read_clips(
 class _Worker:
     """A process that reads clips one by one, until it is ended from here."""
 
-    def __init__(self, context: Any, parts: Parts, read: Callable[[str | bytes], Any]):
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, parts, read), daemon=True)
+    def __init__(self, parts: Parts, read: Callable[[str | bytes], Any]):
+        self.connection, theirs = CONTEXT.Pipe()
+        self.process = CONTEXT.Process(target=_serve, args=(theirs, parts, read), daemon=True)
         self.process.start()
         theirs.close()  # so that the end of the process shows here as the end of the connection
         self.clip: tuple[int, int] | None = None  # none until it says that it has started
@@ -199,6 +197,8 @@ class _Worker:
 def _serve(connection: Connection, parts: Parts, read: Callable[[str | bytes], Any]) -> None:
     """What a worker does: says that it has started, then answers each (part, row) with (result, cause)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
+    if hasattr(signal, "pthread_sigmask"):  # the server that has forked this process blocks it
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     with suppress(EOFError, BrokenPipeError):  # the first process is gone
         connection.send(None)
         while True:
@@ -236,9 +236,8 @@ def commonest(values: Iterable[str], most: int = 5) -> str:
     """The commonest values with their counts, as text."""
     counts = Counter(values)
     # Of equal counts the smaller value first, so that the order of reading does not show.
-    first = sorted(counts, key=lambda value: (-counts[value], value))[:most]
-    rest = f" and {len(counts) - most} others" if len(counts) > most else ""
-    return ", ".join(f"{value} ({counts[value]})" for value in first) + rest
+    ordered = sorted(counts, key=lambda value: (-counts[value], value))
+    return preview([f"{value} ({counts[value]})" for value in ordered], most)
 
 
 def spread_over_classes(parts: Parts, clips: Iterable[tuple[int, int]], count: int) -> list[tuple[int, int]]:
@@ -278,29 +277,17 @@ def contact_sheet(rows: Sequence[tuple[str, str, np.ndarray]]) -> Image.Image:
     """
     frames, height, width = rows[0][2].shape[:3]
     sheet = Image.new("RGB", (LABEL_WIDTH + frames * (width + GAP), len(rows) * (height + GAP)), "white")
-    draw = ImageDraw.Draw(sheet)
-    large, small = ImageFont.load_default(16), ImageFont.load_default(12)
+    picture = ImageDraw.Draw(sheet)
     for row, (label, name, tiles) in enumerate(rows):
         top = row * (height + GAP)
-        draw.text((8, top + 8), _fitted(label, large), "black", large)
-        draw.text((8, top + 32), _fitted(name, small), "dimgray", small)
+        fonts.draw(picture, (8, top + 8), label, 16, "black", LABEL_WIDTH - 16)
+        fonts.draw(picture, (8, top + 32), name, 12, "dimgray", LABEL_WIDTH - 16)
         for column, tile in enumerate(tiles):
             sheet.paste(Image.fromarray(tile), (LABEL_WIDTH + column * (width + GAP), top))
     return sheet
 
 
-def _fitted(text: str, font: ImageFont.FreeTypeFont) -> str:
-    """The text, or as much of its beginning as there is room for."""
-    text, room = printable(text), LABEL_WIDTH - 16
-    if font.getlength(text) <= room:
-        return text
-    while text and font.getlength(text + "...") > room:
-        text = text[:-1]
-    return text + "..."
-
-
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Writes a picture whole or not at all."""
-    beside = path.with_name(f".{path.name}.tmp")
-    picture.save(beside, format=Image.registered_extensions()[path.suffix.lower()])
-    os.replace(beside, path)
+    with atomic_path(path) as beside:
+        picture.save(beside, format=Image.registered_extensions()[path.suffix.lower()])

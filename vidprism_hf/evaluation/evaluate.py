@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
@@ -21,12 +23,15 @@ from ..data.open import dataset_facts
 from ..data.reading.processor import load_processor, processor_for
 from ..distributed import print_once
 from ..errors import UserError, first_line, why_not_loaded
-from ..hub.card import eval_results, evaluation_body, plain
+from ..hub.card import eval_results, evaluation_body
 from ..hub.export import README, is_vidprism_config
+from ..hub.markdown import Markdown, escape
 from ..hub.merge import states_results, with_evaluation
+from ..hub.own_files import NotOwn, located, read_own
 from ..locks import lock_path, only_run
 from ..model import VidPrismConfig, VidPrismForVideoClassification
 from ..signals import SignalWatch
+from ..stalls import COLLECTIVE_TIMEOUT, LONG, StallWatch
 from .checkpoints import load_checkpoint
 from .labels import matched_labels
 from .other_models import TestedClassifier, load_other
@@ -52,6 +57,7 @@ def evaluate(
     revision: str | None = None,
     num_frames: int | None = None,
     trainer: Mapping[str, Any] | None = None,
+    collective_timeout: float = COLLECTIVE_TIMEOUT,
 ) -> Evaluation:
     """Evaluates a video classifier on the validation split, each video once, in all test views.
 
@@ -67,6 +73,7 @@ def evaluate(
         revision: Branch, tag or commit of a model on the Hub.
         num_frames: Frames per view, for a VidPrism without learned positions; None takes the model's.
         trainer: Arguments of Lightning's Trainer: devices, precision, ...
+        collective_timeout: Seconds that a rank waits for another one before all end.
 
     Raises:
         UserError: If the model cannot be loaded, or its labels are not the data's.
@@ -83,7 +90,10 @@ def evaluate(
     # Under Lightning's own handler of SIGTERM ranks that wait for each other do so until they are killed.
     ends = LambdaCallback(on_test_start=lambda trainer, module: SignalWatch().leave_at_once(trainer))
     bars = progress_bars(settings.get("enable_progress_bar"))
-    built = make_trainer(settings, [recorder, ends, *bars], logger=False, use_distributed_sampler=False)
+    if settings.get("strategy") in ("ddp", "fsdp"):  # nothing is trained: each rank has the whole model
+        settings["strategy"] = DDPStrategy(timeout=timedelta(seconds=LONG * collective_timeout))
+    callbacks = [recorder, ends, StallWatch(collective_timeout), *bars]
+    built = make_trainer(settings, callbacks, logger=False, use_distributed_sampler=False)
     facts = dataset_facts(data.hparams)
     subject = subject_of(built, tested.module.model.config, data, tested.name, facts)
     subject = replace(subject, commit=tested.commit, chose_checkpoint=chose_checkpoint(subject))
@@ -183,7 +193,7 @@ def fetched(name: str, commit: str) -> str:
 def chose_checkpoint(subject: Subject) -> bool:
     """Whether the clips chose the checkpoint of a local export, as its split.json says."""
     try:
-        split = json.loads((Path(subject.model) / "split.json").read_bytes())
+        split = json.loads(read_own(Path(subject.model), "split.json"))
         chosen, known = split["chosen_on_val"], split["val"]["sha256"]
         alike = (split["val"]["clips"], split["split"]) == (subject.num_clips, subject.split)
     except (OSError, ValueError, KeyError, TypeError):
@@ -223,29 +233,29 @@ def refresh_export(evaluation: Evaluation, export: Path) -> list[str]:
     files = {}
     try:
         with only_run(export):
-            readme = existing(export / README).decode()
-            title = f"On {plain(evaluation.dataset)} ({plain(evaluation.split)}), {evaluation.protocol}"
+            readme = existing(export, README).decode()
+            title = escape(f"On {evaluation.dataset} ({evaluation.split}), {evaluation.protocol}")
             refreshed = with_evaluation(readme, title, card_body(evaluation, states_results(readme)))
             if refreshed != readme:
                 files[README] = refreshed.encode()
             if evaluation.dataset_id:
                 notes = f"{evaluation.conditions}. By vidprism evaluate, {' '.join(told(evaluation))}"
-                known = {
-                    path.relative_to(export).as_posix(): path.read_bytes()
-                    for path in export.glob(".eval_results/*.yaml")
-                }
+                names = [f".eval_results/{path.name}" for path in export.glob(".eval_results/*.yaml")]
+                known = {name: read_own(export, name) for name in names}
                 measured = evaluation.dataset_id, evaluation.values
                 files |= eval_results(*measured, evaluation.conditions, notes, known)
             for path, content in files.items():
                 replace_file(export, path, content)
+    except NotOwn:
+        raise
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{export}: its card cannot be refreshed ({first_line(error)})") from error
     return list(files)
 
 
-def existing(file: Path) -> bytes:
-    """The content of a file; nothing where there is none."""
-    return file.read_bytes() if file.exists() else b""
+def existing(export: Path, name: str) -> bytes:
+    """The content of a file of an export; nothing where there is none."""
+    return read_own(export, name) if os.path.lexists(export / name) else b""
 
 
 def told(evaluation: Evaluation) -> list[str]:
@@ -261,17 +271,19 @@ def card_body(evaluation: Evaluation, has_results: bool) -> str:
         evaluation: What was found.
         has_results: Whether the card's metadata state results.
     """
-    sentences = ["By `vidprism evaluate`,", *told(evaluation)]
+    sentences = told(evaluation)
     if has_results:
         sentences.append("The metadata of this card have the results of its export.")
     measured = evaluation.values, evaluation.intervals, evaluation.evaluated
-    return evaluation_body(" ".join(sentences), *measured, len(evaluation.labels), evaluation.classes)
+    protocol = Markdown(f"By `vidprism evaluate`, {escape(' '.join(sentences))}")
+    return evaluation_body(protocol, *measured, len(evaluation.labels), evaluation.classes)
 
 
 def replace_file(export: Path, name: str, content: bytes) -> None:
     """Writes a file of an export whole, under its lock. Until it is, it lies where the lock does: with a strange file
     in it the folder would be no export, and what a killed process leaves is written over by the next.
     """
+    located(export, os.path.dirname(name))
     beside = lock_path(export).with_suffix(".tmp")
     beside.write_bytes(content)
     (export / name).parent.mkdir(exist_ok=True)

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from safetensors import SafetensorError
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
 from ..errors import UserError, why_not_loaded
 from ..model import VideoDecodeError, VidPrismForVideoClassification, VidPrismVideoProcessor
+from ..workers import clip_loader
 
 STDIN = "-"
 MOST_WORKERS = 8  # without --workers: each holds two batches, and decoding is seldom short of more
@@ -66,13 +67,15 @@ def predict(
         batch_size: Files that go through the model together.
         workers: Processes that decode the next batches meanwhile; 0 decodes in between.
     """
-    loader = DataLoader(
-        DecodedFiles(files, processor, model.config.num_frames),
+    clips = DecodedFiles(files, processor, model.config.num_frames)
+    loader = clip_loader(
+        clips,
+        workers,
+        _collate,
         batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=_collate,
         pin_memory=model.device.type == "cuda",
     )
+    loader.setting = "--workers"
     names = iter(files)
     for pixels, errors in loader:
         best = iter(_classify(model, processor, pixels, top_k) if len(pixels) else ())

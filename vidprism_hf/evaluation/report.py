@@ -16,6 +16,7 @@ from rich.text import Text
 
 from ..data.bad_videos import BadClip, ClipCounts
 from ..errors import printable
+from ..util import preview
 from .compute import Cost
 from .metrics import CALIBRATION_BINS, Metrics
 from .scores import AverageClips
@@ -275,13 +276,13 @@ def rounded(value: Any) -> Any:
 
 def print_evaluation(evaluation: Evaluation) -> None:
     """Prints what a person wants to know of it."""
-    print(f"{evaluation.title} on {evaluation.counts.phrase('held-out clips')} of {printable(evaluation.dataset)}")
+    counts = evaluation.counts.phrase("held-out clips")
+    print(printable(f"{evaluation.title} on {counts} of {evaluation.dataset}"))
     print(f"{evaluation.protocol}; {printable(evaluation.split)}")
     for sentence in evaluation.caveats:
         print(sentence)
     if evaluation.missing:
-        names, more = evaluation.missing[:MOST_MISSING], len(evaluation.missing) - MOST_MISSING
-        print(f"Missing: {printable(', '.join(names))}{f' and {more} more' if more > 0 else ''}")
+        print(f"Missing: {preview(evaluation.missing, MOST_MISSING)}")
     for table in (accuracy_table(evaluation.metrics), cost_table(evaluation), class_table(evaluation.classes)):
         text = io.StringIO()
         Console(file=text, width=MOST_COLUMNS).print(table)

@@ -12,6 +12,7 @@ import yaml
 from ..data import VideoDataModule
 from ..errors import UserError
 from ..evaluation.testing import EvaluationSettings
+from ..stalls import COLLECTIVE_TIMEOUT, check_timeout
 from .checkpoint.files import CheckpointSettings
 from .exporting import ExportSettings
 from .module import VidPrismLightningModule
@@ -41,6 +42,7 @@ class RunPlan:
         evaluation: How the final test is done.
         trainer: Arguments of Lightning's Trainer.
         trainer_recipe: The same as YAML has them; None derives it from the values.
+        collective_timeout: Seconds that a rank waits for another one in a step before all end.
         command: What a user repeats to resume the run.
     """
 
@@ -54,6 +56,7 @@ class RunPlan:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     trainer: Mapping[str, Any] = field(default_factory=dict)
     trainer_recipe: Mapping[str, Any] | None = None
+    collective_timeout: float = COLLECTIVE_TIMEOUT
     command: str = "call finetune() again"
 
     def __post_init__(self):
@@ -62,6 +65,7 @@ class RunPlan:
             self.output = self.output.resolve()
         self.trainer = TRAINER_DEFAULTS | dict(self.trainer)
         check_length(self.trainer)
+        check_timeout(self.collective_timeout)
 
     def recipe(self) -> dict[str, Any]:
         """Returns all settings of the run as a recipe's keys and plain values.
@@ -78,6 +82,7 @@ class RunPlan:
             "trainer": trainer,
         }
         head = {"seed_everything": self.seed, "output": str(self.output), "resume": "auto"}
+        head["collective_timeout"] = self.collective_timeout
         return head | {name: plain(section) for name, section in sections.items()}
 
     def to_yaml(self) -> str:

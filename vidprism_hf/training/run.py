@@ -20,7 +20,6 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from ..data import VideoDataModule
 from ..data.bad_videos import BadClip, TooManyBadClips, bad_clip_table
-from ..data.fetch.contents import write_whole
 from ..data.open import dataset_facts
 from ..data.sources.splits import save_clip_list
 from ..distributed import print_once
@@ -34,6 +33,7 @@ from ..hub.push import PushResult, push_export
 from ..locks import not_writable, only_run
 from ..model import VidPrismForVideoClassification
 from ..signals import Stopped
+from ..util import atomic_write
 from .callbacks.push import push_open
 from .callbacks.recorder import CardRecorder, Measured, bad_clips, clip_counts, kept_by, switched_on
 from .checkpoint.callback import Safeguard
@@ -243,7 +243,7 @@ def finish(trainer: Trainer, evaluation: Evaluation, output: Path) -> None:
         write_evaluation(evaluation)
     counts = {split: dataclasses.asdict(clip_counts(trainer, split)) for split in ("train", "val")}
     counts["val"]["evaluated"] = evaluation.evaluated
-    write_whole(
+    atomic_write(
         output / METRICS, (json.dumps({**rounded(evaluation.values), "clips": counts}, indent=2) + "\n").encode()
     )
     (output / "checkpoints" / PREVIOUS).unlink(missing_ok=True)
@@ -289,7 +289,7 @@ def save_settings(plan: RunPlan) -> None:
     """
     try:
         plan.output.mkdir(parents=True, exist_ok=True)
-        write_whole(plan.output / "config.yaml", plan.to_yaml().encode())
+        atomic_write(plan.output / "config.yaml", plan.to_yaml().encode())
     except OSError as error:
         raise not_writable(plan.output, error) from error
 

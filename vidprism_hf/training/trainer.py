@@ -1,6 +1,7 @@
 """The trainer of a run: Lightning's, with the run's callbacks, loggers and strategy."""
 
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from ..errors import UserError
 from ..evaluation.scores import ScoreRecorder
 from ..evaluation.testing import callbacks_of, make_trainer, progress_bars
+from ..stalls import COLLECTIVE_TIMEOUT, LONG, StallWatch
 from .callbacks.averaging import WiseFT
 from .callbacks.bad_videos import BadClipReport
 from .callbacks.push import PushToHub
@@ -41,7 +43,9 @@ def build_trainer(plan: RunPlan) -> Trainer:
             CSVLogger(plan.output, name="logs", version=free_name(plan.output / "logs" / "csv").name),
         ]
     callbacks = [*run_callbacks(plan), *([LearningRateMonitor(logging_interval="step")] if logger else [])]
-    trainer = training_trainer(asked, callbacks, default_root_dir=str(plan.output), logger=logger)
+    trainer = training_trainer(
+        asked, callbacks, plan.collective_timeout, default_root_dir=str(plan.output), logger=logger
+    )
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # neither the recipe's nor a strategy's own
         trainer.strategy.checkpoint_io = SafeCheckpointIO()
     for callback in trainer.callbacks:
@@ -50,15 +54,22 @@ def build_trainer(plan: RunPlan) -> Trainer:
     return trainer
 
 
-def training_trainer(settings: Mapping[str, Any], callbacks: Sequence[Callback] = (), **own: Any) -> Trainer:
+def training_trainer(
+    settings: Mapping[str, Any],
+    callbacks: Sequence[Callback] = (),
+    collective_timeout: float = COLLECTIVE_TIMEOUT,
+    **own: Any,
+) -> Trainer:
     """Builds a trainer with the strategy that training needs; see `make_trainer`."""
+    limit = timedelta(seconds=LONG * collective_timeout)  # where StallWatch does not look
     # Accumulation leaves steps without communication.
     accumulates = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(settings))
     accumulates = accumulates or settings.get("accumulate_grad_batches", 1) > 1
-    strategy = named_strategy(settings.get("strategy", "auto"), accumulates)
+    strategy = named_strategy(settings.get("strategy", "auto"), accumulates, limit)
     trainer = make_trainer(settings, callbacks, strategy=strategy, **own)
     if strategy == "auto" and type(trainer.strategy) is DDPStrategy:  # Lightning has found several devices
         trainer.strategy._ddp_kwargs.update(ddp_settings(accumulates))
+        trainer.strategy._timeout = limit
     return trainer
 
 
@@ -87,4 +98,5 @@ def run_callbacks(plan: RunPlan) -> list[Callback]:
         ScoreRecorder(plan.evaluation.average_clips),
         *([] if alpha is None else [WiseFT(alpha, start.backbone, start.checkpoint)]),
         *progress_bars(plan.trainer.get("enable_progress_bar")),
+        StallWatch(plan.collective_timeout),
     ]

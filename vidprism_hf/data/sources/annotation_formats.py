@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...errors import some
 from ...label_names import LABEL_COLUMNS, NUMBER, is_text, read_json, read_lines
+from ...util import preview
 from ..tables import VIDEO_EXTENSIONS, DataError
 
 # fmt: off
@@ -176,7 +176,7 @@ def _text_rows(path: Path, lines: list[str], header: list[str]) -> Iterator[List
             raise DataError(f"{path}, line {number}: {line!r} does not read like the other lines; give `path label`")
         raise DataError(
             f"{path}, line {number}: is neither `path label` nor a header with the columns of a list; found: "
-            f"{some(header)}; give one of {', '.join(PATH_COLUMNS)} and one of {', '.join(LABEL_COLUMNS)}"
+            f"{preview(header)}; give one of {', '.join(PATH_COLUMNS)} and one of {', '.join(LABEL_COLUMNS)}"
         )
     fields = _without_frame_counts(fields, separator)
     for (number, _), (clip, label) in zip(numbered, fields, strict=True):

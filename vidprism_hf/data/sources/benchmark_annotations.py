@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...label_names import read_label_names
+from ...util import check_regular
 from ..fetch.benchmark_parts import DOWNLOADS
 from ..tables import is_video
 
@@ -48,6 +49,7 @@ def find_hmdb51(folder: Path, split: int, scratch: Path) -> Lists:
     official = {path.name.removesuffix(suffix): path for path in folder_of_lists.glob(f"*{suffix}")}
     rows: dict[str, list[str]] = {"1": [], "2": []}  # a clip's number: 1 training, 2 test, 0 neither
     for label in sorted(official):
+        check_regular(official[label])
         for line in official[label].read_text("utf-8", "surrogateescape").split("\n"):
             clip, _, use = line.strip().rpartition(" ")
             if use in rows:
@@ -79,6 +81,7 @@ def _find(folder: Path, *names: str) -> Path:
     for name in names:
         for parent in _folders(folder):
             for path in sorted(parent.glob(name)):
+                check_regular(path)
                 return path
     raise Absent(names[0])
 

@@ -27,6 +27,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from ...util import atomic_write
 from ..fetch.benchmark_parts import (
     DOWNLOADS,
     HubPart,
@@ -37,7 +38,6 @@ from ..fetch.benchmark_parts import (
     hmdb51_lists,
     unfinished,
 )
-from ..fetch.contents import write_whole
 from ..fetch.download import say
 from ..tables import ClipSplits, DataError, is_video
 from .annotations import scan_lists
@@ -271,7 +271,7 @@ def _write_records(benchmark: Benchmark, folder: Path, split: int, manifest: Man
         for name in SPLITS:
             path = folder / _missing_file(benchmark, split, name)
             if missing := found.missing.get(name):
-                _write_whole(path, "".join(f"{clip}\n" for clip in missing))
+                _write_text(path, "".join(f"{clip}\n" for clip in missing))
             else:
                 path.unlink(missing_ok=True)
         _write_manifest(folder, manifest)
@@ -293,11 +293,11 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
     if _read_manifest(folder) == manifest:
         return
     manifest.date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    _write_whole(folder / MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=2, ensure_ascii=False) + "\n")
+    _write_text(folder / MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=2, ensure_ascii=False) + "\n")
 
 
-def _write_whole(path: Path, text: str) -> None:
-    write_whole(path, text.encode("utf-8", "surrogateescape"))
+def _write_text(path: Path, text: str) -> None:
+    atomic_write(path, text.encode("utf-8", "surrogateescape"))
 
 
 _UCF101_HUB = {"repo": "quchenyuan/UCF101-ZIP"}

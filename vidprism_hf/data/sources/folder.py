@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import some
+from ...util import preview, special_kind
 from ..tables import VIDEO_EXTENSIONS, ClipSplits, DataError, FileTable, is_video
 from .splits import DEFAULT_FRACTION, describe_fraction, split_table
 
@@ -105,21 +105,24 @@ def _held_out_folder(root: Path) -> str | None:
     return held_out[0]
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yields (path relative to `folder`, real path) of every visible file, following links."""
-    for directory, children, files in os.walk(folder, onerror=_raise, followlinks=True):
-        children[:] = _visible(children)
-        relative = os.path.relpath(directory, folder)
-        real = os.path.realpath(directory)
-        for name in _visible(files):
-            path = os.path.join(directory, name)
-            # Resolving every file would dominate the scan of a large set: only links need it.
-            real_path = os.path.realpath(path) if os.path.islink(path) else os.path.join(real, name)
-            yield Path(os.path.normpath(os.path.join(relative, name))).as_posix(), real_path
-
-
-def _raise(error: OSError) -> None:
-    raise error  # os.walk would skip a folder it may not read
+def _walk(folder: Path) -> Iterator[tuple[str, str, str | None]]:
+    """Yields every visible file, following links: its path below `folder`, its real path, and its `special_kind`."""
+    waiting = [""]
+    while waiting:
+        relative = waiting.pop()
+        real = os.path.realpath(folder / relative)
+        with os.scandir(folder / relative) as entries:
+            for entry in entries:
+                name = relative + entry.name
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    waiting.append(f"{name}/")
+                    continue
+                # Resolving every file would dominate the scan of a large set: only links need it.
+                real_path = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
+                # So would asking for the kind of each, which the listing tells of files and folders.
+                yield name, real_path, None if entry.is_file() else special_kind(entry.path)
 
 
 def _list_classes(folder: Path, root: Path, seen: dict[str, str] | None = None) -> _Listing:
@@ -131,11 +134,13 @@ def _list_classes(folder: Path, root: Path, seen: dict[str, str] | None = None) 
     inner: set[tuple[str, ...]] = set()
     for label in _folders(folder):
         clips[label], below = [], set()
-        for name, real in _walk(folder / label):
+        for name, real, kind in _walk(folder / label):
             clip = f"{prefix}{label}/{name}"
             if not is_video(name):
                 ignored.append(clip)
                 continue
+            if kind:
+                raise DataError(f"{root / clip}: is {kind}, not a regular file; remove it")
             if real in seen:
                 raise DataError(f"{root}: {clip} and {seen[real]} are the same file; remove one of them")
             seen[real] = clip
@@ -158,8 +163,8 @@ def _session_notes(folder: Path, labels: list[str], inner: set[tuple[str, ...]])
     if len(labels) < 2 or len(inner) > 1 or len(same) < 2 or "" in same:
         return []
     return [
-        f"{folder}: all class folders have the same subfolders: read as classes {some(labels)}, each with "
-        f"{some(same)}; if {some(same)} are the classes, put them outermost ({same[0]}/{labels[0]}/...)"
+        f"{folder}: all class folders have the same subfolders: read as classes {preview(labels)}, each with "
+        f"{preview(same)}; if {preview(same)} are the classes, put them outermost ({same[0]}/{labels[0]}/...)"
     ]
 
 
@@ -192,9 +197,9 @@ def _assemble(
     root, notes, ignored = train.origin, list(notes), sorted(ignored)
     missing = [id2label[index] for index in sorted(set(id2label) - set(val.labels.tolist()))]
     if missing:
-        notes.append(f"{root}: {len(missing)} of {len(id2label)} labels have no held-out clip: {some(missing)}")
+        notes.append(f"{root}: {len(missing)} of {len(id2label)} labels have no held-out clip: {preview(missing)}")
     if ignored:
-        notes.append(f"{root}: {len(ignored)} files are not clips and are ignored: {some(ignored)}")
+        notes.append(f"{root}: {len(ignored)} files are not clips and are ignored: {preview(ignored)}")
     return ClipSplits(train, val, id2label, tuple(ignored), tuple(notes), description=description)
 
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...label_names import read_label_names
+from ...util import preview
 from ..fetch.repository import Repository, hub_errors
 from ..tables import ClipSplits, ClipTable, DataError, FileTable
 from .splits import split_table
@@ -116,7 +117,7 @@ def choose_split(source: str, splits: Sequence[str], asked: str, field: str) -> 
         DataError: If no split has that name.
     """
     if asked not in splits:
-        raise DataError(f"{source}: has no split {asked!r} but {', '.join(splits)}; name one as data.{field}")
+        raise DataError(f"{source}: has no split {asked!r} but {preview(splits, 9)}; name one as data.{field}")
     return asked
 
 
@@ -131,7 +132,7 @@ def find_video_column(source: str, features: datasets.Features, asked: str | Non
     column = asked or next(iter(typed or usual), None)
     if column is None or column not in features or not _may_hold_videos(features[column]):
         what = "has no column of videos or their paths" if asked is None else f"column {asked!r} holds no videos"
-        raise DataError(f"{source}: {what}; its columns are {', '.join(features)}: name one as data.video_column")
+        raise DataError(f"{source}: {what}; its columns are {preview([*features], 20)}: name one as data.video_column")
     return column
 
 
@@ -168,7 +169,7 @@ def find_labels(
     column = asked or (typed[0] if len(typed) == 1 else next(iter(usual), None))
     if column is None or column not in features:
         what = f"has no column {asked!r}" if asked else "has no column of labels"
-        raise DataError(f"{source}: {what}; its columns are {', '.join(features)}: name one as data.label_column")
+        raise DataError(f"{source}: {what}; its columns are {preview([*features], 20)}: name one as data.label_column")
     feature = features[column]
     if isinstance(feature, datasets.ClassLabel):
         return Labels(column, tuple(feature.names), {index: index for index in range(feature.num_classes)})
@@ -267,7 +268,7 @@ class HubTables:
         chosen = subset_values(set(values))
         if chosen is None:
             raise DataError(
-                f"{self.source}: has no held-out split but {', '.join(self.data)}; name one as data.val_split or "
+                f"{self.source}: has no held-out split but {preview([*self.data], 9)}; name one as data.val_split or "
                 "hold out a share with data.val_fraction"
             )
         rows = [np.array([row for row, value in enumerate(values) if value == wanted]) for wanted in chosen]

@@ -13,15 +13,15 @@ A draw is decided by a hash of the seed and each name: neither the order of list
 import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..fetch.contents import write_whole
-from ..tables import ClipSplits, ClipTable, DataError, stable_hash
+from ...util import atomic_write, check_regular
+from ..tables import ClipSplits, ClipTable, DataError, rows_by_label, stable_hash
 
 DEFAULT_FRACTION = 0.2  # of class folders without a rule
 
@@ -71,9 +71,8 @@ def _names(table: ClipTable) -> list[str]:
     return [table.name(index) for index in range(len(table))]
 
 
-def _draw(table: ClipTable, label: int, seed: int, count: Callable[[int], int]) -> list[int]:
+def _draw(table: ClipTable, rows: Sequence[int], seed: int, count: Callable[[int], int]) -> list[int]:
     """Draws `count(n)` of the n videos of a class; those drawn for a smaller count are among them."""
-    rows = np.flatnonzero(table.labels == label).tolist()
     return sorted(rows, key=lambda row: (stable_hash(seed, table.name(row)), table.name(row)))[: count(len(rows))]
 
 
@@ -81,13 +80,14 @@ def _by_fraction(table: ClipTable, fraction: float, seed: int) -> np.ndarray:
     if not 0 < fraction < 1:
         raise DataError(f"data.val_fraction={fraction}: must lie between 0 and 1, like 0.2")
     is_val = np.zeros(len(table), dtype=bool)
-    for label in np.unique(table.labels):
-        is_val[_draw(table, label, seed, lambda size: min(max(int(size * fraction + 0.5), 1), size - 1))] = True
+    for rows in rows_by_label(table.labels).values():
+        is_val[_draw(table, rows, seed, lambda size: min(max(int(size * fraction + 0.5), 1), size - 1))] = True
     return is_val
 
 
 def _by_list(table: ClipTable, path: str | os.PathLike, seed: int) -> np.ndarray:
     try:
+        check_regular(path)
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data.val_list={path}: cannot be read as a text file ({error})") from error
@@ -125,8 +125,9 @@ def few_shot(splits: ClipSplits, shots: int, seed: int) -> ClipSplits:
         raise DataError(f"data.shots={shots}: must be at least 1, or null for all clips")
     table = splits.train
     chosen: list[int] = []
+    rows = rows_by_label(table.labels)
     for label, label_name in splits.id2label.items():
-        drawn = _draw(table, label, seed, lambda size: shots)
+        drawn = _draw(table, rows.get(label, []), seed, lambda size: shots)
         if len(drawn) < shots:
             raise DataError(
                 f"{table.origin}: label {label_name!r} has {len(drawn)} training clips; "
@@ -148,7 +149,7 @@ def save_clip_list(table: ClipTable, path: str | os.PathLike) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, b"".join(_lines(table)))
+    atomic_write(path, b"".join(_lines(table)))
 
 
 def clip_list_hash(table: ClipTable, in_order: bool = False) -> str:
