@@ -3,6 +3,7 @@
 import traceback
 import unicodedata
 from pathlib import Path
+from pickle import UnpicklingError
 
 import httpx2
 from huggingface_hub.errors import (
@@ -44,7 +45,10 @@ class DataError(UserError):
 
 def first_line(error: BaseException) -> str:
     """Returns the first line of a library's message, which names the cause; the rest are hints."""
-    if isinstance(error, StrictDataclassError):  # its first line names only the field
+    if isinstance(error, UnpicklingError):  # its own message advises to run what is in it
+        return "its weights are a pickle that is damaged or would run code; take a copy in safetensors"
+    if isinstance(error, StrictDataclassError):  # its first line names only the field, or our validator
+        error = error.__cause__ if isinstance(error.__cause__, ValueError) else error
         return " ".join(str(error).split())
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 

@@ -43,7 +43,9 @@ def read_trials(path: Path) -> dict[str, Trial]:
 def append_trial(path: Path, key: str, trial: Trial) -> None:
     """Appends a finished trial in one write, on a line of its own."""
     correct = "".join(str(int(value)) for value in trial.correct)
-    line = json.dumps({"key": key, "correct": correct, "parameters": trial.parameters, "seconds": trial.seconds})
+    line = json.dumps(
+        {"key": key, "correct": correct, "parameters": trial.parameters, "seconds": trial.seconds}, allow_nan=False
+    )
     torn = path.exists() and not path.read_bytes().endswith(b"\n")
     with open(path, "ab") as file:
         file.write(b"\n" * torn + line.encode() + b"\n")

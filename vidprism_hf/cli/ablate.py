@@ -7,8 +7,9 @@ from dataclasses import fields
 from ..ablation.grids import GRIDS
 from ..data.tables import DataError
 from ..errors import UserError
-from ..training.plan import check_length
+from ..training.checks import check_trainer
 from .recipe import FinetuneCLI, parse
+from .trust import HELP
 
 # Settings of a recipe's trainer that change no weight of a head, and so are accepted and ignored.
 WITHOUT_EFFECT = {
@@ -59,7 +60,7 @@ def study_settings(cli: FinetuneCLI) -> dict:
     from ..ablation.heads import TrainerSettings
 
     trainer, defaults = cli.config.trainer, cli.parser.get_defaults()
-    check_length(vars(trainer))
+    check_trainer(vars(trainer))
     if cli.config.resume != defaults.resume:
         raise UserError("resume: a study always resumes; choose another output to start fresh")
     if trainer.devices not in ("auto", 1, "1"):
@@ -81,7 +82,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="vidprism ablate",
         description="Trains variants of the head by cross-validation on cached features and compares them in a table; "
-        "other options are those of finetune, such as --config recipes/ablations/head.yaml --data.source CLIPS.",
+        "other options are those of finetune, such as --config recipes/ablations/head.yaml --data.source CLIPS. "
+        + HELP,
         allow_abbrev=False,
     )
     names = ["all", *GRIDS]

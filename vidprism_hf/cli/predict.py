@@ -60,7 +60,7 @@ def print_predictions(predictions: Iterable[Prediction], as_json: bool) -> int:
     for prediction in predictions:
         failed += prediction.error is not None
         if as_json:
-            print(json.dumps(vars(prediction)), flush=True)
+            print(json.dumps(vars(prediction), allow_nan=False), flush=True)
         elif prediction.error:
             print(f"vidprism predict: {printable(prediction.error)}", file=sys.stderr, flush=True)
         else:

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from ..data import VideoDataModule, load_processor
 from ..data.open import source_kind
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..evaluation.testing import EvaluationSettings
 from ..hub.licenses import check_license
 from ..stalls import COLLECTIVE_TIMEOUT, check_timeout
@@ -25,10 +25,20 @@ from ..training.plan import TRAINER_DEFAULTS, RunPlan
 from ..training.whitening import check_whitening
 from .help import suggestion
 from .recipes import find_recipe
+from .trust import HELP, RecipeParser, check_places, check_recipes, reading, refusal, take_trust
 
 
 class FinetuneCLI(LightningCLI):
-    """LightningCLI with the run's folder, and the links between data and model."""
+    """LightningCLI with the run's folder, and the links between data and model.
+
+    Args:
+        trusted: Whether the recipe may name any class, and any folder for it.
+    """
+
+    def __init__(self, *args: Any, trusted: bool = False, **settings: Any):
+        self.trusted = trusted
+        with reading(trusted):
+            super().__init__(*args, **settings)
 
     def add_arguments_to_parser(self, parser):
         parser.add_argument("--output", type=str, default="runs/finetune", help="Folder of the run.")
@@ -58,6 +68,15 @@ class FinetuneCLI(LightningCLI):
         )
         parser.link_arguments("data.id2label", "model.id2label", apply_on="instantiate")
 
+    def parse_arguments(self, parser, args) -> None:
+        """Parses, and looks at what is used before anything is built."""
+        super().parse_arguments(parser, args)
+        seed = self.config.seed_everything
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise UserError(f"seed_everything={seed}: must be from 0 to {2**32 - 1}")
+        if not self.trusted:
+            check_places(self.config.trainer)
+
     def before_instantiate_classes(self) -> None:
         """Looks for licence and backbone before data are fetched, which may be hundreds of gigabytes."""
         check_license("export.license", self.config.export.license)
@@ -69,6 +88,19 @@ class FinetuneCLI(LightningCLI):
         if source_kind(data.source) in ("benchmark", "hub"):
             load_processor(data.processor, data.num_frames)
 
+    def instantiate_classes(self) -> None:
+        """Builds data, model and what the recipe names for the trainer.
+
+        Raises:
+            UserError: If a class of the trainer's does not take what the recipe gives it.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if not str(error).startswith("Does not validate"):  # jsonargparse's beginning, around the class's own error
+                raise
+            raise UserError(f"trainer: {first_line(error.__cause__ or error)}") from error
+
     def instantiate_trainer(self, **settings) -> None:
         """Builds no trainer: the run builds its own."""
 
@@ -77,19 +109,24 @@ def parse(argv: list[str], description: str | None = None) -> FinetuneCLI:
     """Parses a recipe and overrides, and builds data and model.
 
     Args:
-        argv: `--config recipes/X.yaml` and any `--key value`.
+        argv: `--config recipes/X.yaml`, any `--key value`, and --trust-recipe if the recipe may name any class.
         description: What `--help` says above the keys.
 
     Raises:
         UserError: With jsonargparse's message as one line, if a key does not exist or a value does not fit.
     """
+    trusted, argv = take_trust(argv)
+    argv = expand(argv)
+    check_recipes(argv)
     try:
         # LightningCLI warns of its own arguments where the process has some too, which are the same here.
         warnings.filterwarnings("ignore", "LightningCLI's args parameter")
         return FinetuneCLI(
             VidPrismLightningModule,
             VideoDataModule,
-            args=expand(argv),
+            args=argv,
+            trusted=trusted,
+            parser_class=RecipeParser,
             run=False,
             seed_everything_default=0,
             save_config_callback=None,
@@ -99,12 +136,12 @@ def parse(argv: list[str], description: str | None = None) -> FinetuneCLI:
                 "exit_on_error": False,
                 "allow_abbrev": False,  # a misspelt key is an error, not the beginning of another one
                 "prog": "vidprism finetune",
-                "description": description,
+                "description": f"{description or ''} {HELP}".strip(),
             },
         )
     except ArgumentError as error:
         message = " ".join(str(error).split())
-        raise UserError(message + did_you_mean(message)) from error
+        raise UserError(refusal(error) or message + did_you_mean(message)) from error
 
 
 # How jsonargparse names a key that does not exist.

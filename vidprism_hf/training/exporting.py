@@ -13,11 +13,12 @@ import yaml
 from lightning.pytorch import Trainer
 
 from ..data.sources.splits import clip_list_hash
-from ..errors import one_line_or_traceback
+from ..errors import UserError, one_line_or_traceback
 from ..evaluation.report import Evaluation, Protocol
 from ..hub import export_model, render_card
 from ..hub.card import eval_results_file
 from ..hub.export import MAX_SHARD_SIZE, Precision
+from .allowed import own_classes
 from .callbacks.averaging import WeightEMA
 from .callbacks.recorder import METRICS, CardRecorder, Measured, bad_clips, kept_by, moment, run_facts, run_figures
 from .checkpoint.files import KeptCheckpoint
@@ -30,6 +31,7 @@ TRAIN_LIST = "train_clips.txt"  # in the run's folder, where the clips were draw
 SECRET_NAME = re.compile(
     r"(^|_)(token|auth|password|passwd|passphrase|secrets?|credentials?|api_?keys?|\w+_keys?)(_|$)", re.IGNORECASE
 )
+SIZE = re.compile(r"[1-9]\d*\s*[KMGT]B", re.IGNORECASE)  # as huggingface_hub takes it
 SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}|://[^/@\s]+@")  # a token of the Hub, or an address with a user
 
 
@@ -52,6 +54,10 @@ class ExportSettings:
     checkpoints: bool = False
     license: str | None = None
     wise_ft_alpha: float | None = None
+
+    def __post_init__(self):
+        if not SIZE.fullmatch(self.max_shard_size):
+            raise UserError(f"export.max_shard_size={self.max_shard_size}: is no size; write one like 5GB or 300MB")
 
 
 class ExportedCheckpoint(KeptCheckpoint):
@@ -170,7 +176,9 @@ def write_export(
     facts.figures = {path: caption for path, (caption, _) in figures.items()}
     files = {path: picture for path, (_, picture) in figures.items()}
     files["recipe.yaml"] = portable_recipe(plan).encode()
-    files["split.json"] = (json.dumps(split_manifest(trainer, measured.chosen), indent=2) + "\n").encode()
+    files["split.json"] = (
+        json.dumps(split_manifest(trainer, measured.chosen), indent=2, allow_nan=False) + "\n"
+    ).encode()
     if (listed := Path(trainer.default_root_dir) / TRAIN_LIST).is_file():
         files[TRAIN_LIST] = listed.read_bytes()
     export_model(
@@ -189,13 +197,12 @@ def portable_recipe(plan: "RunPlan") -> str:
     """All settings of the run as YAML, without what is nobody else's: folders of this machine, and secrets."""
     settings = plan.recipe()
     del settings["resume"]  # the run's own affair
-    # Whoever runs it again is not to push to the same repository.
-    asked = settings["trainer"].get("callbacks") or []
-    asked = asked if isinstance(asked, list) else [asked]
-    kept = [callback for callback in asked if not callback["class_path"].endswith(".PushToHub")]
-    settings["trainer"].pop("callbacks", None)
-    if kept:
-        settings["trainer"]["callbacks"] = kept
+    # Whoever runs it again needs no trust for it, and does not push to the same repository.
+    kept = {name: own_classes(value) for name, value in settings["trainer"].items()}
+    callbacks = kept.get("callbacks") or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    kept["callbacks"] = [each for each in callbacks if not each["class_path"].endswith(".PushToHub")] or None
+    settings["trainer"] = {name: value for name, value in kept.items() if value is not None}
     head = "# All settings of the run (vidprism finetune --config recipe.yaml). Absolute paths keep their last part.\n"
     return head + yaml.safe_dump(portable(settings), sort_keys=False, allow_unicode=True)
 

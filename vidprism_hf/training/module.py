@@ -2,13 +2,16 @@
 
 import dataclasses
 import math
+from pickle import UnpicklingError
 from typing import Any
 
 import lightning as L
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from safetensors import SafetensorError
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import get_cosine_schedule_with_warmup
@@ -29,7 +32,7 @@ from ..model.temporal_vidprism import gate_balance_loss
 from .callbacks.averaging import WeightEMA
 from .callbacks.bad_videos import BadClipReport, EpochPlace
 from .distributed import shard
-from .optim import check_settings, clips_per_step, parameter_groups, scaled_learning_rate
+from .optim import check_settings, clips_per_step, extend_schedule, parameter_groups, scaled_learning_rate
 from .whitening import fit_whitening
 
 LOSS_PARTS = ("classification_loss", "rank_loss", "gate_loss", "diversity_loss")
@@ -149,7 +152,7 @@ class VidPrismLightningModule(L.LightningModule):
             return VidPrismForVideoClassification.from_vision_pretrained(
                 hparams.backbone, id2label=self.id2label, num_frames=hparams.num_frames, **(hparams.config or {})
             )
-        except (OSError, ValueError, StrictDataclassError) as error:
+        except (OSError, ValueError, StrictDataclassError, SafetensorError, UnpicklingError) as error:
             raise UserError(f"model.backbone {hparams.backbone}: cannot be loaded ({first_line(error)})") from error
 
     def _prepare(self, model: VidPrismForVideoClassification) -> None:
@@ -184,7 +187,7 @@ class VidPrismLightningModule(L.LightningModule):
         frame_features: torch.Tensor | None = None,
     ) -> VidPrismForVideoClassificationOutput:
         """Classifies clips (B, T, 3, H, W), or frame features of clips (B, T, D)."""
-        return self.model(pixel_values_videos, labels=labels, frame_features=frame_features)
+        return self.model(pixel_values_videos, labels=labels, frame_features=frame_features, return_dict=True)
 
     def configure_callbacks(self) -> list[L.Callback]:
         """What the trainer lacks of these: the account of bad clips, the scores of a test, the place in an epoch, and
@@ -200,10 +203,18 @@ class VidPrismLightningModule(L.LightningModule):
         fit_whitening(self.model, getattr(self.trainer.train_dataloader, "dataset", None))
 
     def on_train_epoch_start(self) -> None:
-        """Tells streamed clips the epoch; Lightning tells samplers only."""
+        """Tells streamed clips the epoch, as Lightning does samplers, and allows for what a callback has unfrozen.
+
+        Raises:
+            UserError: If that is the tower, and its features come from the cache.
+        """
         set_epoch = getattr(getattr(self.trainer.train_dataloader, "dataset", None), "set_epoch", None)
         if set_epoch is not None:
             set_epoch(self.current_epoch)
+        if getattr(getattr(self.trainer.datamodule, "hparams", None), "feature_cache", None):
+            check_frozen(not any(p.requires_grad for p in self.model.vidprism.vision_tower.parameters()))
+        if isinstance(schedule := self.lr_schedulers(), LambdaLR):
+            extend_schedule(schedule)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         name, clips = clip_input(batch)

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from ..errors import UserError
 
@@ -89,6 +90,16 @@ def scaled_learning_rate(learning_rate: float, clips: int, reference: int | None
     return learning_rate if reference is None else learning_rate * math.sqrt(clips / reference)
 
 
+def extend_schedule(schedule: LambdaLR) -> None:
+    """Lets parameter groups that were added to an optimiser later follow the schedule of the others, from their rate.
+
+    As Lightning's BaseFinetuning adds them; LambdaLR has one function for each group there was when it was built.
+    """
+    for group in schedule.optimizer.param_groups[len(schedule.base_lrs) :]:
+        schedule.base_lrs.append(group.setdefault("initial_lr", group["lr"]))
+        schedule.lr_lambdas.append(schedule.lr_lambdas[0])
+
+
 def clips_per_step(trainer: L.Trainer) -> int:
     """Clips of one step of the optimiser: all batches that are put together for it, in all processes.
 
@@ -107,6 +118,9 @@ def check_settings(settings: dict[str, Any]) -> None:
     Raises:
         UserError: If a value is out of its range.
     """
+    for name in ("learning_rate", "backbone_lr_scale", "weight_decay", "warmup_epochs", "freeze_layers"):
+        if not 0 <= settings[name] < math.inf:
+            raise UserError(f"model.{name}={settings[name]}: must be a number of at least 0")
     reference, decay, layers, smoothing = (
         settings[name] for name in ("reference_batch_size", "ema_decay", "layer_decay", "label_smoothing")
     )

@@ -10,10 +10,11 @@ import lightning as L
 import yaml
 
 from ..data import VideoDataModule
-from ..errors import UserError
-from ..evaluation.testing import EvaluationSettings
+from ..evaluation.testing import EvaluationSettings, callbacks_of
 from ..stalls import COLLECTIVE_TIMEOUT, check_timeout
+from .allowed import is_allowed
 from .checkpoint.files import CheckpointSettings
+from .checks import check_callbacks, check_trainer
 from .exporting import ExportSettings
 from .module import VidPrismLightningModule
 
@@ -64,7 +65,10 @@ class RunPlan:
         if self.output.name in ("", ".."):  # it may have to be renamed
             self.output = self.output.resolve()
         self.trainer = TRAINER_DEFAULTS | dict(self.trainer)
-        check_length(self.trainer)
+        check_trainer(self.trainer)
+        callbacks = callbacks_of(self.trainer)
+        others = not all(is_allowed(class_path(callback)) for callback in callbacks)
+        check_callbacks(callbacks, len(self.module.id2label), others)
         check_timeout(self.collective_timeout)
 
     def recipe(self) -> dict[str, Any]:
@@ -106,18 +110,10 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, Path):
         return str(value)
+    return {"class_path": class_path(value)}
+
+
+def class_path(value: Any) -> str:
+    """Returns the path by which the class of an object, or a class, is imported."""
     kind = value if isinstance(value, type) else type(value)
-    return {"class_path": f"{kind.__module__}.{kind.__qualname__}"}
-
-
-def check_length(trainer: Mapping[str, Any]) -> None:
-    """Checks that a trainer's settings train at all.
-
-    Raises:
-        UserError: If they do not.
-    """
-    for name in ("max_epochs", "max_steps"):
-        if trainer.get(name) == 0:
-            raise UserError(f"trainer.{name}=0: nothing would be trained; set it to 1 or more")
-    if (batches := trainer.get("accumulate_grad_batches", 1)) < 1:
-        raise UserError(f"trainer.accumulate_grad_batches={batches}: must be at least 1")
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -38,13 +38,20 @@ from .callbacks.push import push_open
 from .callbacks.recorder import CardRecorder, Measured, bad_clips, clip_counts, kept_by, switched_on
 from .checkpoint.callback import Safeguard
 from .checkpoint.files import BEST, LAST, PREVIOUS, CheckpointSettings, damage
-from .checkpoint.resume import AUTO, METRICS, Start, agreed, begin
+from .checkpoint.resume import AUTO, METRICS, Start, agreed, begin, identified, settings_hash
+from .checks import lightnings_complaints
 from .exporting import TRAIN_LIST, ExportSettings, export_best, export_run
 from .module import VidPrismLightningModule
 from .plan import RunPlan
 from .trainer import build_trainer, training_trainer
 
+# On fewer videos the 95 % interval (Wilson) of a top-1 of one half is 0.3 wide or more: it says little.
+FEW_VIDEOS = 40
+
 Classifier = VidPrismForVideoClassification | VidPrismLightningModule
+
+# On fewer clips Wilson's 95 % interval of a top-1 of one half is some 0.3 wide, or more: it says little.
+FEW_CLIPS = 40
 
 
 @dataclass(frozen=True)
@@ -165,7 +172,7 @@ def run(plan: RunPlan) -> Run:
 
 def _run(plan: RunPlan) -> Run:
     start = begin_once(plan)
-    save_settings(plan)
+    save_settings(plan, start)
     save_train_list(plan.data, plan.output)
     trainer = build_trainer(plan)
     print_once(f"Run folder: {plan.output}")
@@ -189,11 +196,12 @@ def fit(trainer: Trainer, plan: RunPlan, start: Start) -> None:
     if start.data:
         plan.data.load_state_dict(start.data)
     safeguard = kept_by(trainer, Safeguard)
-    safeguard.begun = start.begun
+    safeguard.begun, safeguard.run = start.begun, start.run
     settings = {name: value for name, value in switched_on(trainer, plan).items() if value is not None}
     print_once(f"Training: {'; '.join(f'{name} {value}' for name, value in settings.items())}")
     try:
-        trainer.fit(plan.module, datamodule=plan.data, ckpt_path=start.checkpoint, weights_only=True)
+        with lightnings_complaints():
+            trainer.fit(plan.module, datamodule=plan.data, ckpt_path=start.checkpoint, weights_only=True)
     except Stopped:
         step = max(trainer.global_step, safeguard.saved_step)  # Lightning knows it when training begins
         print_once(f"Stopped after step {step}. Go on with: {plan.command}")
@@ -244,7 +252,8 @@ def finish(trainer: Trainer, evaluation: Evaluation, output: Path) -> None:
     counts = {split: dataclasses.asdict(clip_counts(trainer, split)) for split in ("train", "val")}
     counts["val"]["evaluated"] = evaluation.evaluated
     atomic_write(
-        output / METRICS, (json.dumps({**rounded(evaluation.values), "clips": counts}, indent=2) + "\n").encode()
+        output / METRICS,
+        (json.dumps({**rounded(evaluation.values), "clips": counts}, indent=2, allow_nan=False) + "\n").encode(),
     )
     (output / "checkpoints" / PREVIOUS).unlink(missing_ok=True)
 
@@ -272,16 +281,17 @@ def check_start(plan: RunPlan) -> None:
 @rank_zero_only
 def begin_once(plan: RunPlan) -> Start:
     """Decides on the first rank whether the run starts fresh or resumes."""
-    start = begin(plan.output, str(plan.resume), plan.recipe())
+    settings = plan.recipe()
+    start = begin(plan.output, str(plan.resume), settings)
     if start.checkpoint is not None:
         refuse_other_content(plan.output / "export")  # now, not when the training has ended
     if start.data:
         plan.data.load_state_dict(start.data)  # now, before the lists of the run are written again
-    return start
+    return start if start.run else dataclasses.replace(start, run=settings_hash(settings))
 
 
 @rank_zero_only
-def save_settings(plan: RunPlan) -> None:
+def save_settings(plan: RunPlan, start: Start) -> None:
     """Writes all settings to the run's folder, at its start: config.yaml marks a folder as a run's.
 
     Raises:
@@ -289,7 +299,7 @@ def save_settings(plan: RunPlan) -> None:
     """
     try:
         plan.output.mkdir(parents=True, exist_ok=True)
-        atomic_write(plan.output / "config.yaml", plan.to_yaml().encode())
+        atomic_write(plan.output / "config.yaml", identified(start.run, plan.to_yaml()).encode())
     except OSError as error:
         raise not_writable(plan.output, error) from error
 
@@ -307,6 +317,12 @@ def print_usage(export: Path, evaluation: Evaluation) -> None:
     top1, clips = evaluation.values["top1"], evaluation.counts.phrase("clips")
     if evaluation.is_partial:
         clips += f" (only {evaluation.evaluated} were evaluated)"
+    if evaluation.evaluated < FEW_VIDEOS:
+        low, high = evaluation.intervals["top1"]
+        clips += f" (caution: so few say little, the 95 % interval is {low:.2f} to {high:.2f})"
+    if evaluation.evaluated < FEW_CLIPS:
+        low, high = evaluation.intervals["top1"]
+        clips += f" (caution: so few say little, the 95 % interval is {low:.2f} to {high:.2f})"
     print_once(f"Held-out top-1 {top1:.4f} on {clips}; exported to {export}")
     print_once(f"  vidprism predict {export} CLIP.mp4")
     print_once(f'  python -c "{code}"')

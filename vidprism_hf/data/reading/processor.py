@@ -41,8 +41,8 @@ def load_processor(name: str, num_frames: int) -> VidPrismVideoProcessor:
         # Presets are OpenAI's CLIP, whose mean and deviation are the processor's own: nothing to fetch.
         return square_processor(num_frames, VidPrismConfig.from_preset(name).vision_config.image_size)
     try:
-        if isinstance(AutoConfig.from_pretrained(name), VidPrismConfig):
-            return VidPrismVideoProcessor.from_pretrained(name, num_frames=num_frames)
+        if isinstance(AutoConfig.from_pretrained(name, trust_remote_code=False), VidPrismConfig):
+            return VidPrismVideoProcessor.from_pretrained(name, num_frames=num_frames, trust_remote_code=False)
         return VidPrismVideoProcessor.from_vision_pretrained(name, num_frames)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise DataError(
