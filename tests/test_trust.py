@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 from small import complaint, run_arguments, tiny_export
-from vidprism_hf.cli.main import main
-from vidprism_hf.cli.trust import OPTION
 
 import vidprism_hf
+from vidprism_cli import main
+from vidprism_hf.cli.trust import OPTION
 
 PACKAGE = Path(vidprism_hf.__file__).parent
 MODULE = "stranger_vidprism"  # as the code files of an export are called

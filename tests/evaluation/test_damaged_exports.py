@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small import tiny_export
-from vidprism_hf.cli.main import main
+
+from vidprism_cli import main
 
 WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "video_preprocessor_config.json"
 CLASSIFIER, QUERY = "classifier.weight", "vidprism.temporal_model.readout.query"

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 from small import complaint, run_arguments
-from vidprism_hf.cli.main import main
 
+from vidprism_cli import main
 from vidprism_hf.evaluation.intervals import wilson_interval
 from vidprism_hf.training.run import FEW_CLIPS
 
