@@ -71,7 +71,7 @@ def test_what_no_run_can_have_is_one_line_before_its_folder_is_made(motion_clips
     [
         (["--trainer.val_check_interval=100"], "trainer: `val_check_interval` (100) must be less than"),
         (["--trainer.limit_train_batches=0.01"], "trainer: You requested to check 0.01 of the `train_dataloader`"),
-        ([*callback("EarlyStopping", monitor="val/nope"), "--trust-recipe"], "trainer: Early stopping conditioned on"),
+        ([*callback("EarlyStopping", monitor="val/top5"), "--trust-recipe"], "monitor=val/top5: no such metric"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
