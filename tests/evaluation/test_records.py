@@ -274,7 +274,7 @@ def test_a_part_of_the_final_test_is_told_as_one(source, tmp_path, capsys):
     """By the run's last lines, its metrics.json and its card; and a later evaluation knows who chose."""
     more = ("--data.batch_size=1", "--trainer.limit_test_batches=1", "--trainer.max_epochs=2")
     assert main(run_arguments(source, tmp_path / "run", *more)) == 0
-    assert " on 2 clips (only 1 were evaluated); exported to " in capsys.readouterr().out
+    assert " on 2 clips (only 1 were evaluated) (caution: " in capsys.readouterr().out
     counts = json.loads((tmp_path / "run" / "metrics.json").read_text())["clips"]["val"]
     assert (counts["expected"], counts["evaluated"]) == (2, 1)
     record(tmp_path / "run" / "evaluation" / "clips-8x1x1-partial")

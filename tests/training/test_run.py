@@ -93,6 +93,22 @@ def test_a_checkpoint_is_tuned_further(data, tmp_path, exported):
     assert f"checkpoint: {exported}" in recipe
 
 
+def test_called_again_it_returns_the_finished_run(motion_clips, data, tmp_path, capsys):
+    run = finetune(new_model(data), data, output=tmp_path / "run", max_epochs=1, trainer=TRAINER)
+    written = (tmp_path / "run" / "metrics.json").stat().st_mtime_ns
+    capsys.readouterr()
+    model, again = new_model(data, seed=1), small_data(motion_clips)
+    found = finetune(model, again, output=tmp_path / "run", max_epochs=1, trainer=TRAINER)
+    assert "is finished; it is not trained again" in capsys.readouterr().out
+    assert (tmp_path / "run" / "metrics.json").stat().st_mtime_ns == written
+    assert found.evaluation.to_json() == run.evaluation.to_json()
+    loaded = VidPrismForVideoClassification.from_pretrained(run.export)
+    assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in loaded.state_dict().items())
+    # Other settings are another run: the finished one stays, renamed.
+    finetune(new_model(data), small_data(motion_clips), output=tmp_path / "run", max_epochs=2, trainer=TRAINER)
+    assert (tmp_path / "run.1" / "metrics.json").is_file()
+
+
 def test_labels_that_are_not_the_datas_are_refused(data, tmp_path):
     with pytest.raises(UserError, match="id2label: the model's labels are not the data's"):
         finetune(tiny_model(("run", "walk")), data, output=tmp_path / "run")

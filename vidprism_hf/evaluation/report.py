@@ -18,7 +18,7 @@ from ..data.bad_videos import BadClip, ClipCounts
 from ..errors import printable
 from ..util import preview
 from .compute import Cost
-from .metrics import CALIBRATION_BINS, Metrics
+from .metrics import CALIBRATION_BINS, Metrics, Share
 from .scores import AverageClips
 
 MOST_CLASSES = 20  # on the terminal; of more the worst are shown
@@ -261,6 +261,41 @@ class Evaluation(Subject):
         text = json.dumps(rounded(content), indent=2, allow_nan=False)
         # A row of the matrix is a line.
         return re.sub(r"\[\n[\d\s,]+\]", lambda row: "[" + " ".join(row[0][1:-1].split()) + "]", text) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Evaluation":
+        """Reads what `to_json` wrote, with its rounded figures."""
+        found = json.loads(text)
+        dataset, clips, rows = found["dataset"], found["clips"], found["per_class"]
+        numbers = {
+            name: np.array([row[name] for row in rows], dtype=np.int64) for name in ("clips", "unreadable", "right")
+        }
+        calibration = {
+            name: math.nan if found["calibration"][key] is None else found["calibration"][key]
+            for name, key in (("ece", "ece"), ("confidence", "mean_confidence"))
+        }
+        return cls(
+            model=found["model"],
+            commit=found["commit"],
+            dataset=dataset["name"],
+            dataset_id=dataset["id"],
+            split=dataset["split"],
+            sha256=dataset["sha256"],
+            protocol=Protocol(**{name: value for name, value in found["protocol"].items() if name != "text"}),
+            labels=found["confusion"]["labels"],
+            num_clips=clips["expected"] - len(clips["missing"]),
+            missing=tuple(clips["missing"]),
+            cost=Cost(**found["compute"]),
+            chose_checkpoint=CHOSEN in found["caveats"],
+            metrics=Metrics(
+                accuracies={name: Share(**share) for name, share in found["metrics"].items()},
+                confusion=np.array(found["confusion"]["counts"], dtype=np.int64),
+                not_finite=clips["not_finite"],
+                **numbers,
+                **calibration,
+            ),
+            unreadable=[BadClip("val", **note) for note in clips["unreadable"]],
+        )
 
 
 def rounded(value: Any) -> Any:

@@ -32,13 +32,14 @@ from ..hub.licenses import check_license
 from ..hub.push import PushResult, push_export
 from ..locks import not_writable, only_run
 from ..model import VidPrismForVideoClassification
+from ..model.loading import load_classifier
 from ..signals import Stopped
 from ..util import atomic_write
 from .callbacks.push import push_open
 from .callbacks.recorder import CardRecorder, Measured, bad_clips, clip_counts, kept_by, switched_on
 from .checkpoint.callback import Safeguard
 from .checkpoint.files import BEST, LAST, PREVIOUS, CheckpointSettings, damage
-from .checkpoint.resume import AUTO, METRICS, Start, agreed, begin, identified, settings_hash
+from .checkpoint.resume import AUTO, METRICS, NONE, Start, agreed, begin, changed_settings, identified, settings_hash
 from .checks import lightnings_complaints
 from .exporting import TRAIN_LIST, ExportSettings, export_best, export_run
 from .module import VidPrismLightningModule
@@ -93,8 +94,9 @@ def finetune(
 ) -> Run:
     """Trains a classifier, evaluates its best checkpoint on the validation split, and exports it with a model card.
 
-    Called again with the same settings it resumes a run that was stopped. A finished run stays, renamed, and a new one
-    starts. For training settings other than the defaults, pass a `VidPrismLightningModule`.
+    Called again with the same settings it resumes a run that was stopped, and returns one that is finished. A finished
+    run of other settings stays, renamed, and a new one starts. For training settings other than the defaults, pass a
+    `VidPrismLightningModule`.
 
     Args:
         model: The classifier, trained in place: it has the best weights in the end.
@@ -137,7 +139,25 @@ def finetune(
         evaluation or EvaluationSettings(),
         asked,
     )
+    if resume == AUTO and (found := finished_run(plan)):
+        return found
     return run(plan)
+
+
+def finished_run(plan: RunPlan) -> Run | None:
+    """Returns the finished run of a plan, whose weights go into the plan's model; None if there is none."""
+    folder, exported = plan.output, plan.output / "export"
+    if not (folder / METRICS).is_file() or not exported.is_dir() or changed_settings(folder, plan.recipe()):
+        return None
+    values = json.loads((folder / METRICS).read_bytes())
+    for path in sorted((folder / "evaluation").glob("*/evaluation.json")):
+        evaluation = Evaluation.from_json(path.read_bytes())
+        if evaluation.values.items() <= values.items():
+            print_once(f"The run in {folder} is finished; it is not trained again (resume={NONE!r} starts a fresh one)")
+            plan.module.configure_model()
+            plan.module.model.load_state_dict(load_classifier(str(exported)).state_dict())
+            return Run(folder, exported, evaluation)
+    return None
 
 
 def as_module(model: Classifier, data: VideoDataModule) -> VidPrismLightningModule:
