@@ -1,9 +1,5 @@
 """Trains one head on cached frame features, with the module that also trains whole runs."""
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -100,17 +96,3 @@ def quiet_trainer(**settings: Any) -> L.Trainer:
         use_distributed_sampler=False,
         **settings,
     )
-
-
-@contextmanager
-def quiet_lightning() -> Iterator[None]:
-    """Silences what Lightning reports for every trainer: a trial takes seconds."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"lightning\.")
-            yield
-    finally:
-        logger.setLevel(level)

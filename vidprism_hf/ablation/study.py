@@ -9,6 +9,7 @@ import gc
 import hashlib
 import inspect
 import json
+import logging
 import signal
 import time
 import warnings
@@ -29,13 +30,14 @@ from ..data import VideoDataModule
 from ..data.sources.splits import clip_list_hash
 from ..errors import UserError
 from ..model import VISION_PRESETS, VidPrismConfig
+from ..quiet import quiet_lightning
 from ..signals import SignalWatch, Stopped
 from ..training.module import VidPrismLightningModule, check_frozen
 from ..util import atomic_write
 from .baselines import num_trainable
 from .folds import block_folds, group_folds
 from .grids import PROBE, RECIPE, Row, grid_rows
-from .heads import TrainerSettings, feature_loader, quiet_lightning, quiet_trainer, train_head
+from .heads import TrainerSettings, feature_loader, quiet_trainer, train_head
 from .probes import PENALTIES, PROBES, fit_probe
 from .report import Result, summarise, write_report
 from .trials import Trial, Trials, append_trial, read_trials
@@ -102,7 +104,7 @@ class Study:
         >>> study.report(["readout"], seeds=3)
     """
 
-    @quiet_lightning()
+    @quiet_lightning(logging.ERROR)
     def __init__(
         self,
         data: VideoDataModule,
@@ -130,7 +132,7 @@ class Study:
         self.feature_size = self.folds[0].val[0]["frame_features"].shape[-1]
         self.trials = read_trials(self.output / TRIALS)
 
-    @quiet_lightning()
+    @quiet_lightning(logging.ERROR)
     def run(self, grids: Sequence[str] = ("all",), seeds: int = 3) -> None:
         """Runs the missing trials seed by seed, so that a stopped study has complete tables first.
 

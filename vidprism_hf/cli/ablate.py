@@ -1,12 +1,14 @@
 """`vidprism ablate`: compares variants of the head on small data, from a recipe of finetune."""
 
 import argparse
+import logging
 import os
 from dataclasses import fields
 
 from ..ablation.grids import GRIDS
 from ..data.tables import DataError
 from ..errors import UserError
+from ..quiet import quiet_lightning
 from ..training.checks import check_trainer
 from .recipe import FinetuneCLI, parse
 from .trust import HELP
@@ -31,13 +33,12 @@ def main(argv: list[str]) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("vidprism ablate runs its trials one after the other: do not launch it with torchrun or srun")
     try:
-        from ..ablation.heads import quiet_lightning
         from ..ablation.study import Study
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("sklearn", "scipy"):
             raise
         raise UserError('needs scikit-learn: pip install "vidprism_hf[ablate]"') from error
-    with quiet_lightning():
+    with quiet_lightning(logging.ERROR):
         settings = study_settings(_parse_recipe(recipe, options.folds is not None or options.groups is not None))
     try:
         study = Study(**settings, folds=options.folds, groups=options.groups)

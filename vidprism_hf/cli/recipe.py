@@ -4,7 +4,6 @@ Keys are those of `vidprism finetune --help`; evaluate and ablate read recipes i
 """
 
 import re
-import warnings
 from typing import Any
 
 import yaml
@@ -16,6 +15,7 @@ from ..data.open import source_kind
 from ..errors import UserError, first_line
 from ..evaluation.testing import EvaluationSettings
 from ..hub.licenses import check_license
+from ..quiet import quiet_lightning
 from ..stalls import COLLECTIVE_TIMEOUT, check_timeout
 from ..training.checkpoint.files import CheckpointSettings
 from ..training.checkpoint.resume import AUTO
@@ -119,26 +119,25 @@ def parse(argv: list[str], description: str | None = None) -> FinetuneCLI:
     argv = expand(argv)
     check_recipes(argv)
     try:
-        # LightningCLI warns of its own arguments where the process has some too, which are the same here.
-        warnings.filterwarnings("ignore", "LightningCLI's args parameter")
-        return FinetuneCLI(
-            VidPrismLightningModule,
-            VideoDataModule,
-            args=argv,
-            trusted=trusted,
-            parser_class=RecipeParser,
-            run=False,
-            seed_everything_default=0,
-            save_config_callback=None,
-            trainer_defaults=TRAINER_DEFAULTS,
-            auto_configure_optimizers=False,
-            parser_kwargs={
-                "exit_on_error": False,
-                "allow_abbrev": False,  # a misspelt key is an error, not the beginning of another one
-                "prog": "vidprism finetune",
-                "description": f"{description or ''} {HELP}".strip(),
-            },
-        )
+        with quiet_lightning():
+            return FinetuneCLI(
+                VidPrismLightningModule,
+                VideoDataModule,
+                args=argv,
+                trusted=trusted,
+                parser_class=RecipeParser,
+                run=False,
+                seed_everything_default=0,
+                save_config_callback=None,
+                trainer_defaults=TRAINER_DEFAULTS,
+                auto_configure_optimizers=False,
+                parser_kwargs={
+                    "exit_on_error": False,
+                    "allow_abbrev": False,  # a misspelt key is an error, not the beginning of another one
+                    "prog": "vidprism finetune",
+                    "description": f"{description or ''} {HELP}".strip(),
+                },
+            )
     except ArgumentError as error:
         message = " ".join(str(error).split())
         raise UserError(refusal(error) or message + did_you_mean(message)) from error

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
-from ..distributed import gathered
+from ..distributed import gathered, print_once
 from ..errors import printable
 from ..model import VidPrismForVideoClassification, VidPrismVideoProcessor
+from ..util import preview
 from ..workers import clip_loader, start_server
 from .config import check_arguments
 from .features.cache import FeatureCache
@@ -252,9 +253,9 @@ class VideoDataModule(L.LightningDataModule):
             seen = "training clips are seen as in the evaluation"
             if self.hparams.augment:
                 seen = mirrored(self.hparams.horizontal_flip, self.id2label.values())[1]
-            rank_zero_info(
-                f"Data: {self.num_clips['train']} training and {self.num_clips['val']} held-out clips of "
-                f"{len(splits.id2label)} labels; {seen}"
+            print_once(
+                f"Data: {self.num_clips['train']} training and {self.num_clips['val']} validation videos of "
+                f"{len(splits.id2label)} classes ({preview(list(splits.id2label.values()), 8)}); {seen}"
             )
 
     def train_dataloader(self) -> DataLoader:
@@ -269,7 +270,7 @@ class VideoDataModule(L.LightningDataModule):
             begin = {"epoch": epoch, "batches": 0, "bad": False, "divided": self._divided}
         batches, said, exact = self._go_on(begin)
         if said:
-            (rank_zero_info if exact else rank_zero_warn)(said)
+            (print_once if exact else rank_zero_warn)(said)
         if self.hparams.streaming:
             loader.dataset.begin(begin["epoch"], batches, again=begin["bad"])
             if batches:  # its workers come to the first one by way of those

@@ -29,6 +29,7 @@ from ..hub.merge import states_results, with_evaluation
 from ..hub.own_files import NotOwn, located, read_own
 from ..locks import lock_path, only_run
 from ..model import VidPrismConfig, VidPrismForVideoClassification
+from ..quiet import quiet_lightning
 from ..signals import SignalWatch
 from ..stalls import COLLECTIVE_TIMEOUT, LONG, StallWatch
 from .checkpoints import load_checkpoint
@@ -92,12 +93,14 @@ def evaluate(
     if settings.get("strategy") in ("ddp", "fsdp"):  # nothing is trained: each rank has the whole model
         settings["strategy"] = DDPStrategy(timeout=timedelta(seconds=LONG * collective_timeout))
     callbacks = [recorder, ends, StallWatch(collective_timeout), *bars]
-    built = make_trainer(settings, callbacks, logger=False, use_distributed_sampler=False)
+    with quiet_lightning():
+        built = make_trainer(settings, callbacks, logger=False, use_distributed_sampler=False)
     facts = dataset_facts(data.hparams)
     subject = subject_of(built, tested.module.model.config, data, tested.name, facts)
     subject = replace(subject, commit=tested.commit, chose_checkpoint=chose_checkpoint(subject))
     rank_zero_only(check_folder)(subject, output)
-    evaluation = evaluate_held_out(built, tested.module, data, subject)
+    with quiet_lightning():
+        evaluation = evaluate_held_out(built, tested.module, data, subject)
     keep_and_tell(evaluation, output)
     return evaluation
 

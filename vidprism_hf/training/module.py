@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -19,6 +19,7 @@ from transformers import get_cosine_schedule_with_warmup
 from ..data import load_processor
 from ..data.features.encoder import FrameEncoder, encoder_of
 from ..data.reading.processor import processor_for
+from ..distributed import print_once
 from ..errors import UserError, first_line
 from ..evaluation.checkpoints import fitting_config, load_checkpoint
 from ..evaluation.scores import ScoreRecorder
@@ -198,6 +199,18 @@ class VidPrismLightningModule(L.LightningModule):
             wanted.append(WeightEMA(self.hparams.ema_decay))
         return [new for new in wanted if not any(isinstance(old, type(new)) for old in self.trainer.callbacks)]
 
+    def on_fit_start(self) -> None:
+        """Prints what is trained."""
+        config, parameters = self.model.config, list(self.model.parameters())
+        total = sum(parameter.numel() for parameter in parameters) / 1e6
+        trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad) / 1e6
+        rates = " ".join(map(str, config.rates))
+        start = self.hparams.checkpoint or self.hparams.backbone or "its configuration"
+        print_once(
+            f"Model: VidPrism from {start}, {config.num_frames} frames, rates {rates}; {total:.1f} M parameters, "
+            f"{trainable:.1f} M of them trainable"
+        )
+
     def on_train_start(self) -> None:
         """Fits the whitening of frame features, where there is one, unless a checkpoint has brought it."""
         fit_whitening(self.model, getattr(self.trainer.train_dataloader, "dataset", None))
@@ -249,7 +262,7 @@ class VidPrismLightningModule(L.LightningModule):
             clips = clips_per_step(self.trainer)
             rate = scaled_learning_rate(rate, clips, hparams.reference_batch_size)
             said = f"{hparams.learning_rate:g} x sqrt({clips} / {hparams.reference_batch_size} clips a step)"
-            rank_zero_info(f"Learning rate: {rate:.4g} = {said}")
+            print_once(f"Learning rate: {rate:.4g} = {said}")
         if hparams.layer_decay != 1 and hparams.freeze_backbone:
             rank_zero_warn(f"model.layer_decay={hparams.layer_decay:g} changes nothing: the tower is frozen")
         groups = parameter_groups(

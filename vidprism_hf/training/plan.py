@@ -22,6 +22,7 @@ from .module import VidPrismLightningModule
 TRAINER_DEFAULTS = {
     "max_epochs": 30,
     "log_every_n_steps": 10,
+    "enable_model_summary": False,  # a line of our own says what trains
     # The samplers divide an epoch among ranks themselves: every validation video once, none twice.
     "use_distributed_sampler": False,
 }

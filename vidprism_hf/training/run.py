@@ -7,7 +7,6 @@ finished, metrics.json. push/ holds exports that a PushToHub callback could not 
 import dataclasses
 import json
 import os
-import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from ..hub.push import PushResult, push_export
 from ..locks import not_writable, only_run
 from ..model import VidPrismForVideoClassification
 from ..model.loading import load_classifier
+from ..quiet import quiet_lightning
 from ..signals import Stopped
 from ..util import atomic_write
 from .callbacks.push import push_open
@@ -185,8 +185,9 @@ def run(plan: RunPlan) -> Run:
     check_license("export.license", plan.export.license)
     check_start(plan)
     # What this machine cannot give shows before the run has a folder.
-    training_trainer({**plan.trainer, "callbacks": None}, logger=False, enable_checkpointing=False)
-    with only_run(plan.output) if rank_zero_only.rank == 0 else nullcontext():
+    with quiet_lightning():
+        training_trainer({**plan.trainer, "callbacks": None}, logger=False, enable_checkpointing=False)
+    with quiet_lightning(), only_run(plan.output) if rank_zero_only.rank == 0 else nullcontext():
         return _run(plan)
 
 
@@ -196,10 +197,6 @@ def _run(plan: RunPlan) -> Run:
     save_train_list(plan.data, plan.output)
     trainer = build_trainer(plan)
     print_once(f"Run folder: {plan.output}")
-    warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")  # a frozen tower is meant to be
-    warnings.filterwarnings("ignore", r"Checkpoint directory .* exists and is not empty")  # that of a resumed run
-    # The loader of a resumed epoch starts where it should, without Lightning's knowledge.
-    warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
     with push_open(trainer) as publish:
         fit(trainer, plan, agreed(trainer, plan.module, start))
         evaluation = final_test(trainer, plan)

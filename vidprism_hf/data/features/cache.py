@@ -30,9 +30,9 @@ from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
-from ...distributed import Ranks
+from ...distributed import Ranks, print_once
 from ...util import atomic_write
 from ...workers import clip_loader
 from ..bad_videos import Note
@@ -129,7 +129,7 @@ class FeatureCache:
                 ranks.first(lambda: self.folder.mkdir(parents=True, exist_ok=True))
                 parts = {name: self._part(clips, ranks) for name, clips in wanted.items()}
                 if self._complete(parts, ranks):
-                    rank_zero_info(f"Feature cache {self.folder}: all is there")
+                    print_once(f"Feature cache {self.folder}: all is there")
                 else:
                     self._fill(parts, ranks)
         except OSError as error:
@@ -208,7 +208,7 @@ class FeatureCache:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            rank_zero_info(f"Feature cache {self.folder}: another run fills it; waiting")
+            print_once(f"Feature cache {self.folder}: another run fills it; waiting")
         while not lock.is_locked:
             self._between_shards()
             with suppress(Timeout):
@@ -246,7 +246,7 @@ class FeatureCache:
                 f"{blank.itemsize} bytes = {size_text(rows * blank.nbytes)}, {missing} of {rows} rows to compute"
             )
         text = f"{'; '.join(lines)}: {size_text(new)} to be added to {size_text(there)}"
-        rank_zero_info(f"Feature cache {self.folder}: {text}")
+        print_once(f"Feature cache {self.folder}: {text}")
         if there + new > parse_size(self.limit):
             raise DataError(
                 f"data.feature_cache_limit={self.limit}: too little for {text}; raise it, lower data.train_views or "
@@ -307,7 +307,7 @@ class FeatureCache:
             if held >= SHARD_BYTES or time.monotonic() - since >= SHARD_SECONDS:
                 yield Computed(part.shards.write(new) if new else None, causes, lasting)
                 new, causes, lasting, since = {}, {}, {}, time.monotonic()
-                rank_zero_info(f"Feature cache: {name} {done} of {len(rows)}")
+                print_once(f"Feature cache: {name} {done} of {len(rows)}")
         if new or causes:
             yield Computed(part.shards.write(new) if new else None, causes, lasting)
 

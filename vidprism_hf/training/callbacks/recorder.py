@@ -2,7 +2,6 @@
 
 import math
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -31,6 +30,11 @@ from ..optim import clips_per_step, scaled_learning_rate
 from ..origin import base_model, is_random, starting_point
 from .averaging import WiseFT
 from .bad_videos import BadClipReport
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 if TYPE_CHECKING:
     from ..plan import RunPlan
@@ -207,6 +211,8 @@ def peak_memory(device: torch.device) -> int:
     """The most bytes that tensors on the GPU, or else this process, have taken."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -74,7 +74,9 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
 
 def _sync_folder(folder: Path) -> None:
-    """Brings renames to the disk."""
+    """Brings renames to the disk, where a folder can be opened for that."""
+    if os.name == "nt":
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
