@@ -13,7 +13,6 @@ EXPECTED = (
     "You're resuming from a checkpoint that ended before the epoch ended",  # the loader starts where it should
     "The number of training batches .* is smaller than the logging interval",
     ".*`isinstance.treespec, LeafSpec.` is deprecated",
-    "LightningCLI's args parameter",
 )
 
 

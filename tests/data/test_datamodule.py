@@ -237,7 +237,7 @@ def test_flip_is_off_where_a_label_names_a_side(folder, tmp_path):
 
 def test_without_augmentation_training_clips_are_those_of_the_evaluation(folder, monkeypatch):
     said = []
-    monkeypatch.setattr("vidprism_hf.data.datamodule.rank_zero_info", said.append)
+    monkeypatch.setattr("vidprism_hf.data.datamodule.print_once", said.append)
     data = module(folder, augment=False, horizontal_flip=False, mixup_alpha=0.2)
     data.setup("fit")
     assert "training clips are seen as in the evaluation" in said[0]

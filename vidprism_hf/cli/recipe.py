@@ -4,6 +4,7 @@ Keys are those of `vidprism finetune --help`; evaluate and ablate read recipes i
 """
 
 import re
+import warnings
 from typing import Any
 
 import yaml
@@ -120,6 +121,8 @@ def parse(argv: list[str], description: str | None = None) -> FinetuneCLI:
     check_recipes(argv)
     try:
         with quiet_lightning():
+            # LightningCLI warns of its own arguments where the process has some too, which are the same here.
+            warnings.filterwarnings("ignore", "LightningCLI's args parameter")
             return FinetuneCLI(
                 VidPrismLightningModule,
                 VideoDataModule,
