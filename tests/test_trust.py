@@ -324,6 +324,15 @@ def test_the_recipe_of_an_export_runs_without_trust(recipe, motion_clips, tmp_pa
     assert main(again) == 0
 
 
+def test_a_recipe_does_not_publish_with_the_token_of_whoever_runs_it(motion_clips, tmp_path, capsys):
+    push = {"class_path": "vidprism_hf.training.callbacks.push.PushToHub", "init_args": {"repo": "stranger/theirs"}}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"trainer": {"callbacks": [push]}}))
+    assert main(["finetune", f"--config={recipe}", *run_arguments(motion_clips, tmp_path / "run")[1:]]) == 1
+    assert "the recipe publishes with your token (PushToHub, repo stranger/theirs)" in complaint(capsys)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "trainer",
     [

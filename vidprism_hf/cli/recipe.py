@@ -26,7 +26,7 @@ from ..training.plan import TRAINER_DEFAULTS, RunPlan
 from ..training.whitening import check_whitening
 from .help import suggestion
 from .recipes import find_recipe
-from .trust import HELP, RecipeParser, check_places, check_recipes, reading, refusal, take_trust
+from .trust import HELP, RecipeParser, check_places, check_publishing, check_recipes, reading, refusal, take_trust
 
 
 class FinetuneCLI(LightningCLI):
@@ -37,7 +37,7 @@ class FinetuneCLI(LightningCLI):
     """
 
     def __init__(self, *args: Any, trusted: bool = False, **settings: Any):
-        self.trusted = trusted
+        self.trusted, self.typed = trusted, settings.get("args") or []
         with reading(trusted):
             super().__init__(*args, **settings)
 
@@ -77,6 +77,7 @@ class FinetuneCLI(LightningCLI):
             raise UserError(f"seed_everything={seed}: must be from 0 to {2**32 - 1}")
         if not self.trusted:
             check_places(self.config.trainer)
+            check_publishing(self.config.trainer, self.typed)
 
     def before_instantiate_classes(self) -> None:
         """Looks for licence and backbone before data are fetched, which may be hundreds of gigabytes."""

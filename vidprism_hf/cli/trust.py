@@ -8,7 +8,7 @@ folder or below the present one.
 import argparse
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -24,6 +24,7 @@ from ..training.allowed import ALLOWED, DENIED
 
 OPTION = "--trust-recipe"
 HELP = f"A recipe may name classes of Lightning and of this package. With {OPTION} it may name any: then it is code."
+PUBLISHES = ".PushToHub"
 SECTIONS = ("model", "data", "trainer", "checkpoint", "export", "evaluation")
 REFUSED = re.compile(r"Importing '([^']+)' is not allowed")
 KEY = re.compile(r'Parser key "([\w.]+)"')
@@ -108,6 +109,26 @@ def refusal(error: Exception) -> str | None:
         f"{key[1] if key else 'recipe'}: names {refused[1]}, which may run any code or send data away; remove it, "
         f"or if you trust the recipe, add {OPTION}"
     )
+
+
+def check_publishing(trainer: Namespace, typed: Sequence[str]) -> None:
+    """Checks that nobody's recipe publishes with the token of whoever runs it.
+
+    Args:
+        trainer: Settings of the trainer.
+        typed: The words of the command line, which may name the callback themselves.
+
+    Raises:
+        UserError: If the recipe alone names a callback that publishes.
+    """
+    callbacks = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
+    for callback in callbacks:
+        if getattr(callback, "class_path", "").endswith(PUBLISHES) and not any(PUBLISHES in word for word in typed):
+            raise UserError(
+                f"trainer.callbacks: the recipe publishes with your token ({PUBLISHES[1:]}, repo "
+                f"{callback.init_args.get('repo')}); name it on the command line, or if you trust the recipe, "
+                f"add {OPTION}"
+            )
 
 
 def check_places(settings: Any, key: str = "trainer") -> None:
