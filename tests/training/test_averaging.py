@@ -255,7 +255,7 @@ def test_a_run_with_all_of_it(pretrained, motion_clips, tmp_path, capsys, caplog
     }
     more = [f"--{name}={value}" for name, value in settings.items()]
     assert main(run_arguments(motion_clips, run, *more)) == 0
-    assert "Learning rate: 0.02 = 0.01 x sqrt(8 / 2 clips a step)" in caplog.text
+    assert "Learning rate: 0.02 = 0.01 x sqrt(8 / 2 clips per step)" in caplog.text
 
     for name in ("last", "best"):
         average = load_file(run / "checkpoints" / name / "model.safetensors")

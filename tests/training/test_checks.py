@@ -18,7 +18,7 @@ def callback(name: str, **settings) -> list[str]:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--trainer.fast_dev_run=true"], "trainer.fast_dev_run=True: it keeps no checkpoints; for a trial set"),
+        (["--trainer.fast_dev_run=true"], "trainer.fast_dev_run=True: it keeps no checkpoints; for a quick trial set"),
         (["--trainer.fast_dev_run=3"], "trainer.fast_dev_run=3: it keeps no checkpoints"),
         (["--trainer.enable_checkpointing=false"], "trainer.enable_checkpointing=False: a run keeps checkpoints"),
         (["--trainer.barebones=true"], "barebones"),
@@ -52,10 +52,10 @@ def callback(name: str, **settings) -> list[str]:
             callback("vidprism_hf.training.callbacks.push.PushToHub", repo="a/b", monitor="top1"),
             "PushToHub's monitor=top1: no such metric",
         ),
-        (callback("StochasticWeightAveraging", swa_lrs=0.1), "StochasticWeightAveraging does not go with a run: "),
-        (callback("ModelPruning", pruning_fn="l1_unstructured"), "ModelPruning does not go with a run: "),
+        (callback("StochasticWeightAveraging", swa_lrs=0.1), "StochasticWeightAveraging is not supported: "),
+        (callback("ModelPruning", pruning_fn="l1_unstructured"), "ModelPruning is not supported: "),
         (callback("ModelPruning", pruning_fn="nope"), "trainer: The provided `pruning_fn` nope isn't available"),
-        (callback("BackboneFinetuning"), "BackboneFinetuning does not go with a run: set model.freeze_layers"),
+        (callback("BackboneFinetuning"), "BackboneFinetuning is not supported: set model.freeze_layers"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
