@@ -150,7 +150,7 @@ def test_unknown_key_in_the_recipe(tmp_path, capsys, motion_clips, key):
         ("--trainer.accelerator=abacus", "trainer: You selected an invalid accelerator"),
         ("--config=nowhere.yaml", "nowhere.yaml"),
         ("--resume=nowhere.ckpt", "resume nowhere.ckpt: is not there; --resume auto finds the last good one"),
-        ("--resume=false", "resume false: is not there; --resume auto finds the last good one, none begins anew"),
+        ("--resume=false", "resume false: is not there; --resume auto finds the last good one, none starts fresh"),
         ("--model.checkpoint=nowhere/at_all", "model.checkpoint nowhere/at_all: cannot be loaded"),
     ],
 )

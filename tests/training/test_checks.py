@@ -104,7 +104,7 @@ def test_the_checkpoint_of_another_run_is_refused(motion_clips, tmp_path, capsys
     again = run_arguments(motion_clips, two, "--trainer.max_epochs=2")
     for words in (again, [*again, f"--resume={two / 'checkpoints' / 'last.ckpt'}"]):
         assert main(words) == 1
-        assert "last.ckpt: is of another run than" in complaint(capsys)
+        assert "last.ckpt: belongs to another run than" in complaint(capsys)
     (two / "checkpoints" / "last.ckpt").write_bytes(own)
     moved = two.rename(tmp_path / "moved")
     assert main(run_arguments(motion_clips, moved, "--trainer.max_epochs=2")) == 0

@@ -14,7 +14,7 @@ from ..model.temporal_vidprism import VidPrismFeatureWhitening
 # Videos used for the fit: enough to estimate the covariance of their frames, whatever the size of the dataset.
 MOST_CLIPS = 4096
 NEEDS_FEATURES = (
-    "model.config.feature_norm: whitened is fitted to cached features; set data.feature_cache to a folder and "
+    "model.config.feature_norm: whitened needs cached features; set data.feature_cache to a folder and "
     "model.freeze_backbone to true"
 )
 
