@@ -296,7 +296,7 @@ def test_predict_with_a_model_that_has_no_classifier(tmp_path, capsys, exported,
     VidPrismModel.from_pretrained(exported).save_pretrained(tmp_path / "model", save_original_format=False)
     shutil.copy(exported / "video_preprocessor_config.json", tmp_path / "model")
     said = refuse(capsys, ["predict", str(tmp_path / "model"), *three_files])
-    assert said.endswith("/model: not a whole classifier, 2 weights are missing (classifier.bias)")
+    assert said.endswith("/model: incomplete classifier, 2 weights are missing (classifier.bias)")
 
 
 def test_evaluate_without_a_model(capsys):

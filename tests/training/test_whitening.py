@@ -69,7 +69,7 @@ def test_without_kept_features_it_is_refused_before_the_run(source, tmp_path, ca
 
 def test_only_a_whitening_asks_for_kept_features():
     fit_whitening(tiny_model(), None)  # a training on a loader of one's own
-    with pytest.raises(UserError, match="fitted to kept features"):
+    with pytest.raises(UserError, match="needs cached features"):
         fit_whitening(tiny_model(feature_norm="whitened"), None)
 
 
