@@ -304,4 +304,4 @@ def test_evaluate_without_a_model(capsys):
 
 
 def test_evaluate_without_clips(capsys, tmp_path):
-    assert "name the clips: --config RECIPE" in refuse(capsys, ["evaluate", str(tmp_path), "--data.test_clips=4"])
+    assert "name the videos: --config RECIPE" in refuse(capsys, ["evaluate", str(tmp_path), "--data.test_clips=4"])

@@ -336,7 +336,7 @@ def test_the_recipe_of_an_export_runs_without_trust(recipe, motion_clips, tmp_pa
     ids=str,
 )
 def test_a_class_of_a_recipe_writes_nowhere_else(recipe, tmp_path, capsys, trainer):
-    assert "lies outside the run's folder" in refused(recipe({"trainer": trainer}), capsys)
+    assert "is outside the run's folder" in refused(recipe({"trainer": trainer}), capsys)
     assert not (tmp_path / "run").exists()
 
 
