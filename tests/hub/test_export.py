@@ -159,7 +159,7 @@ def partial(state):
 
 def empty(state):
     state.clear()
-    return "gathered from all processes"
+    return "gathered from all ranks"
 
 
 def diverged(state):
