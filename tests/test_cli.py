@@ -150,7 +150,7 @@ def test_unknown_key_in_the_recipe(tmp_path, capsys, motion_clips, key):
         ("--trainer.accelerator=abacus", "trainer: You selected an invalid accelerator"),
         ("--config=nowhere.yaml", "nowhere.yaml"),
         ("--resume=nowhere.ckpt", "resume nowhere.ckpt: is not there; --resume auto finds the last good one"),
-        ("--resume=false", "resume false: is not there; --resume auto finds the last good one, none begins anew"),
+        ("--resume=false", "resume false: is not there; --resume auto finds the last good one, none starts fresh"),
         ("--model.checkpoint=nowhere/at_all", "model.checkpoint nowhere/at_all: cannot be loaded"),
     ],
 )
@@ -296,7 +296,7 @@ def test_predict_with_a_model_that_has_no_classifier(tmp_path, capsys, exported,
     VidPrismModel.from_pretrained(exported).save_pretrained(tmp_path / "model", save_original_format=False)
     shutil.copy(exported / "video_preprocessor_config.json", tmp_path / "model")
     said = refuse(capsys, ["predict", str(tmp_path / "model"), *three_files])
-    assert said.endswith("/model: not a whole classifier, 2 weights are missing (classifier.bias)")
+    assert said.endswith("/model: incomplete classifier, 2 weights are missing (classifier.bias)")
 
 
 def test_evaluate_without_a_model(capsys):
@@ -304,4 +304,4 @@ def test_evaluate_without_a_model(capsys):
 
 
 def test_evaluate_without_clips(capsys, tmp_path):
-    assert "name the clips: --config RECIPE" in refuse(capsys, ["evaluate", str(tmp_path), "--data.test_clips=4"])
+    assert "name the videos: --config RECIPE" in refuse(capsys, ["evaluate", str(tmp_path), "--data.test_clips=4"])

@@ -345,7 +345,7 @@ def test_a_recipe_does_not_publish_with_the_token_of_whoever_runs_it(motion_clip
     ids=str,
 )
 def test_a_class_of_a_recipe_writes_nowhere_else(recipe, tmp_path, capsys, trainer):
-    assert "lies outside the run's folder" in refused(recipe({"trainer": trainer}), capsys)
+    assert "is outside the run's folder" in refused(recipe({"trainer": trainer}), capsys)
     assert not (tmp_path / "run").exists()
 
 

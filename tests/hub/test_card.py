@@ -106,9 +106,9 @@ def test_takes_licences_of_the_hub(license):
 @pytest.mark.parametrize(
     ("license", "told"),
     [
-        ("Apache 2.0", "'Apache 2.0': no licence id of the Hub; did you mean apache-2.0"),
-        ("MIT", "'MIT': no licence id of the Hub; did you mean mit"),
-        ("mine, all mine", "'mine, all mine': no licence id of the Hub; "),
+        ("Apache 2.0", "'Apache 2.0': not a licence id of the Hub; did you mean apache-2.0"),
+        ("MIT", "'MIT': not a licence id of the Hub; did you mean mit"),
+        ("mine, all mine", "'mine, all mine': not a licence id of the Hub; "),
         ("other", ": other needs a license_name too; write both into the export's README"),
     ],
 )
@@ -121,7 +121,7 @@ def test_refuses_what_is_no_licence_of_the_hub(license, told):
 
 def test_a_wrong_licence_ends_a_run_before_it_begins(motion_clips, tmp_path, capsys):
     assert main(run_arguments(motion_clips, tmp_path / "run", "--export.license=MITT")) == 1
-    assert "export.license 'MITT': no licence id of the Hub" in complaint(capsys)
+    assert "export.license 'MITT': not a licence id of the Hub" in complaint(capsys)
     assert not (tmp_path / "run").exists()
 
 

@@ -147,7 +147,7 @@ def test_weights_that_were_not_written_right_are_noticed(tmp_path, monkeypatch, 
 
     original = export.save_torch_state_dict
     monkeypatch.setattr(export, "save_torch_state_dict", save_wrong)
-    with pytest.raises(ExportError, match=r"1 of \d+ tensors were not written right: classifier\.weight"):
+    with pytest.raises(ExportError, match=r"1 of \d+ tensors were not written as given: classifier\.weight"):
         tiny_export(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
@@ -159,7 +159,7 @@ def partial(state):
 
 def empty(state):
     state.clear()
-    return "gathered from all processes"
+    return "gathered from all ranks"
 
 
 def diverged(state):

@@ -167,7 +167,7 @@ def test_a_tag(hub, api, folder):
     assert repo_of(hub).refs["refs/tags/v1"] == result.commit
     assert push(hub, api.token, folder, tag="v1").commit == result.commit
     (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
-    with pytest.raises(PushError, match="v1: is there, at another commit"):
+    with pytest.raises(PushError, match="v1: already exists at another commit"):
         push(hub, api.token, folder, tag="v1")
     assert len(repo_of(hub).commits) == 2  # refused before anything was sent
 

@@ -85,7 +85,7 @@ def test_no_try_begins_when_a_step_has_failed_for_too_long(hub, api, exported, p
     """Neither one of ours nor one of the client's."""
     hub.fault(step, times=None, **fault)
     told = failed(hub, api.token, exported, patience=replace(QUICK, tries=50, step_limit=0))
-    assert "to go on from there" in told
+    assert "to resume" in told
     assert hub.count(step) == 1
     assert len(pauses) <= 1
     hub.heal()
@@ -128,7 +128,7 @@ def test_a_server_that_never_answers_once(hub, api, exported, step):
 def test_a_server_that_never_answers(hub, api, exported, step):
     hub.fault(step, hang=True, times=None)
     told = failed(hub, api.token, exported, patience=replace(IMPATIENT, step_limit=0.5))
-    assert "to go on from there" in told
+    assert "to resume" in told
     assert 1 < hub.count(step) <= 3
     not_published(hub)
     hub.heal()
@@ -154,7 +154,7 @@ def test_an_answer_that_drips_once(hub, api, exported, step):
 def test_answers_that_drip(hub, api, exported, step):
     """Head and body of each; what was asked for is done, and stored."""
     hub.fault(step, drip=0.1, when="after", times=None)
-    assert "to go on from there" in failed(hub, api.token, exported, patience=DRIPPED)
+    assert "to resume" in failed(hub, api.token, exported, patience=DRIPPED)
     assert hub.count(step) == 1
     hub.heal()
     push(hub, api.token, exported)
@@ -423,7 +423,7 @@ def test_a_readme_is_not_taken_from_an_odd_answer(hub, api, exported, tmp_path, 
     mine = files_of(exported)["README.md"] + b"\nMine.\n"
     hub.add_model("alice/m", with_bytes(tmp_path / "old", {"README.md": mine}))
     hub.fault(step, times=None, **ODD[odd])
-    assert "as no Hub does" in failed(hub, api.token, exported)
+    assert "gave an invalid answer to" in failed(hub, api.token, exported)
     assert set(first_commit(hub).files) == {"README.md"}
     hub.heal()
     push(hub, api.token, exported)
@@ -442,4 +442,4 @@ def test_the_command_says_it_in_one_line(hub, api, exported, monkeypatch, capsys
     monkeypatch.setattr("vidprism_hf.hub.push.get_token", lambda: api.token)
     hub.fault("commit", times=None, **ODD["page"])
     assert main(["push", str(exported), "--repo", "alice/m"]) == 1
-    assert "answers the commit as no Hub does" in complaint(capsys)
+    assert "gave an invalid answer to the commit" in complaint(capsys)

@@ -104,7 +104,7 @@ def test_other_folders_are_left_out_and_not_looked_into(hub, api, exported, fold
     linked(folder / ".git" / "link", secret)
     result = push(hub, api.token, folder)
     pushed_once(hub, exported)
-    assert [note for note in result.notes if ".git" in note] == [".git/: no file of an export; left out"]
+    assert [note for note in result.notes if ".git" in note] == [".git/: not a file of an export; left out"]
 
 
 def cached(folder, root, repo="models--org--m"):

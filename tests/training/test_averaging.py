@@ -219,7 +219,7 @@ def test_base_of_a_run_from_a_checkpoint_is_that_checkpoints_tower(exported, tmp
     WiseFT(0.5, "tiny", str(exported))
     with pytest.raises(UserError, match="cannot be loaded again"):
         base_tower(str(tmp_path))
-    with pytest.raises(UserError, match=r"export\.wise_ft_alpha: a frozen tower"):
+    with pytest.raises(UserError, match=r"export\.wise_ft_alpha: has no effect on a frozen tower"):
         WiseFT(0.5, "b16").setup(SimpleNamespace(strategy=None), module(freeze_backbone=True), "test")
 
 
@@ -255,7 +255,7 @@ def test_a_run_with_all_of_it(pretrained, motion_clips, tmp_path, capsys, caplog
     }
     more = [f"--{name}={value}" for name, value in settings.items()]
     assert main(run_arguments(motion_clips, run, *more)) == 0
-    assert "Learning rate: 0.02 = 0.01 x sqrt(8 / 2 clips a step)" in caplog.text
+    assert "Learning rate: 0.02 = 0.01 x sqrt(8 / 2 clips per step)" in caplog.text
 
     for name in ("last", "best"):
         average = load_file(run / "checkpoints" / name / "model.safetensors")
@@ -291,5 +291,5 @@ def test_a_run_with_all_of_it(pretrained, motion_clips, tmp_path, capsys, caplog
 
 def test_refuses_random_weights_as_a_base(motion_clips, tmp_path, capsys):
     assert main(run_arguments(motion_clips, tmp_path / "run", "--export.wise_ft_alpha=0.99")) == 1
-    assert "export.wise_ft_alpha: model.backbone tiny starts from random weights" in complaint(capsys)
+    assert "export.wise_ft_alpha: model.backbone tiny has random weights" in complaint(capsys)
     assert not (tmp_path / "run").exists()

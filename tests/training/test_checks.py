@@ -18,7 +18,7 @@ def callback(name: str, **settings) -> list[str]:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--trainer.fast_dev_run=true"], "trainer.fast_dev_run=True: it keeps no checkpoints; for a trial set"),
+        (["--trainer.fast_dev_run=true"], "trainer.fast_dev_run=True: it keeps no checkpoints; for a quick trial set"),
         (["--trainer.fast_dev_run=3"], "trainer.fast_dev_run=3: it keeps no checkpoints"),
         (["--trainer.enable_checkpointing=false"], "trainer.enable_checkpointing=False: a run keeps checkpoints"),
         (["--trainer.barebones=true"], "barebones"),
@@ -52,10 +52,10 @@ def callback(name: str, **settings) -> list[str]:
             callback("vidprism_hf.training.callbacks.push.PushToHub", repo="a/b", monitor="top1"),
             "PushToHub's monitor=top1: no such metric",
         ),
-        (callback("StochasticWeightAveraging", swa_lrs=0.1), "StochasticWeightAveraging does not go with a run: "),
-        (callback("ModelPruning", pruning_fn="l1_unstructured"), "ModelPruning does not go with a run: "),
+        (callback("StochasticWeightAveraging", swa_lrs=0.1), "StochasticWeightAveraging is not supported: "),
+        (callback("ModelPruning", pruning_fn="l1_unstructured"), "ModelPruning is not supported: "),
         (callback("ModelPruning", pruning_fn="nope"), "trainer: The provided `pruning_fn` nope isn't available"),
-        (callback("BackboneFinetuning"), "BackboneFinetuning does not go with a run: set model.freeze_layers"),
+        (callback("BackboneFinetuning"), "BackboneFinetuning is not supported: set model.freeze_layers"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -104,7 +104,7 @@ def test_the_checkpoint_of_another_run_is_refused(motion_clips, tmp_path, capsys
     again = run_arguments(motion_clips, two, "--trainer.max_epochs=2")
     for words in (again, [*again, f"--resume={two / 'checkpoints' / 'last.ckpt'}"]):
         assert main(words) == 1
-        assert "last.ckpt: is of another run than" in complaint(capsys)
+        assert "last.ckpt: belongs to another run than" in complaint(capsys)
     (two / "checkpoints" / "last.ckpt").write_bytes(own)
     moved = two.rename(tmp_path / "moved")
     assert main(run_arguments(motion_clips, moved, "--trainer.max_epochs=2")) == 0

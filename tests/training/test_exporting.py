@@ -122,5 +122,5 @@ def test_a_strategy_that_hands_back_no_weights_is_an_error(motion_clips, tmp_pat
 
     monkeypatch.setattr(VidPrismLightningModule, "on_test_end", lose_weights)
     assert main(run_arguments(motion_clips, tmp_path / "run", "--trainer.max_epochs=1")) == 1
-    assert "there are no weights to export: were they gathered from all processes?" in complaint(capsys)
+    assert "there are no weights to export: were they gathered from all ranks?" in complaint(capsys)
     assert not (tmp_path / "run" / "export").exists()

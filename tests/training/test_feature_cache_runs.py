@@ -151,7 +151,7 @@ def test_bad_clips_are_counted_and_listed_as_without_it(source, tmp_path, capsys
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (("--data.train_views=2",), "data.feature_cache: a tower that learns has no features to keep"),
+        (("--data.train_views=2",), "data.feature_cache: features of a trained tower cannot be cached"),
         (("--model.freeze_backbone=true",), "data.feature_cache: needs data.train_views"),
         ((*FROZEN, "--data.feature_cache_limit=10KB"), "data.feature_cache_limit=10KB: too little for train 8 clips"),
     ],
@@ -179,7 +179,7 @@ def test_a_tower_that_is_unfrozen_on_the_way_ends_the_run(motion_clips, tmp_path
     module = VidPrismLightningModule(id2label=labels, backbone="tiny", num_frames=8, freeze_backbone=True)
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = L.Trainer(max_epochs=2, accelerator="cpu", callbacks=[Unfreeze()], **quiet)
-    with pytest.raises(UserError, match=r"data.feature_cache: a tower that learns has no features to keep"):
+    with pytest.raises(UserError, match=r"data.feature_cache: features of a trained tower cannot be cached"):
         trainer.fit(module, data)
     assert trainer.current_epoch == 1
 

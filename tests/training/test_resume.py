@@ -184,7 +184,7 @@ def test_fewer_epochs_than_a_checkpoint_has(stopped, source, capsys):
     words = arguments(source, stopped, f"--resume={stopped / 'checkpoints' / 'third.ckpt'}", "--trainer.max_epochs=1")
     assert main(words) == 1
     assert "trainer.max_epochs=1: " in (line := complaint(capsys))
-    assert "has had 2 epochs" in line
+    assert "is already at 2 epochs" in line
     (stopped / "checkpoints" / "third.ckpt").unlink()
     assert files_of(stopped) == before
 
@@ -205,7 +205,7 @@ def test_other_settings_are_told_and_not_taken_silently(stopped, source, capsys)
     # Named, the checkpoint is gone on from with them.
     assert main([*words, f"--resume={stopped / 'checkpoints' / 'last.ckpt'}"]) == 0
     out = capsys.readouterr().out
-    assert "With other settings than before: model.learning_rate 0.001, now 0.5; data.seed 0, now 3" in out
+    assert "Changed settings: model.learning_rate 0.001, now 0.5; data.seed 0, now 3" in out
     assert checkpoint(stopped)["global_step"] == 2 * STEPS
     assert yaml.safe_load((stopped / "config.yaml").read_text())["model"]["learning_rate"] == 0.5
     assert yaml.safe_load((stopped / "config.yaml").read_text())["resume"] == "auto"
@@ -233,7 +233,7 @@ def test_a_new_run_goes_on_by_the_command_that_began_it(stopped, source, stop, c
     stop([*arguments(source, stopped), "--resume=none"], TRAINING, 0, 0)
     for _ in range(2):
         assert begin_again(stopped, "none").checkpoint == str(stopped / "checkpoints" / "last.ckpt")
-        assert f"has begun this run already; to begin once more, rename {stopped} first" in capsys.readouterr().out
+        assert f"already started this run; to start another one, rename {stopped} first" in capsys.readouterr().out
     assert not Path(f"{stopped}.2").exists()
     assert begin_again(stopped, "none", data__seed=3).checkpoint is None
     assert Path(f"{stopped}.2").exists()
@@ -245,12 +245,12 @@ def test_a_branch_goes_on_by_the_command_that_began_it(stopped, source, stop, ca
     stop(words, TRAINING, 1, 0)
     out = capsys.readouterr().out
     assert "from step 5, epoch 2 (best.ckpt)" in out
-    assert f"What came after best.ckpt is moved to {checkpoints / 'aside'}" in out
+    assert f"Checkpoints after best.ckpt are moved to {checkpoints / 'aside'}" in out
     assert checkpoint(stopped)["global_step"] == 6
     assert main(words) == 0
     out = capsys.readouterr().out
     assert "from step 6, epoch 2 (last.ckpt)" in out
-    assert "has begun this branch already; to begin from there once more, move last.ckpt and previous.ckpt away" in out
+    assert "already started this branch; to start from there again, move last.ckpt and previous.ckpt away" in out
     assert {path.name for path in checkpoints.iterdir()} == {"aside", "best.ckpt", "last.ckpt"}
     kept = {path.name: torch.load(path, weights_only=True)["global_step"] for path in (checkpoints / "aside").iterdir()}
     assert kept == {"last.ckpt": 7, "previous.ckpt": 6}
@@ -279,7 +279,7 @@ def test_a_run_without_a_checkpoint_begins_again(stopped, capsys, resume):
     """In its folder, however often its job is put back into the queue; with other settings it is kept."""
     shutil.rmtree(stopped / "checkpoints")
     assert begin_again(stopped, resume) == Start(begun=resume)
-    assert f"The run in {stopped} was stopped before its first checkpoint; it begins" in capsys.readouterr().out
+    assert f"The run in {stopped} was stopped before its first checkpoint; it starts" in capsys.readouterr().out
     assert not Path(f"{stopped}.1").exists()
     assert begin_again(stopped, resume, data__seed=3).checkpoint is None
     why = "it has no checkpoint" if resume == "auto" else "asked for"
@@ -311,7 +311,7 @@ def test_a_folder_that_cannot_be_renamed(stopped, monkeypatch):
         raise OSError(errno.EBUSY, "Device or resource busy")
 
     monkeypatch.setattr(Path, "rename", busy)
-    with pytest.raises(UserError, match=r"cannot be kept as .*\.1 \(asked for, and .* busy\); choose another output"):
+    with pytest.raises(UserError, match=r"cannot be renamed to .*\.1 \(asked for; .* busy\); choose another output"):
         begin_again(stopped, "none")
 
 
@@ -344,7 +344,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(stopped, capsys, harm)
     out = capsys.readouterr().out
     told = "is cut or altered" if harm is cut else "is altered (archive/data/"
     assert f"{stopped / 'checkpoints' / 'last.ckpt'} {told}" in out
-    assert ": going on from the one before" in out
+    assert ": resuming from the one before" in out
     assert "from step 6, epoch 2 (previous.ckpt)" in out
 
 
@@ -366,7 +366,7 @@ def test_the_best_checkpoint_stands_in_for_the_last_ones(stopped, capsys):
     for name in ("last", "previous"):
         cut(stopped / "checkpoints" / f"{name}.ckpt")
     assert begin_again(stopped).checkpoint == str(stopped / "checkpoints" / "best.ckpt")
-    assert capsys.readouterr().out.count("going on from the one before") == 2
+    assert capsys.readouterr().out.count("resuming from the one before") == 2
 
 
 def test_nothing_is_begun_where_all_checkpoints_are_damaged(stopped):
@@ -374,7 +374,7 @@ def test_nothing_is_begun_where_all_checkpoints_are_damaged(stopped):
         path.write_bytes(b"no checkpoint")
     before = files_of(stopped)
     with pytest.raises(
-        UserError, match=r"last\.ckpt is cut .*previous\.ckpt is cut .*best\.ckpt is cut .* begins anew"
+        UserError, match=r"last\.ckpt is cut .*previous\.ckpt is cut .*best\.ckpt is cut .* starts fresh"
     ):
         begin_again(stopped)
     assert files_of(stopped) == before
@@ -389,7 +389,7 @@ def test_a_named_checkpoint_has_to_be_whole(stopped, tmp_path):
     with pytest.raises(UserError, match=r"is altered.*--resume auto finds the last good one"):
         begin_again(stopped, str(last))
     torch.save({"state_dict": {}}, last)
-    with pytest.raises(UserError, match="is no run's checkpoint"):
+    with pytest.raises(UserError, match="is not a run's checkpoint"):
         begin_again(stopped, str(last))
     with pytest.raises(UserError, match=r"nowhere\.ckpt: is not there"):
         begin_again(stopped, "nowhere.ckpt")

@@ -87,7 +87,7 @@ class Trap:
 def test_nothing_is_run(tmp_path, capsys):
     path = tmp_path / "last.ckpt"
     torch.save(content() | {"trap": Trap()}, path)
-    with pytest.raises(UserError, match="is no run's checkpoint"):
+    with pytest.raises(UserError, match="is not a run's checkpoint"):
         read_checkpoint(path)
     for weights_only in (None, False, True):
         with pytest.raises(pickle.UnpicklingError):

@@ -58,7 +58,7 @@ def test_work_before_the_training_ends_at_a_signal(handlers, tmp_path, capfd):
         trainer.fit(Working(), [0])
     assert shards == [0, 1]
     assert ended.value.code == 128 + signal.SIGUSR1
-    assert "SIGUSR1: stopping as soon as what is being prepared can be kept" in capfd.readouterr().err
+    assert "SIGUSR1: stopping as soon as the work in progress can be saved" in capfd.readouterr().err
     guard.release()
     assert {signum: signal.getsignal(signum) for signum in STOPPING} == handlers
 

@@ -230,7 +230,7 @@ def test_deepspeed_that_is_not_installed(motion_clips, tmp_path, capsys):
 def test_refuses_processes_whose_results_are_lost(motion_clips, tmp_path, capsys):
     arguments = run_arguments(motion_clips, tmp_path / "run", "--trainer.strategy=ddp_spawn", "--trainer.devices=2")
     assert main(arguments) == 1
-    assert "trainer.strategy=ddp_spawn: its processes keep their results to themselves; take ddp" in complaint(capsys)
+    assert "trainer.strategy=ddp_spawn: its processes do not return their results; use ddp" in complaint(capsys)
 
 
 def test_fsdp_refuses_a_precision_that_it_has_not(motion_clips, tmp_path, capsys):

@@ -63,13 +63,13 @@ def test_a_run_that_goes_on_does_not_fit_again(source, tmp_path, monkeypatch):
 
 def test_without_kept_features_it_is_refused_before_the_run(source, tmp_path, capsys):
     assert run(source, tmp_path / "run") == 1
-    assert "model.config.feature_norm: whitened is fitted to kept features; set data.feature_cache" in complaint(capsys)
+    assert "model.config.feature_norm: whitened needs cached features; set data.feature_cache" in complaint(capsys)
     assert not (tmp_path / "run").exists()
 
 
 def test_only_a_whitening_asks_for_kept_features():
     fit_whitening(tiny_model(), None)  # a training on a loader of one's own
-    with pytest.raises(UserError, match="fitted to kept features"):
+    with pytest.raises(UserError, match="needs cached features"):
         fit_whitening(tiny_model(feature_norm="whitened"), None)
 
 

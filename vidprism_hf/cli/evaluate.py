@@ -12,19 +12,19 @@ MODEL is an export, or any video classifier of transformers in a folder or on th
 ViViT, V-JEPA 2. Keys are those of `vidprism finetune --help`, among them
 
   --revision REVISION                     branch, tag or commit of a model on the Hub (main)
-  --model.num_frames N                    frames of a view, for a VidPrism without learned positions; else the model's
-  --data.frame_stride N                   of each clip every Nth frame; without it frames are from the whole video
-  --data.test_clips N                     clips of each video, from N places in time
-  --data.test_crops 3                     crops of each clip, along the longer side
+  --model.num_frames N                    frames per view, for a VidPrism without learned positions (the model's)
+  --data.frame_stride N                   every Nth frame of a clip; default: frames from the whole video
+  --data.test_clips N                     clips per video, from N places in time
+  --data.test_crops 3                     crops per clip, along the longer side
   --evaluation.average_clips score|prob   average the views' logits (the default), or their probabilities
-  --evaluation.output FOLDER              where evaluation.json and confusion.png go
-  --trainer.devices N                     processes, among which the clips are shared
+  --evaluation.output FOLDER              folder of evaluation.json and confusion.png
+  --trainer.devices N                     number of ranks, each with a shard of the videos
   --trust-recipe                          lets the recipe name any class, and so run its code
 
 VideoMAE, TimeSformer and ViViT were published with a stride on Kinetics-400: recipes/README.md has it and their views.
 """
 DATA_KEYS = {"--config", "-c", "--data", "--data.source"}
-# The recipe's data are wanted, not its model: the smallest one stands in for it.
+# Only the recipe's data are needed: the smallest model is a placeholder.
 NO_MODEL = ("--model.checkpoint=null", "--model.config=null", "--model.backbone=tiny")
 
 
@@ -39,8 +39,8 @@ def main(argv: list[str]) -> int:
     if revision == "":
         raise UserError("--revision: is empty; name a branch, tag or commit, or leave it out")
     if not {word.partition("=")[0] for word in rest}.intersection(DATA_KEYS):
-        raise UserError("name the clips: --config RECIPE (a run's own is its config.yaml), or --data.source CLIPS")
-    # The recipe's number of frames is for training; one that is typed is for this.
+        raise UserError("name the videos: --config RECIPE (a run's own is its config.yaml), or --data.source CLIPS")
+    # The recipe's number of frames is for training; one on the command line is for the evaluation.
     frames, _ = asked(rest, "--model.num_frames")
     cli = parse([*rest, *NO_MODEL])
     settings = cli.config_init.evaluation
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
 
 
 def asked(settings: list[str], option: str) -> tuple[str | None, list[str]]:
-    """The value that the command line itself gives an option, empty where it has none, and the rest of the line."""
+    """Returns an option's value on the command line (empty without a value), and the remaining arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(option, nargs="?", const="", dest="value")
     found, others = parser.parse_known_args(settings)

@@ -1,4 +1,4 @@
-"""`vidprism predict`: the top labels of video files."""
+"""`vidprism predict`: predicts the top labels of video files."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ from ..workers import start_server
 
 
 def main(argv: list[str]) -> int:
-    """Prints the predictions; 1 if a file could not be read."""
+    """Prints the predictions; returns 1 if a file could not be read."""
     parser = argparse.ArgumentParser(prog="vidprism predict", description="Top labels of video files.")
     parser.add_argument("model", help="exported folder or Hub id")
     parser.add_argument(
@@ -24,11 +24,11 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub (main)")
     parser.add_argument("--top-k", type=int, default=5, help="labels per file (5)")
-    parser.add_argument("--json", action="store_true", help="one JSON object a file and line instead of a table")
+    parser.add_argument("--json", action="store_true", help="one JSON object per file and line instead of a table")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch-size", type=int, default=8, help="files that go through the model together (8)")
+    parser.add_argument("--batch-size", type=int, default=8, help="files per forward pass (8)")
     parser.add_argument(
-        "--workers", type=int, help="processes that decode the next batches meanwhile (one a core, none for one batch)"
+        "--workers", type=int, help="processes that decode the next batches (one per core, none for a single batch)"
     )
     args = parser.parse_args(argv)
     for name, least in (("top_k", 1), ("batch_size", 1), ("workers", 0)):
@@ -37,12 +37,12 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     try:
         torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:  # no such kind, or none here
+    except (RuntimeError, AssertionError) as error:  # unknown device type, or not available
         raise UserError(f"--device {args.device}: {first_line(error)}") from error
 
     files = list_files(args.files)
     workers = default_workers(len(files), args.batch_size) if args.workers is None else args.workers
-    if workers:  # the server imports while the model is loaded
+    if workers:  # the server imports while the model loads
         start_server()
     model, processor = load(args.model, args.revision)
     model = model.to(args.device).eval()
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
 
 
 def print_predictions(predictions: Iterable[Prediction], as_json: bool) -> int:
-    """Prints predictions as they come, or as a table in the end; returns how many have an error."""
+    """Prints predictions as JSON as they come, or as a table at the end; returns the number of errors."""
     failed = 0
     table = Table("file", "label", "score")
     for prediction in predictions:

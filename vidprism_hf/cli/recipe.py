@@ -1,4 +1,4 @@
-"""Recipes: from a YAML file and what is typed beside it to data, model and trainer.
+"""Recipes: from a YAML file and command-line overrides to data, model and trainer.
 
 Keys are those of `vidprism finetune --help`; evaluate and ablate read recipes in the same way.
 """
@@ -30,10 +30,10 @@ from .trust import HELP, RecipeParser, check_places, check_publishing, check_rec
 
 
 class FinetuneCLI(LightningCLI):
-    """LightningCLI with the run's folder, and the links between data and model.
+    """LightningCLI with the run's folder and the links between data and model.
 
     Args:
-        trusted: Whether the recipe may name any class, and any folder for it.
+        trusted: Whether the recipe may name any class and folder.
     """
 
     def __init__(self, *args: Any, trusted: bool = False, **settings: Any):
@@ -47,16 +47,16 @@ class FinetuneCLI(LightningCLI):
             "--resume",
             type=str,
             default=AUTO,
-            help="auto goes on with a stopped run in the output folder; none begins anew and keeps the folder as "
-            "<folder>.1; a checkpoint of the folder goes on from there, with other settings if they are given. The "
-            "same command typed again goes on.",
+            help="auto resumes a stopped run in the output folder; none starts fresh and keeps the folder as "
+            "<folder>.1; a checkpoint in the folder resumes from there, with different settings if given. Repeating "
+            "the command resumes.",
         )
         parser.add_argument(
             "--collective_timeout",
             type=float,
             default=COLLECTIVE_TIMEOUT,
-            help="Seconds that one of several processes waits for another in a step before all end, saying where each "
-            "is; twice as many while checkpoints and exports are written.",
+            help="Seconds that a rank waits for another one in a step before all are stopped, printing where each is; "
+            "twice as long while checkpoints and exports are written.",
         )
         parser.add_class_arguments(CheckpointSettings, "checkpoint")
         parser.add_class_arguments(ExportSettings, "export")
@@ -70,7 +70,7 @@ class FinetuneCLI(LightningCLI):
         parser.link_arguments("data.id2label", "model.id2label", apply_on="instantiate")
 
     def parse_arguments(self, parser, args) -> None:
-        """Parses, and looks at what is used before anything is built."""
+        """Parses the arguments and checks those that are used before anything is built."""
         super().parse_arguments(parser, args)
         seed = self.config.seed_everything
         if not isinstance(seed, bool) and not 0 <= seed < 2**32:
@@ -80,7 +80,7 @@ class FinetuneCLI(LightningCLI):
             check_publishing(self.config.trainer, self.typed)
 
     def before_instantiate_classes(self) -> None:
-        """Looks for licence and backbone before data are fetched, which may be hundreds of gigabytes."""
+        """Checks licence and backbone before downloading data, which may be hundreds of gigabytes."""
         check_license("export.license", self.config.export.license)
         check_timeout(self.config.collective_timeout)
         data = self.config.data
@@ -91,15 +91,15 @@ class FinetuneCLI(LightningCLI):
             load_processor(data.processor, data.num_frames)
 
     def instantiate_classes(self) -> None:
-        """Builds data, model and what the recipe names for the trainer.
+        """Builds data, model and the recipe's classes for the trainer.
 
         Raises:
-            UserError: If a class of the trainer's does not take what the recipe gives it.
+            UserError: If a class of the trainer rejects its arguments.
         """
         try:
             super().instantiate_classes()
         except ValueError as error:
-            if not str(error).startswith("Does not validate"):  # jsonargparse's beginning, around the class's own error
+            if not str(error).startswith("Does not validate"):  # jsonargparse's prefix to the class's own error
                 raise
             raise UserError(f"trainer: {first_line(error.__cause__ or error)}") from error
 
@@ -112,10 +112,10 @@ def parse(argv: list[str], description: str | None = None) -> FinetuneCLI:
 
     Args:
         argv: `--config recipes/X.yaml`, any `--key value`, and --trust-recipe if the recipe may name any class.
-        description: What `--help` says above the keys.
+        description: Text of `--help` above the keys.
 
     Raises:
-        UserError: With jsonargparse's message as one line, if a key does not exist or a value does not fit.
+        UserError: With jsonargparse's message on one line, if a key does not exist or a value is invalid.
     """
     trusted, argv = take_trust(argv)
     argv = expand(argv)
@@ -147,7 +147,7 @@ def parse(argv: list[str], description: str | None = None) -> FinetuneCLI:
         raise UserError(refusal(error) or message + did_you_mean(message)) from error
 
 
-# How jsonargparse names a key that does not exist.
+# jsonargparse's messages for a key that does not exist.
 UNKNOWN = re.compile(
     r"unrecognized arguments: --(?P<typed>[\w.]+)|Group '(?P<section>\w+)' does not accept option '(?P<option>\w+)'"
     r"|Option '(?P<other>[\w.]+)' is not accepted"
@@ -155,17 +155,17 @@ UNKNOWN = re.compile(
 
 
 def did_you_mean(message: str) -> str:
-    """Returns the key that was probably meant, as the end of jsonargparse's message."""
+    """Returns a suggestion to append to jsonargparse's message about an unknown key."""
     if (found := UNKNOWN.search(message)) is None:
         return ""
     return suggestion(found["typed"] or found["option"] or found["other"], found["section"] or "")
 
 
 def expand(argv: list[str]) -> list[str]:
-    """Returns the command line with what stands for other words.
+    """Expands the shorthands of a command line.
 
-    A first word that is no option is the source; without a recipe it is trained by `folder`. Recipes are given by
-    path or by name.
+    A first argument that is not an option is the source, with `folder` as the default recipe. Recipes are given by
+    path or name.
     """
     argv = list(argv)
     if argv and not argv[0].startswith("-"):
@@ -186,14 +186,14 @@ def plan_of(cli: FinetuneCLI, command: str) -> RunPlan:
 
     Args:
         cli: What `parse` returned.
-        command: What a user types to resume the run.
+        command: Command that resumes the run.
     """
     config, built = cli.config, cli.config_init
     return RunPlan(
         cli.model,
         cli.datamodule,
         config.output,
-        str(config.resume),  # jsonargparse lets null pass
+        str(config.resume),  # jsonargparse accepts null
         config.seed_everything,
         built.checkpoint,
         built.export,
@@ -206,12 +206,12 @@ def plan_of(cli: FinetuneCLI, command: str) -> RunPlan:
 
 
 def trainer_settings(cli: FinetuneCLI) -> dict[str, Any]:
-    """Returns what a recipe asks of Lightning's Trainer."""
+    """Returns the recipe's arguments of Lightning's Trainer."""
     return asked_of_trainer(vars(cli.config_init.trainer), vars(cli.parser.get_defaults().trainer))
 
 
 def asked_of_trainer(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Returns what is not Lightning's own default: only that is a setting of the run."""
+    """Drops Lightning's own defaults, which are not settings of the run."""
     return {name: value for name, value in settings.items() if name in TRAINER_DEFAULTS or value != defaults[name]}
 
 

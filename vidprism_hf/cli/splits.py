@@ -1,4 +1,4 @@
-"""`vidprism splits`: one recipe on several official splits, and the mean of their accuracies."""
+"""`vidprism splits`: runs a recipe on several official splits and averages their metrics."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ FILE_NAME = "splits.json"
 
 
 def main(argv: list[str]) -> int:
-    """Trains and evaluates on each split in a process of its own, then averages.
+    """Trains and evaluates on each split in a separate process, then averages.
 
     Returns:
         0, or the status of the first run that failed.
@@ -56,7 +56,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _recipe_output(settings: list[str]) -> str:
-    """The output that the last recipe given names."""
+    """Returns the output of the last recipe."""
     for recipe in reversed(recipes_of(expand(settings))):
         if named := read_recipe(recipe).get("output"):
             return named

@@ -1,8 +1,8 @@
-"""Which classes a recipe may name: Lightning's and ours, unless whoever runs it trusts it.
+"""Restricts the classes that a recipe may name to Lightning's and ours, unless the user trusts it.
 
-A class that a recipe names (`class_path`, or a function by its import path) is imported and built: such a recipe is
-code. jsonargparse asks before each import; what is allowed here runs nothing of the recipe's, and writes to the run's
-folder or below the present one.
+A class named in a recipe (`class_path`, or a function by its import path) is imported and built, so such a recipe is
+code. jsonargparse checks each import against the allowlist; allowed classes run no code from the recipe, and write to
+the run's folder or below the current one.
 """
 
 import argparse
@@ -32,7 +32,7 @@ OUTSIDE = re.compile(r"[~/\\]|[A-Za-z]:[\\/]|\w+://|(.*[/\\])?\.\.([/\\]|$)")
 
 
 class RecipeParser(LightningArgumentParser):
-    """LightningCLI's parser, for which no setting is a file to read it from: one is what the recipe says."""
+    """LightningCLI's parser without settings that are read from further files."""
 
     def add_class_arguments(self, *args: Any, **settings: Any) -> list[str]:
         return super().add_class_arguments(*args, **{**settings, "sub_configs": False})
@@ -40,14 +40,14 @@ class RecipeParser(LightningArgumentParser):
 
 @contextmanager
 def reading(trusted: bool) -> Iterator[None]:
-    """Lets jsonargparse read YAML within bounds and, unless the recipe is trusted, import only what is allowed."""
+    """Limits jsonargparse's YAML and, unless the recipe is trusted, its imports to allowed classes."""
     load = get_loader("yaml")
 
     def bounded(text: str) -> Any:
         check_bounds(text)
         return load(text)
 
-    # It has no way to take a setting back.
+    # jsonargparse cannot restore a setting.
     with patch.dict(parsing_settings):
         set_loader("yaml", bounded, (yaml.YAMLError,))
         try:
@@ -60,39 +60,41 @@ def reading(trusted: bool) -> Iterator[None]:
 
 
 def take_trust(argv: list[str]) -> tuple[bool, list[str]]:
-    """Whether the command line itself says that its recipe is trusted, and the rest of it."""
+    """Returns whether the command line trusts its recipe, and the remaining arguments."""
     return OPTION in argv, [word for word in argv if word != OPTION]
 
 
 def recipes_of(argv: list[str]) -> list[str]:
-    """The recipes that a command line names, in their order."""
+    """Returns the recipes that a command line names, in order."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-c", "--config", action="append", nargs="?", default=[])
     return [name for name in parser.parse_known_args(argv)[0].config if name]
 
 
 def check_recipes(argv: list[str]) -> None:
-    """Reads the recipe files of a command line, as far as they are there, before anything is made of them.
+    """Checks the existing recipe files of a command line before they are used.
 
     Raises:
-        UserError: If one cannot be read within bounds.
+        UserError: If one cannot be read within the limits.
     """
     for name in recipes_of(argv):
-        if os.path.exists(name):  # else it may be what a recipe says
+        if os.path.exists(name):  # otherwise it may be inline YAML
             read_recipe(name)
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """What a recipe file says.
+    """Reads a recipe file.
 
     Raises:
-        UserError: If it cannot be read, or one of its sections lies in another file.
+        UserError: If it cannot be read, or a section refers to another file.
     """
     content = read_mapping(name)
     if not content:
         raise UserError(f"{name}: is empty; give a recipe such as recipes/folder.yaml")
     if "config" in content:
-        raise UserError(f"{name}: config={content['config']!r:.60}: a recipe names no other; give both by --config")
+        raise UserError(
+            f"{name}: config={content['config']!r:.60}: a recipe cannot include another; pass both by --config"
+        )
     for section in SECTIONS:
         if not isinstance(content.get(section) or {}, dict):
             raise UserError(f"{name}: {section}={content[section]!r:.60}: must be settings, one a line below it")
@@ -100,7 +102,7 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 
 def refusal(error: Exception) -> str | None:
-    """What to say of a class that was refused; None if the error is another one."""
+    """Returns the message for a class that is not allowed; None for any other error."""
     text = str(error)
     if (refused := REFUSED.search(text)) is None:
         return None
@@ -132,10 +134,10 @@ def check_publishing(trainer: Namespace, typed: Sequence[str]) -> None:
 
 
 def check_places(settings: Any, key: str = "trainer") -> None:
-    """Looks whether a class that a recipe names would write outside the run's folder and the present one.
+    """Checks that no class of a recipe would write outside the run's folder and the current one.
 
     Args:
-        settings: Those of the trainer, or a part.
+        settings: The trainer's settings, or a part of them.
         key: Their name.
 
     Raises:
@@ -150,7 +152,7 @@ def check_places(settings: Any, key: str = "trainer") -> None:
                 for argument, given in (vars(value) if isinstance(value, Namespace) else value).items():
                     if isinstance(given, str) and OUTSIDE.match(given):
                         raise UserError(
-                            f"{key}.{argument}={given}: lies outside the run's folder; name one inside, or if you "
+                            f"{key}.{argument}={given}: is outside the run's folder; name one inside, or if you "
                             f"trust the recipe, add {OPTION}"
                         )
                     check_places(given, f"{key}.{argument}")

@@ -1,1 +1,1 @@
-"""From other formats to the package's own."""
+"""Converts checkpoints of other formats."""

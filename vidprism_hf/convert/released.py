@@ -1,8 +1,8 @@
-"""`vidprism convert`: a checkpoint of the authors' released trainer to the Hub's layout.
+"""Converts a checkpoint of the authors' released trainer to the Hub's layout.
 
-The released file holds `model_state_dict` (`visual.*` in OpenAI CLIP's naming, the text tower,
-`logit_scale`), `fusion_model_state_dict` (the temporal head) and `optimizer_state_dict`. The converted model
-has the released code's switches (`VidPrismConfig.released`), which reproduce its numbers.
+A released file has `model_state_dict` (`visual.*` in OpenAI CLIP's naming, the text tower, `logit_scale`),
+`fusion_model_state_dict` (the temporal head) and `optimizer_state_dict`. The converted model has the released code's
+switches (`VidPrismConfig.released`), which reproduce its numbers.
 """
 
 import math
@@ -21,7 +21,7 @@ from ..util import preview
 CLIP_HEAD_WIDTH = 64  # of every OpenAI ViT
 DEFAULT_RATES = (2, 4, 8, 16)
 
-# (part of the model, released name, our name); numbers of layers, experts and streams stay as they are.
+# (part of the model, released name, our name); numbers of layers, experts and streams are kept.
 RULES = [
     (part, re.compile(pattern + "$"), name)
     for part, pattern, name in [
@@ -98,14 +98,14 @@ def load_released(file: Path) -> dict[str, torch.Tensor]:
     """Reads a released checkpoint, weights only, as one state dict without `module.` prefixes.
 
     Raises:
-        UserError: If it is no such checkpoint.
+        UserError: If it is not such a checkpoint.
     """
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         parts = [checkpoint["model_state_dict"], checkpoint["fusion_model_state_dict"]]
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
-    except Exception as error:  # torch.load raises whatever its unpickler meets
+    except Exception as error:  # torch.load may raise anything on foreign files
         raise UserError(f"{file}: not a checkpoint of the released trainer ({type(error).__name__})") from error
     return {
         name.removeprefix("module."): tensor for part in parts for name, tensor in part.items() if tensor is not None
@@ -115,10 +115,10 @@ def load_released(file: Path) -> dict[str, torch.Tensor]:
 def infer_config(
     state: dict[str, torch.Tensor], num_frames: int, labels: list[str], rates: list[int] | None = None
 ) -> VidPrismConfig:
-    """Reads the sizes of tower and head off the weights.
+    """Infers the sizes of tower and head from the weights.
 
     Raises:
-        UserError: If the weights lack a part, or labels or rates do not fit them.
+        UserError: If a part is missing, or labels or rates do not match the weights.
     """
     try:
         patches = state["visual.conv1.weight"]
@@ -167,8 +167,7 @@ def map_weights(
     """Renames and reshapes the released weights.
 
     Returns:
-        Our state dict, the tensors mapped for each part of the model, and the released names that have no
-        place.
+        Our state dict, the number of tensors mapped per part of the model, and the unused released names.
     """
     mapped, counts, unused = {}, Counter(), []
     for released, tensor in state.items():
@@ -181,7 +180,7 @@ def map_weights(
         counts[part] += 1
         mapped.update(split_fused(ours.format(**PREFIXES), tensor))
     expected = VidPrismForVideoClassification(config).state_dict().keys()
-    # Gates of pairs that never interact exist in the released head.
+    # The released head also has gates of pairs that never interact.
     idle = {name for name in mapped if ".interaction.gates." in name and name not in expected}
     counts["DBI"] -= len(idle)
     unused += sorted(idle)
@@ -189,7 +188,7 @@ def map_weights(
 
 
 def edge_name(name: str, num_streams: int) -> str:
-    """The released head numbers gate MLPs source * N + destination; we name them source_destination."""
+    """Renames gate MLPs from the released source * N + destination to source_destination."""
     return re.sub(
         r"(?<=score_mlps\.)\d+",
         lambda match: "{}_{}".format(*divmod(int(match[0]), num_streams)),
@@ -198,7 +197,7 @@ def edge_name(name: str, num_streams: int) -> str:
 
 
 def split_fused(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Cuts or reshapes the tensors that are stored in another form."""
+    """Splits or reshapes tensors that are stored in another form."""
     if ".qkv_proj." in name:
         parts = zip("qkv", tensor.chunk(3), strict=True)
         return {name.replace("qkv_proj", f"{letter}_proj"): part.clone() for letter, part in parts}
@@ -221,10 +220,10 @@ def convert(
     """Converts a released checkpoint.
 
     Returns:
-        The classifier, and what `map_weights` says of the mapping.
+        The classifier, and the counts and unused names of `map_weights`.
 
     Raises:
-        UserError: If the file is no such checkpoint, or weights are missing.
+        UserError: If the file is not such a checkpoint, or weights are missing.
     """
     state = load_released(file)
     config = infer_config(state, num_frames, labels, rates)
@@ -236,12 +235,12 @@ def convert(
         raise UserError(f"{file}: {' '.join(str(error).split())}") from error
     if missing or unexpected:
         first = preview(missing + unexpected, 3)
-        raise UserError(f"{file}: {len(missing)} weights are missing, {len(unexpected)} have no place: {first}")
+        raise UserError(f"{file}: {len(missing)} weights are missing, {len(unexpected)} are unexpected: {first}")
     return model.eval(), counts, unused
 
 
 def read_labels(file: Path) -> list[str]:
-    """Reads label names in any form of `read_label_names`, with ids from 0 like the checkpoint's classes.
+    """Reads label names in any format of `read_label_names`, with ids from 0 like the checkpoint's classes.
 
     Raises:
         UserError: If the file cannot be read, or its ids are not 0, 1, 2, ...

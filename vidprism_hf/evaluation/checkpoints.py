@@ -1,4 +1,4 @@
-"""Loads VidPrism checkpoints for data whose classes may come in another order."""
+"""Loads VidPrism checkpoints for data whose classes may be in another order."""
 
 import torch
 from transformers import AutoConfig
@@ -10,10 +10,10 @@ from .labels import matched_labels
 
 
 def load_checkpoint(name_or_path: str, id2label: dict[int, str], num_frames: int) -> VidPrismForVideoClassification:
-    """Loads a VidPrism checkpoint, with its classes in the data's order and under the data's names.
+    """Loads a VidPrism checkpoint, with its classes in the data's order and spelling.
 
     Raises:
-        UserError: If it is no VidPrism checkpoint, its classes are others or it cannot take so many frames.
+        UserError: If it is not a VidPrism checkpoint, has other classes or does not support this number of frames.
     """
     config, order = fitting_config(name_or_path, id2label, num_frames)
     config.num_frames = num_frames
@@ -28,10 +28,10 @@ def load_checkpoint(name_or_path: str, id2label: dict[int, str], num_frames: int
 
 
 def fitting_config(name_or_path: str, id2label: dict[int, str], num_frames: int) -> tuple[VidPrismConfig, list[int]]:
-    """Loads the configuration of a VidPrism checkpoint, and finds its index of each class of the data.
+    """Loads the configuration of a VidPrism checkpoint and its index of each of the data's classes.
 
     Raises:
-        UserError: If it is no VidPrism checkpoint, its classes are others or it cannot take so many frames.
+        UserError: If it is not a VidPrism checkpoint, has other classes or does not support this number of frames.
     """
     config = read_checkpoint_config(name_or_path)
     if config.time_position == "learned" and config.num_frames != num_frames:
@@ -46,11 +46,11 @@ def read_checkpoint_config(name_or_path: str) -> VidPrismConfig:
     """Loads the configuration of a VidPrism checkpoint.
 
     Raises:
-        UserError: If it is no VidPrism checkpoint.
+        UserError: If it is not a VidPrism checkpoint.
     """
     try:
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-    except Exception as error:  # what a file holds decides how transformers fails at it
+    except Exception as error:  # transformers may raise anything on invalid files
         raise UserError(
             f"model.checkpoint {name_or_path}: cannot be loaded ({why_not_loaded(name_or_path, error)})"
         ) from error

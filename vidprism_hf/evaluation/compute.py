@@ -1,4 +1,4 @@
-"""What a model costs: multiply-adds and parameters, counted on the meta device without data or memory."""
+"""Compute cost of a model: multiply-adds and parameters, counted on the meta device without data or memory."""
 
 import copy
 from dataclasses import dataclass
@@ -11,20 +11,20 @@ from transformers import AutoModelForVideoClassification, CLIPVisionModel, PreTr
 from ..errors import UserError, first_line
 from ..model import VISION_PRESETS, VidPrismConfig, VidPrismForVideoClassification
 
-# What the paper (arXiv 2605.28229) calls GFLOPs of a view, by tower and frames; they are multiply-adds, as the field
-# mostly counts. As a reading note quotes its tables: see recipes/README.md.
+# The paper's (arXiv 2605.28229) "GFLOPs" per view, by tower and frames; they are multiply-adds, as is usual. Quoted
+# from a reading note, see recipes/README.md.
 PAPER = {("b16", 8): 162.0, ("b16", 32): 721.0, ("l14", 8): 632.0}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model costs.
+    """Compute cost of a model.
 
     Attributes:
-        giga_macs: Multiply-adds of one view, in units of 1e9, as counted.
-        million_parameters: In units of 1e6.
-        bare_tower_giga_macs: Of CLIP's image tower alone on the same frames; None for other models.
-        paper_giga_macs: What the paper states for this tower and number of frames; None where it does not.
+        giga_macs: Counted multiply-adds of one view, in units of 1e9.
+        million_parameters: Parameters in millions.
+        bare_tower_giga_macs: The same for CLIP's image tower alone on these frames; None for other models.
+        paper_giga_macs: The paper's figure for this tower and number of frames, if it states one.
     """
 
     giga_macs: float
@@ -34,15 +34,15 @@ class Cost:
 
 
 def cost(config: PreTrainedConfig, num_frames: int, size: tuple[int, int] | None = None) -> Cost:
-    """Counts a classifier of videos: a VidPrism, or one of transformers.
+    """Counts the cost of a video classifier: a VidPrism or another transformers model.
 
     Args:
-        config: Of the model.
-        num_frames: Frames of a view.
-        size: Height and width of its pictures; a VidPrism's own if not given.
+        config: The model's configuration.
+        num_frames: Frames per view.
+        size: Height and width of the frames; None takes a VidPrism's own.
 
     Raises:
-        UserError: If the model cannot take such a view.
+        UserError: If the model does not accept such a view.
     """
     if not isinstance(config, VidPrismConfig):
         with torch.device("meta"):
@@ -62,7 +62,7 @@ def cost(config: PreTrainedConfig, num_frames: int, size: tuple[int, int] | None
 
 
 def paper_giga_macs(config: VidPrismConfig, num_frames: int) -> float | None:
-    """What the paper states for a VidPrism on this tower with so many frames; None where it does not."""
+    """Returns the paper's figure for a VidPrism on this tower with this number of frames, if it states one."""
     for (preset, frames), stated in PAPER.items():
         sizes = VidPrismConfig(vision_config=dict(VISION_PRESETS[preset]["vision_config"])).vision_config
         alike = ("hidden_size", "num_hidden_layers", "patch_size", "image_size", "intermediate_size")
@@ -73,19 +73,19 @@ def paper_giga_macs(config: VidPrismConfig, num_frames: int) -> float | None:
 
 
 def without_memory(config: VidPrismConfig) -> VidPrismForVideoClassification:
-    """The model of a configuration, with no memory behind its weights."""
+    """Builds a configuration's model on the meta device."""
     with torch.device("meta"):
         return VidPrismForVideoClassification(copy.deepcopy(config)).eval()
 
 
 def empty_view(config: VidPrismConfig, num_frames: int) -> torch.Tensor:
-    """One view without data, (1, T, 3, H, W)."""
+    """Returns one view on the meta device, (1, T, 3, H, W)."""
     edge = config.vision_config.image_size
     return torch.empty(1, num_frames, 3, edge, edge, device="meta")
 
 
 def giga_macs(module: nn.Module, *inputs: torch.Tensor) -> float:
-    """Multiply-adds of a forward pass in units of 1e9, as torch counts them: matrix products and convolutions."""
+    """Counts the multiply-adds of a forward pass in units of 1e9, as torch does: matrix products and convolutions."""
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         module(*inputs)
@@ -93,10 +93,10 @@ def giga_macs(module: nn.Module, *inputs: torch.Tensor) -> float:
 
 
 def giga_macs_per_view(config: VidPrismConfig, num_frames: int | None = None) -> float:
-    """Multiply-adds of the whole model for one view, in units of 1e9."""
+    """Counts the multiply-adds of the whole model for one view, in units of 1e9."""
     return giga_macs(without_memory(config), empty_view(config, num_frames or config.num_frames))
 
 
 def million_parameters(module: nn.Module) -> float:
-    """Parameters in units of 1e6."""
+    """Returns the number of parameters in millions."""
     return sum(parameter.numel() for parameter in module.parameters()) / 1e6

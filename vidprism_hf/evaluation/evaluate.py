@@ -1,4 +1,4 @@
-"""Evaluates any video classifier on the validation split of a data module, and keeps what was found."""
+"""Evaluates any video classifier on the validation split of a data module and writes the results."""
 
 import json
 import os
@@ -40,7 +40,7 @@ from .report import Evaluation, Subject, print_evaluation
 from .scores import AverageClips, ScoreRecorder
 from .testing import evaluate_held_out, make_trainer, progress_bars, subject_of
 
-# What of an export evaluation reads.
+# Files of an export that evaluation needs.
 EXPORT_FILES = {"allow_patterns": ["*.json", "*.safetensors"], "ignore_patterns": ["*/*"]}
 WHOLE_VIDEO = (
     "{}: frames are from the whole video (data.frame_stride is null), which may not be how it was trained; "
@@ -59,21 +59,22 @@ def evaluate(
     trainer: Mapping[str, Any] | None = None,
     collective_timeout: float = COLLECTIVE_TIMEOUT,
 ) -> Evaluation:
-    """Evaluates a video classifier on the validation split, each video once, in all test views.
+    """Evaluates a video classifier on the validation split: every video once, in all test views.
 
-    The figures are printed and written; the card of a local export is refreshed.
+    Prints and writes the results, and refreshes the card of a local export. Use it to test an export again, on other
+    data or with other views, or to compare with other models.
 
     Args:
         model: Export or Hub id of any video classifier of transformers (VidPrism, VideoMAE, TimeSformer, ViViT,
-            V-JEPA 2), or a VidPrism model in memory. It is tested through its own processor.
-        data: Where the videos come from; labels are matched by name.
-        output: Folder for evaluation.json and confusion.png; None is one below `evaluation/` beside the model's
+            V-JEPA 2), or a VidPrism model in memory. Its own processor prepares the input.
+        data: Source of the videos; labels are matched by name.
+        output: Folder for evaluation.json and confusion.png; None uses one below `evaluation/` beside the model's
             folder, or below runs/ for a model on the Hub.
-        average_clips: What is averaged over the views of a video: `score`, the logits, or `prob`, the probabilities.
+        average_clips: Averages the logits (`score`) or the probabilities (`prob`) over the views of a video.
         revision: Branch, tag or commit of a model on the Hub.
         num_frames: Frames per view, for a VidPrism without learned positions; None takes the model's.
         trainer: Arguments of Lightning's Trainer: devices, precision, ...
-        collective_timeout: Seconds that a rank waits for another one before all end.
+        collective_timeout: Seconds a rank waits for another one before all are stopped.
 
     Raises:
         UserError: If the model cannot be loaded, or its labels are not the data's.
@@ -87,7 +88,7 @@ def evaluate(
     tested = load_tested(model, data, revision, num_frames)
     data.video_processor = tested.processor
     recorder, settings = ScoreRecorder(average_clips), dict(trainer or {})
-    # Under Lightning's own handler of SIGTERM ranks that wait for each other do so until they are killed.
+    # With Lightning's own SIGTERM handler, ranks that wait for each other wait until they are killed.
     ends = LambdaCallback(on_test_start=lambda trainer, module: SignalWatch().leave_at_once(trainer))
     bars = progress_bars(settings.get("enable_progress_bar"))
     if settings.get("strategy") in ("ddp", "fsdp"):  # nothing is trained: each rank has the whole model
@@ -111,9 +112,9 @@ class Tested:
 
     Attributes:
         name: Folder or Hub id.
-        commit: Of a model on the Hub.
-        module: Its test step gives logits in the order of the data's classes.
-        processor: What makes its input.
+        commit: Commit of a model on the Hub.
+        module: Its test step returns logits in the order of the data's classes.
+        processor: Prepares its input.
     """
 
     name: str
@@ -125,7 +126,7 @@ class Tested:
 def load_tested(
     model: str | PreTrainedModel, data: VideoDataModule, revision: str | None, num_frames: int | None
 ) -> Tested:
-    """Loads a model and fits it to the data's labels. No code of its repository is run.
+    """Loads a model and matches its classes to the data's. Does not run code from its repository.
 
     Raises:
         UserError: If the model cannot be loaded, or its labels are not the data's.
@@ -155,10 +156,10 @@ def load_tested(
 
 
 def find(name: str, revision: str | None) -> tuple[PreTrainedConfig, str | None]:
-    """The configuration of a model, and of one on the Hub the commit that a revision is at.
+    """Returns a model's configuration and, on the Hub, the commit of its revision.
 
     Raises:
-        UserError: If there is no such model, or revision of it.
+        UserError: If there is no such model or revision.
     """
     if revision == "":
         raise UserError("--revision: is empty; name a branch, tag or commit, or leave it out")
@@ -166,14 +167,14 @@ def find(name: str, revision: str | None) -> tuple[PreTrainedConfig, str | None]
         raise UserError(f"--revision {revision}: {name} is a folder, which has none; leave it out")
     commit, unknown = None, None
     if not os.path.isdir(name):
-        try:  # the cache keeps files below their commit, which is known without a network, too
+        try:  # the cache stores files by commit, which is therefore known offline too
             commit = Path(hf_hub_download(name, CONFIG_NAME, revision=revision)).parent.name
-        except (OSError, ValueError) as error:  # to load the model fails, too, and tells more of the cause
+        except (OSError, ValueError) as error:  # loading the model fails too, with a better message
             unknown = error
     place = name if revision is None else f"{name} at {revision}"
     try:
         config = AutoConfig.from_pretrained(name, revision=commit or revision, trust_remote_code=False)
-    except Exception as error:  # what a file holds decides how transformers fails at it
+    except Exception as error:  # transformers may raise anything on invalid files
         raise UserError(f"{place}: cannot be loaded ({why_not_loaded(name, error)})") from error
     if unknown is not None:
         raise UserError(f"{place}: cannot be loaded ({first_line(unknown)})") from unknown
@@ -181,10 +182,10 @@ def find(name: str, revision: str | None) -> tuple[PreTrainedConfig, str | None]
 
 
 def fetched(name: str, commit: str) -> str:
-    """The folder of an export on the Hub at a commit: what trains knows no revisions.
+    """Downloads an export from the Hub at a commit and returns its folder; checkpoints have no revisions.
 
     Raises:
-        UserError: If it cannot be fetched.
+        UserError: If it cannot be downloaded.
     """
     try:
         return snapshot_download(name, revision=commit, **EXPORT_FILES)
@@ -193,7 +194,7 @@ def fetched(name: str, commit: str) -> str:
 
 
 def chose_checkpoint(subject: Subject) -> bool:
-    """Whether the clips chose the checkpoint of a local export, as its split.json says."""
+    """Returns whether these videos selected the checkpoint of a local export, according to its split.json."""
     try:
         split = json.loads(read_own(Path(subject.model), "split.json"))
         chosen, known = split["chosen_on_val"], split["val"]["sha256"]
@@ -205,10 +206,10 @@ def chose_checkpoint(subject: Subject) -> bool:
 
 @rank_zero_only
 def keep_and_tell(evaluation: Evaluation, output: str | None) -> None:
-    """Prints what was found, writes its files, and refreshes the card of a local export.
+    """Prints an evaluation, writes its files, and refreshes the card of a local export.
 
     Raises:
-        UserError: If something cannot be written.
+        UserError: If a file cannot be written.
     """
     if evaluation.unreadable:
         print(bad_clip_table(evaluation.unreadable))
@@ -223,9 +224,9 @@ def keep_and_tell(evaluation: Evaluation, output: str | None) -> None:
 
 
 def refresh_export(evaluation: Evaluation, export: Path) -> list[str]:
-    """Puts an evaluation on the card of an export, and where the Hub has the dataset into its `.eval_results`.
+    """Adds an evaluation to an export's card and, if the dataset is on the Hub, to its `.eval_results`.
 
-    A README without a generated part is a person's and stays, and nothing is told of a part of the clips.
+    A README without a generated part is left alone. Partial evaluations are not added.
 
     Returns:
         The files that were written.
@@ -256,22 +257,22 @@ def refresh_export(evaluation: Evaluation, export: Path) -> list[str]:
 
 
 def existing(export: Path, name: str) -> bytes:
-    """The content of a file of an export; nothing where there is none."""
+    """Returns the content of an export's file; empty if it does not exist."""
     return read_own(export, name) if os.path.lexists(export / name) else b""
 
 
 def told(evaluation: Evaluation) -> list[str]:
-    """How many clips were evaluated, and what to know of it."""
+    """Returns sentences on the number of videos evaluated, and the caveats."""
     used = evaluation.counts.phrase("held-out clips")
     return [f"on {used}. A clip that cannot be decoded counts as wrong.", *evaluation.caveats]
 
 
 def card_body(evaluation: Evaluation, has_results: bool) -> str:
-    """What the card says below the title.
+    """Renders an evaluation for the card, below its title.
 
     Args:
-        evaluation: What was found.
-        has_results: Whether the card's metadata state results.
+        evaluation: The results.
+        has_results: Whether the card's metadata have results already.
     """
     sentences = told(evaluation)
     if has_results:
@@ -282,8 +283,10 @@ def card_body(evaluation: Evaluation, has_results: bool) -> str:
 
 
 def replace_file(export: Path, name: str, content: bytes) -> None:
-    """Writes a file of an export whole, under its lock. Until it is, it lies where the lock does: with a strange file
-    in it the folder would be no export, and what a killed process leaves is written over by the next.
+    """Writes an export's file atomically, under the export's lock.
+
+    The temporary file is beside the lock: an export with a stray file would be invalid, and the next write replaces
+    the remains of a killed one.
     """
     located(export, os.path.dirname(name))
     beside = lock_path(export).with_suffix(".tmp")

@@ -1,4 +1,4 @@
-"""The pictures of a model card, as PNG bytes: the same numbers give the same bytes."""
+"""Figures of a model card as PNG bytes; the same numbers give the same bytes."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -12,11 +12,11 @@ from matplotlib.ticker import MaxNLocator
 from ..fonts import lettering
 
 MOST_CLASSES = 40  # more rows would not be legible
-MOST_LETTERS = 40  # of a name
+MOST_LETTERS = 40  # longer names are cut
 
 
 def curves(epochs: Mapping[int, Mapping[str, float]]) -> bytes:
-    """Losses and held-out top-1 over the epochs of a run.
+    """Draws losses and validation top-1 over the epochs of a run.
 
     Args:
         epochs: Epoch, from 0, to any of `train_loss`, `val_loss` and `val_top1`.
@@ -40,7 +40,7 @@ def curves(epochs: Mapping[int, Mapping[str, float]]) -> bytes:
 
 
 def expert_names(rates: Sequence[int]) -> list[str]:
-    """What the experts are called, each by another name."""
+    """Returns distinct names of the experts."""
     return [
         f"rate {rate}" + (f" ({list(rates[: place + 1]).count(rate)})" if list(rates).count(rate) > 1 else "")
         for place, rate in enumerate(rates)
@@ -48,12 +48,12 @@ def expert_names(rates: Sequence[int]) -> list[str]:
 
 
 def expert_weights(weights: np.ndarray, labels: Sequence[str], rates: Sequence[int]) -> bytes:
-    """Mean weight of each expert for each class; with many classes their distribution.
+    """Draws the mean weight of each expert for each class; for many classes, their distribution.
 
     Args:
-        weights: (K, N), rows of classes without clips are NaN.
-        labels: Of the K classes.
-        rates: Of the N experts.
+        weights: (K, N), NaN rows for classes without videos.
+        labels: Names of the K classes.
+        rates: Frame rates of the N experts.
     """
     experts = expert_names(rates)
     if len(labels) > MOST_CLASSES:
@@ -73,11 +73,11 @@ def expert_weights(weights: np.ndarray, labels: Sequence[str], rates: Sequence[i
 
 
 def confusion_matrix(counts: np.ndarray, labels: Sequence[str]) -> bytes:
-    """Which share of each class's clips got which label; with many classes without their names.
+    """Draws the confusion matrix, normalised by class; for many classes, without their names.
 
     Args:
-        counts: (K, K), readable clips by class (row) and label given (column); a class may have none.
-        labels: Of the K classes.
+        counts: (K, K), readable videos by class (row) and predicted label (column); a class may have none.
+        labels: Names of the K classes.
     """
     named = len(labels) <= MOST_CLASSES
     edge = 0.3 * len(labels) + max(2.5, 1.5 + breadth(labels)) if named else 8
@@ -98,19 +98,19 @@ def confusion_matrix(counts: np.ndarray, labels: Sequence[str]) -> bytes:
 
 
 def breadth(labels: Sequence[str]) -> float:
-    """Inches that the longest name may take."""
+    """Returns the inches to reserve for the longest name."""
     letters = lettering(labels)
     return 0.15 * max(len(letters.text(label)[:MOST_LETTERS]) for label in labels)
 
 
 def name(axis: Axis, labels: Sequence[str], places: Sequence[float] | None = None, **settings: Any) -> None:
-    """Writes names at an axis.
+    """Labels the ticks of an axis.
 
     Args:
-        axis: Of a figure.
-        labels: Of strangers, or our own.
-        places: Of each; the first few numbers where none are given.
-        settings: Of matplotlib's, for the text.
+        axis: Axis of a figure.
+        labels: Names, possibly with characters that the font lacks.
+        places: Positions of the ticks; None takes 0, 1, 2, ...
+        settings: Matplotlib's text settings.
     """
     letters = lettering(labels)
     shown = [letters.text(label)[:MOST_LETTERS] for label in labels]
@@ -118,7 +118,7 @@ def name(axis: Axis, labels: Sequence[str], places: Sequence[float] | None = Non
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as PNG bytes, without the date and the version that a file would hold."""
+    """Renders a figure as PNG bytes, without date and version, for reproducible output."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110, metadata={"Software": None})
     return picture.getvalue()

@@ -6,14 +6,14 @@ from statistics import NormalDist
 
 
 def wilson_interval(share: float, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share of independent trials (Wilson, 1927).
+    """Returns Wilson's score interval of a proportion of independent trials (Wilson, 1927).
 
-    Unlike the normal approximation it is sound for few clips and for shares near 0 and 1.
+    Unlike the normal approximation it is valid for few trials and for proportions near 0 and 1.
 
     Args:
-        share: Of the trials that succeeded, from 0 to 1.
-        trials: How many there were, at least one.
-        confidence: Of the interval, above 0 and below 1.
+        share: Proportion of successes, from 0 to 1.
+        trials: Number of trials, at least one.
+        confidence: Confidence level, above 0 and below 1.
     """
     if trials < 1 or not 0 <= share <= 1:
         raise ValueError(f"no interval of the share {share} of {trials} trials")
@@ -25,16 +25,16 @@ def wilson_interval(share: float, trials: int, confidence: float = 0.95) -> tupl
 
 
 def mean_class_interval(right: Sequence[int], clips: Sequence[int], confidence: float = 0.95) -> tuple[float, float]:
-    """Interval of the mean over classes of the shares that are right in each.
+    """Returns the interval of the mean class accuracy.
 
-    The classes' Wilson intervals are put together by MOVER: their distances from the shares add up as variances do
-    (Zou, Huang and Zhang, 2009, "A note on confidence interval estimation for a linear function of binomial
-    proportions"). A bootstrap would call a model that is right on all of a few clips certain; this does not.
+    MOVER combines the classes' Wilson intervals: their distances from the estimates add up like standard errors (Zou,
+    Huang and Zhang, 2009, "A note on confidence interval estimation for a linear function of binomial proportions").
+    For a model that is right on all of a few videos, a bootstrap interval would have no width; this one does.
 
     Args:
-        right: Clips of each class that are right.
-        clips: Clips of each class; classes without any are left out.
-        confidence: Of the interval, above 0 and below 1.
+        right: Correctly classified videos of each class.
+        clips: Videos of each class; classes without any are ignored.
+        confidence: Confidence level, above 0 and below 1.
     """
     shares = [(hits / count, count) for hits, count in zip(right, clips, strict=True) if count]
     if not shares:

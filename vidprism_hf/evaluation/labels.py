@@ -1,4 +1,4 @@
-"""Which of a model's classes is which of the data's: both have names, and seldom the same order and spelling."""
+"""Matches a model's classes to the data's by name; order and spelling often differ."""
 
 import re
 from collections.abc import Mapping
@@ -6,21 +6,21 @@ from collections.abc import Mapping
 from ..errors import UserError
 from ..util import preview
 
-MOST_NAMES = 3  # of labels that do not match, in the message
+MOST_NAMES = 3  # unmatched labels in the message
 
 
 def matched_labels(name: str, theirs: Mapping[int, str], ours: Mapping[int, str]) -> list[int]:
-    """For each class of the data the index that a model has it at: by name, without regard to case, blanks and signs.
+    """Returns the model's index of each of the data's classes, ignoring case, blanks and punctuation.
 
     Args:
-        name: Of the model, for the message.
-        theirs: The model's label of each index.
-        ours: The data's.
+        name: The model's name, for the message.
+        theirs: The model's labels by index.
+        ours: The data's labels by index.
 
     Raises:
-        UserError: If the two do not name the same classes.
+        UserError: If the two do not have the same classes.
     """
-    same = set(theirs.values()) == set(ours.values())  # then spelling may be all that tells two of them apart
+    same = set(theirs.values()) == set(ours.values())  # then names may differ by spelling only
     by_name, known = ({plain_name(label, same): index for index, label in names.items()} for names in (theirs, ours))
     apart = {
         "only in the model": [label for label in theirs.values() if plain_name(label, same) not in known],
@@ -39,5 +39,5 @@ def matched_labels(name: str, theirs: Mapping[int, str], ours: Mapping[int, str]
 
 
 def plain_name(label: str, as_it_is: bool = False) -> str:
-    """A label's letters and digits: `ApplyEyeMakeup` and `apply eye makeup` are the same."""
+    """Reduces a label to letters and digits: `ApplyEyeMakeup` equals `apply eye makeup`."""
     return label if as_it_is else re.sub(r"[\W_]+", "", label.casefold()) or label

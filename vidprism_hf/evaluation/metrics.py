@@ -1,4 +1,4 @@
-"""From scores and labels of clips to accuracies with intervals, a confusion matrix and calibration."""
+"""Accuracies with intervals, confusion matrix and calibration, from scores and labels."""
 
 from dataclasses import dataclass
 
@@ -8,19 +8,19 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from .intervals import mean_class_interval, wilson_interval
 
-CALIBRATION_BINS = 15  # of equal width, as Guo et al. (arXiv:1706.04599) take them
-WILSON, MOVER = "Wilson", "MOVER of the classes' Wilson"  # how an interval was found
+CALIBRATION_BINS = 15  # of equal width, as in Guo et al. (arXiv:1706.04599)
+WILSON, MOVER = "Wilson", "MOVER of the classes' Wilson"  # methods of intervals
 
 
 @dataclass(frozen=True)
 class Share:
-    """A share with its 95 % interval.
+    """A proportion with its 95 % interval.
 
     Attributes:
         value: From 0 to 1.
         low: Lower limit.
         high: Upper limit.
-        interval: How the interval was found.
+        interval: Method of the interval.
     """
 
     value: float
@@ -31,19 +31,19 @@ class Share:
 
 @dataclass(frozen=True, eq=False)
 class Metrics:
-    """What the scores of N clips over K classes come to. A clip that could not be read counts as wrong.
+    """Metrics of N videos and K classes. An unreadable video counts as wrong.
 
     Attributes:
-        accuracies: `top1`, `top5` where there are more than five classes, and `mean_class`, the mean of the classes'
-            top-1 over those that have clips.
-        clips: Of each class, (K,).
-        unreadable: Of these, clips that could not be read, (K,).
-        right: Of these, clips whose best label is right, (K,).
-        confusion: Readable clips by class (row) and best label (column), (K, K).
-        ece: Expected calibration error of the best label's probability over the readable clips; NaN without any.
-        confidence: The mean of that probability.
-        not_finite: Readable clips whose scores give no probabilities, as of NaN. They count as wrong and are left out
-            of confusion matrix and calibration.
+        accuracies: `top1`; `top5` for more than five classes; `mean_class`, the mean top-1 of the classes that have
+            videos.
+        clips: Videos per class, (K,).
+        unreadable: Unreadable videos per class, (K,).
+        right: Correctly classified videos per class, (K,).
+        confusion: Readable videos by class (row) and predicted label (column), (K, K).
+        ece: Expected calibration error over the readable videos; NaN without any.
+        confidence: Mean probability of the predicted label.
+        not_finite: Readable videos without valid probabilities, for example because of NaN scores. They count as wrong
+            and are excluded from confusion matrix and calibration.
     """
 
     accuracies: dict[str, Share]
@@ -56,21 +56,21 @@ class Metrics:
     not_finite: int = 0
 
     def class_share(self, index: int) -> Share | None:
-        """Top-1 of a class; None without clips."""
+        """Returns the top-1 accuracy of a class; None without videos."""
         clips = int(self.clips[index])
         return _share(int(self.right[index]), clips) if clips else None
 
 
 def measure(scores: np.ndarray, labels: np.ndarray, readable: np.ndarray | None = None) -> Metrics:
-    """Measures scores against labels.
+    """Computes the metrics of scores against labels.
 
     Args:
-        scores: (N, K), logits or log-probabilities: their softmax is what calibration looks at.
+        scores: (N, K), logits or log-probabilities; calibration uses their softmax.
         labels: Class indices, (N,).
-        readable: Which clips have scores, (N,); None is all.
+        readable: Which videos have scores, (N,); None means all.
 
     Raises:
-        ValueError: If there are no clips.
+        ValueError: If there are no videos.
     """
     total, classes = scores.shape
     if not total:
@@ -97,24 +97,21 @@ def measure(scores: np.ndarray, labels: np.ndarray, readable: np.ndarray | None 
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
-    """Expected calibration error (Guo et al., arXiv:1706.04599): how far confidence and accuracy lie apart.
+    """Returns the expected calibration error (Guo et al., arXiv:1706.04599).
 
-    Not torchmetrics', which has a bin of its own for a confidence of exactly 1, that of saturated scores.
+    Not torchmetrics', which gives a confidence of exactly 1 (saturated scores) a bin of its own.
 
     Args:
-        confidence: Of N clips, from 0 to 1, (N,).
-        right: Whether each is right, (N,).
+        confidence: Probability of the predicted label, (N,).
+        right: Whether the prediction is right, (N,).
     """
-    edges = np.linspace(0, 1, CALIBRATION_BINS + 1)[1:-1]  # a bin has its upper edge
+    edges = np.linspace(0, 1, CALIBRATION_BINS + 1)[1:-1]  # a bin includes its upper edge
     apart = np.bincount(np.digitize(confidence, edges, right=True), weights=confidence.astype(np.float64) - right)
     return float(np.abs(apart).sum() / len(confidence))
 
 
 def label_ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How many classes come before the right one, (N,): those with more, and of equals those of a lower index.
-
-    A score that is no number comes before all.
-    """
+    """Returns how many classes rank above the true one, (N,); ties rank by index, NaN above everything."""
     own = np.take_along_axis(scores, labels[:, None], axis=1)
     before = (scores == own) & (np.arange(scores.shape[1]) < labels[:, None])
     return (~(scores <= own) | before).sum(axis=1)

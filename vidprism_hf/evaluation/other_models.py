@@ -1,8 +1,8 @@
-"""Classifiers of videos of transformers that are no VidPrism (VideoMAE, TimeSformer, ViViT, V-JEPA 2), for comparison.
+"""Other video classifiers of transformers (VideoMAE, TimeSformer, ViViT, V-JEPA 2), for comparison.
 
-Each is shown the clips as its own processor makes them: its number of frames, its size, crop, mean and deviation. The
-frames are those that every model here gets: from equal segments of the video, or with `data.frame_stride`, which is the
-rate that many of them were published with; no checkpoint tells it.
+Each model's own processor prepares its input: number of frames, size, crop, mean and deviation. Frames are sampled as
+for every model here: from equal segments of the video, or with `data.frame_stride`. Many of these models were published
+with a stride, but their checkpoints do not state it.
 """
 
 from pickle import UnpicklingError
@@ -26,31 +26,31 @@ from ..data.features.encoder import FrameEncoder, encoder_of
 from ..errors import UserError, why_not_loaded
 
 BROKEN = (StrictDataclassError, SafetensorError, UnpicklingError)  # configuration or weights
-FRAME_FIELDS = ("num_frames", "frames_per_clip")  # what configurations call the number of frames
-# What VideoDataModule asks for: pixels as they are decoded, resized and cropped.
+FRAME_FIELDS = ("num_frames", "frames_per_clip")  # configuration fields with the number of frames
+# VideoDataModule needs uint8 pixels, resized and cropped.
 PIXELS = {"do_sample_frames": False, "do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
 
 
 class OtherProcessor:
-    """The processor of another model where `VideoDataModule` expects ours.
+    """Adapts another model's processor to what `VideoDataModule` expects.
 
     Args:
-        processor: What the model's checkpoint comes with.
-        num_frames: Frames that the model takes.
+        processor: The processor of the model's checkpoint.
+        num_frames: Frames per view.
 
     Attributes:
-        num_frames: The same.
-        crop_size: Height and width of what the model sees.
-        rescale_factor: With mean and deviation it makes the model's floats of uint8 pixels.
-        image_mean: A value for each channel.
-        image_std: A value for each channel.
+        num_frames: Frames per view.
+        crop_size: Height and width of the model's input.
+        rescale_factor: Converts uint8 pixels to the model's floats, together with mean and deviation.
+        image_mean: One value per channel.
+        image_std: One value per channel.
     """
 
     def __init__(self, processor: BaseVideoProcessor, num_frames: int):
         self.processor, self.num_frames = processor, num_frames
         edges = self(np.zeros((1, 256, 256, 3), dtype=np.uint8), **PIXELS)["pixel_values_videos"].shape[-2:]
         self.crop_size = SizeDict(height=edges[0], width=edges[1])
-        # Whatever its last step does, by its own settings or by code as ViViT's, to each channel it is a straight line.
+        # The last step, whether by settings or by code as in ViViT, is a linear function of each channel.
         ends = torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None].expand(2, 3, 1, 1)
         line = processor.rescale_and_normalize(
             ends,
@@ -66,9 +66,9 @@ class OtherProcessor:
         self.image_mean = (-black / rise).tolist()
 
     def __call__(self, frames: np.ndarray, **settings: Any) -> dict[str, torch.Tensor]:
-        """Chosen frames, (T, H, W, 3) uint8, as `pixel_values_videos`, (1, T, 3, height, width).
+        """Converts sampled frames, (T, H, W, 3) uint8, to `pixel_values_videos`, (1, T, 3, height, width).
 
-        Settings go to the model's processor, as they would to ours; with those of `PIXELS` it resizes and crops.
+        Settings are passed to the model's processor; with `PIXELS` it only resizes and crops.
         """
         video = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
         made = self.processor(video, **settings)
@@ -76,16 +76,16 @@ class OtherProcessor:
         return {"pixel_values_videos": pixels}
 
     def center_crop(self, clip: torch.Tensor, size: SizeDict) -> torch.Tensor:
-        """The middle of a clip (T, 3, H, W), so high and wide."""
+        """Crops the centre of a clip (T, 3, H, W) to a height and width."""
         return self.processor.center_crop(clip, size)
 
 
 class TestedClassifier(L.LightningModule):
-    """Tests a classifier on clips whose labels may have another order.
+    """Tests a classifier on data whose labels may be in another order.
 
     Args:
-        model: Of transformers.
-        order: For each class of the data the model's index of it; None where they are the same.
+        model: A transformers model.
+        order: The model's index of each of the data's classes; None if they are the same.
     """
 
     def __init__(self, model: PreTrainedModel, order: list[int] | None = None):
@@ -94,11 +94,11 @@ class TestedClassifier(L.LightningModule):
         self.order = list(range(model.config.num_labels)) if order is None else order
 
     def frame_encoder(self) -> FrameEncoder:
-        """Returns the tower as `data.feature_cache` needs it. Only a VidPrism has one."""
+        """Returns the tower for `data.feature_cache`; only a VidPrism has one."""
         return encoder_of(self.model, self.trainer)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, torch.Tensor]:
-        """Gives `logits` (B, views, K) to callbacks, in the order of the data's classes."""
+        """Returns `logits` (B, views, K) in the order of the data's classes."""
         kept = "frame_features" in batch
         name = "frame_features" if kept else "pixel_values_videos"
         views = batch[name] if batch[name].ndim == (4 if kept else 6) else batch[name][:, None]
@@ -109,7 +109,7 @@ class TestedClassifier(L.LightningModule):
 def load_other(
     name: str, config: PreTrainedConfig, revision: str | None = None
 ) -> tuple[PreTrainedModel, OtherProcessor]:
-    """Loads a classifier of transformers, in float32, and its processor. No code of the repository is run.
+    """Loads a transformers classifier in float32, and its processor. Does not run code from the repository.
 
     Args:
         name: Folder or Hub id.
@@ -117,7 +117,7 @@ def load_other(
         revision: Branch, tag or commit on the Hub; main if None.
 
     Raises:
-        UserError: If it is none, cannot be loaded, or some of its weights are not there.
+        UserError: If it is not a video classifier, cannot be loaded, or lacks some weights.
     """
     frames = frames_of(name, config)
     try:
@@ -128,17 +128,17 @@ def load_other(
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, *BROKEN) as error:
         raise UserError(f"{name}: cannot be evaluated ({why_not_loaded(name, error)})") from error
     if missing := sorted(info["missing_keys"]):
-        raise UserError(f"{name}: not a whole classifier, {len(missing)} weights are missing ({missing[0]})")
+        raise UserError(f"{name}: incomplete classifier, {len(missing)} weights are missing ({missing[0]})")
     return model.eval(), processor
 
 
 def frames_of(name: str, config: PreTrainedConfig) -> int:
-    """How many frames a model takes, as its configuration says.
+    """Returns a model's number of frames from its configuration.
 
     Raises:
-        UserError: If it does not say.
+        UserError: If the configuration does not state it.
     """
     found = [getattr(config, field) for field in FRAME_FIELDS if getattr(config, field, None)]
     if not found:
-        raise UserError(f"{name}: its config.json has none of {', '.join(FRAME_FIELDS)}, so no number of frames")
+        raise UserError(f"{name}: its config.json has no number of frames ({' or '.join(FRAME_FIELDS)})")
     return int(found[0])

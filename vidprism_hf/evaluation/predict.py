@@ -1,4 +1,4 @@
-"""`vidprism predict`: the top labels of video files, decoded beside the computation and classified in batches."""
+"""Predicts the top labels of video files, in batches, decoding the next ones meanwhile."""
 
 import os
 import sys
@@ -15,12 +15,12 @@ from ..model.loading import load_classifier, load_config, named, one_line
 from ..workers import clip_loader
 
 STDIN = "-"
-MOST_WORKERS = 8  # without --workers: each holds two batches, and decoding is seldom short of more
+MOST_WORKERS = 8  # default limit: each worker keeps two batches in memory, and more are rarely needed
 
 
 @dataclass
 class Prediction:
-    """The labels and scores of one file, best first, or why there are none."""
+    """Labels and scores of one file, best first, or the error."""
 
     file: str
     labels: list[str]
@@ -29,7 +29,7 @@ class Prediction:
 
 
 class DecodedFiles(Dataset):
-    """Items are a file's pixels as the processor cuts them, uint8 (T, 3, H, W), or the reason why there are none."""
+    """Items are a file's resized and cropped pixels, uint8 (T, 3, H, W), or an error message."""
 
     def __init__(self, files: Sequence[str], processor: VidPrismVideoProcessor, num_frames: int):
         self.files = list(files)
@@ -55,20 +55,28 @@ def predict(
     batch_size: int = 8,
     workers: int = 0,
 ) -> Iterator[Prediction]:
-    """Classifies files, in their order; one that cannot be decoded gives a prediction with `error`.
+    """Classifies files, in order; a file that cannot be decoded yields a prediction with `error`.
 
-    Neither batch size nor workers change a score by more than rounding.
+    Use it for many files; for a few, `transformers.pipeline` will do. Batch size and workers change scores only by
+    rounding.
 
     Args:
         model: The classifier, in eval mode.
         processor: Its processor.
         files: Paths or URLs.
-        top_k: Labels per file; no more than there are.
-        batch_size: Files that go through the model together.
-        workers: Processes that decode the next batches meanwhile; 0 decodes in between.
+        top_k: Labels per file, at most the number of classes.
+        batch_size: Files per forward pass.
+        workers: Processes that decode the next batches; 0 decodes in this process.
 
     Raises:
         UserError: If scores are not finite.
+
+    Example:
+        ```python
+        model, processor = load("runs/mine/export")
+        for found in predict(model, processor, ["a.mp4", "b.mp4"], top_k=1):
+            print(found.file, found.labels, found.scores)
+        ```
     """
     clips = DecodedFiles(files, processor, model.config.num_frames)
     loader = clip_loader(
@@ -88,7 +96,7 @@ def predict(
 
 
 def _collate(items: list[torch.Tensor | str]) -> tuple[torch.Tensor, list[str | None]]:
-    """The pixels of the files that could be decoded, and for each file its error or None."""
+    """Returns the pixels of the decoded files, and each file's error or None."""
     pixels = [item for item in items if not isinstance(item, str)]
     errors = [item if isinstance(item, str) else None for item in items]
     return torch.stack(pixels) if pixels else torch.empty(0), errors
@@ -97,9 +105,9 @@ def _collate(items: list[torch.Tensor | str]) -> tuple[torch.Tensor, list[str | 
 def _classify(
     model: VidPrismForVideoClassification, processor: VidPrismVideoProcessor, pixels: torch.Tensor, top_k: int
 ) -> list[tuple[list[str], list[float]]]:
-    """Labels and scores of each clip of a batch, uint8 (B, T, 3, H, W), best first."""
+    """Returns labels and scores of each clip of a batch, uint8 (B, T, 3, H, W), best first."""
     pixels = pixels.to(model.device, non_blocking=True)
-    # The processor's own last step, on the device: four times less to copy.
+    # The processor's last step, done on the device: uint8 is a quarter of the data to copy.
     pixels = processor.rescale_and_normalize(
         pixels,
         processor.do_rescale,
@@ -121,11 +129,10 @@ def _classify(
 
 
 def list_files(arguments: Iterable[str]) -> list[str]:
-    """The files that arguments stand for, in their order: a folder for the videos below it, sorted by path, and `-`
-    for the lines of standard input.
+    """Expands arguments to files, in order: a folder to the videos below it, sorted by path, `-` to lines of stdin.
 
     Raises:
-        UserError: If a folder holds no video, or standard input no line.
+        UserError: If a folder has no videos or standard input is empty.
     """
     files: list[str] = []
     for argument in arguments:
@@ -142,8 +149,8 @@ def list_files(arguments: Iterable[str]) -> list[str]:
 
 
 def videos_below(folder: str | os.PathLike) -> list[str]:
-    """The videos in a folder and those below it, sorted by path; hidden ones are skipped."""
-    from ..data.tables import VIDEO_EXTENSIONS  # brings in all that trains, which takes seconds
+    """Returns the videos in a folder and its subfolders, sorted by path; hidden ones are skipped."""
+    from ..data.tables import VIDEO_EXTENSIONS  # imports the training stack, which takes seconds
 
     found = []
     for root, folders, names in os.walk(folder, followlinks=True):
@@ -154,7 +161,7 @@ def videos_below(folder: str | os.PathLike) -> list[str]:
 
 
 def default_workers(num_files: int, batch_size: int) -> int:
-    """One decoding process a core, but none beside a single batch, and no more than there are batches."""
+    """Returns one decoding worker per core, at most one per batch, and none for a single batch."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     batches = -(-num_files // batch_size)
     return 0 if batches <= 1 else min(cores, batches, MOST_WORKERS)
@@ -170,7 +177,7 @@ def load(
         revision: Branch, tag or commit on the Hub; main if None.
 
     Raises:
-        UserError: If there is no such model, it is no VidPrism, or its files are damaged.
+        UserError: If there is no such model, it is not a VidPrism, or its files are damaged.
     """
     if revision is not None and os.path.isdir(name_or_path):
         raise UserError(f"--revision {revision}: {name_or_path} is a folder, which has none; leave it out")

@@ -1,4 +1,4 @@
-"""The folders in which evaluations are kept: which is whose, and what may be replaced there."""
+"""Folders of evaluations: where they are, and which evaluation may be replaced."""
 
 import json
 import math
@@ -18,24 +18,26 @@ ELSEWHERE = "name another folder by --evaluation.output"
 
 
 def evaluations_of(subject: Subject) -> Path:
-    """Where evaluations of a model are kept: in `evaluation/` beside its folder, there below its name unless that is
-    `export`, as the one of a run is called; of a commit of one on the Hub below runs/.
+    """Returns the folder of a model's evaluations.
+
+    For a run's `export` folder this is `evaluation/` beside it, for other folders a subfolder of that by name, and for
+    a model on the Hub a folder below runs/ by commit.
     """
     if not os.path.isdir(subject.model):
         commit = f"-{subject.commit[:SHORT]}" if subject.commit else ""
         return Path("runs") / (subject.model.replace("/", "--") + commit) / "evaluation"
     folder = Path(subject.model)
-    if folder.name in ("", ".."):  # `.`, too
+    if folder.name in ("", ".."):  # also `.`
         folder = folder.resolve()
     kept = folder.parent / "evaluation"
     return kept if folder.name == "export" else kept / folder.name
 
 
 def check_folder(subject: Subject, output: str | None) -> None:
-    """Looks whether what will be found can be kept, before there is work that would be lost.
+    """Checks before an evaluation that its results can be written.
 
     Raises:
-        UserError: If the folder cannot be written, or holds another evaluation.
+        UserError: If the folder is not writable, or has another evaluation.
     """
     folder = Path(output) if output else evaluations_of(subject)
     if output:
@@ -52,22 +54,22 @@ def write_evaluation(evaluation: Evaluation, output: str | None = None) -> Path:
     """Writes `confusion.png` and `evaluation.json`.
 
     Args:
-        evaluation: What was found.
-        output: Folder to write into; None takes one of its own among those of the model. What is replaced there is
-            an evaluation by the same protocol on the same data, of no more clips: else the name gets a number.
+        evaluation: The results.
+        output: Folder to write to; None takes one below the model's evaluations. It replaces only an evaluation with
+            the same protocol, on the same data and no more videos; otherwise the name gets a number.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: If the folder cannot be written, or `output` holds another evaluation.
+        UserError: If the folder is not writable, or `output` has another evaluation.
     """
     folder = Path(output) if output else evaluations_of(evaluation) / evaluation.folder_name
     about, clips = evaluation.about, evaluation.evaluated
     if output:
         refuse_other(folder, about, clips)
     else:
-        del about["model"]  # the folder tells it
+        del about["model"]  # implied by the folder
         names = (f"{folder.name}.{number}" if number else folder.name for number in count())
         folder = next(path for path in map(folder.with_name, names) if not other_content(path, about, clips))
     try:
@@ -80,27 +82,27 @@ def write_evaluation(evaluation: Evaluation, output: str | None = None) -> Path:
 
 
 def not_writable(folder: Path, error: OSError) -> UserError:
-    """What to say of a folder that cannot be made or written."""
+    """Returns the error for a folder that cannot be created or written."""
     return UserError(f"{folder}: cannot be written ({error.strerror}); {ELSEWHERE}")
 
 
 def refuse_other(folder: Path, about: dict[str, Any], evaluated: float = math.inf) -> None:
-    """Lets pass a folder whose evaluation may be replaced.
+    """Checks that a folder's evaluation may be replaced.
 
     Raises:
-        UserError: If it holds another one.
+        UserError: If it is a different one.
     """
     if other := other_content(folder, about, evaluated):
         raise UserError(f"{folder / RESULTS}: is {other}; {ELSEWHERE}")
 
 
 def other_content(folder: Path, about: dict[str, Any], evaluated: float) -> str | None:
-    """By what the evaluation in a folder is another one; None if it is the same or there is none.
+    """Describes how the evaluation in a folder differs; None if it may be replaced or there is none.
 
     Args:
-        folder: Of evaluations.
-        about: Of `Subject`, as far as it is to be the same.
-        evaluated: How many clips the new one is of.
+        folder: Folder of an evaluation.
+        about: The fields of `Subject.about` that must be equal.
+        evaluated: Number of videos of the new evaluation.
     """
     try:
         there = json.loads((folder / RESULTS).read_bytes())

@@ -1,4 +1,4 @@
-"""What an evaluation is of and what it found: as JSON, and as tables on the terminal."""
+"""Evaluation metadata and results, as JSON and as tables on the terminal."""
 
 import io
 import json
@@ -21,11 +21,11 @@ from .compute import Cost
 from .metrics import CALIBRATION_BINS, Metrics, Share
 from .scores import AverageClips
 
-MOST_CLASSES = 20  # on the terminal; of more the worst are shown
+MOST_CLASSES = 20  # on the terminal; the worst if there are more
 MOST_COLUMNS = 160  # of the terminal
 MOST_MISSING = 3  # names on the terminal
 SHORT = 12  # digits of a commit
-DIGITS = 6  # a share's; what is beyond them differs between processes
+DIGITS = 6  # of a proportion; further digits vary with the number of ranks
 PACKAGES = ("vidprism_hf", "torch", "transformers")
 FULL_PRECISION = "32-true"
 CHOSEN = "The same clips chose the checkpoint: the figure is optimistic."
@@ -33,15 +33,15 @@ CHOSEN = "The same clips chose the checkpoint: the figure is optimistic."
 
 @dataclass(frozen=True)
 class Protocol:
-    """What of each video is shown to the model, and what is made of it.
+    """Test protocol: views per video, and how their scores are averaged.
 
     Attributes:
-        frames: Frames of a view.
-        crops: Crops of each clip, 1 or 3.
-        clips: Clips of each video, at different places in time.
-        frame_stride: Frames between those of a clip; None takes them from equal segments of the whole video.
-        average_clips: What is averaged over the views: `score`, the logits, or `prob`, the probabilities.
-        precision: The trainer's.
+        frames: Frames per view.
+        crops: Crops per clip, 1 or 3.
+        clips: Clips per video, at different times.
+        frame_stride: Stride of a clip's frames; None takes them from equal segments of the whole video.
+        average_clips: Averages the logits (`score`) or the probabilities (`prob`) over the views.
+        precision: The trainer's precision.
     """
 
     frames: int
@@ -53,12 +53,12 @@ class Protocol:
 
     @property
     def views(self) -> str:
-        """Frames x crops x clips, in words."""
+        """Describes frames x crops x clips."""
         crops, clips = f"{self.crops} crop{'s' * (self.crops > 1)}", f"{self.clips} clip{'s' * (self.clips > 1)}"
         return f"{self.frames} frames x {crops} x {clips}"
 
     def __str__(self) -> str:
-        """The whole protocol in a phrase."""
+        """Describes the protocol in a phrase."""
         averaged = "logits" if self.average_clips == "score" else "probabilities"
         parts = [
             self.views,
@@ -70,7 +70,7 @@ class Protocol:
 
 
 def every(stride: int) -> str:
-    """Which frames a stride takes, in words."""
+    """Describes a stride: "every 2nd frame"."""
     if stride == 1:
         return "every frame"
     ending = "th" if stride % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(stride % 10, "th")
@@ -79,21 +79,21 @@ def every(stride: int) -> str:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Subject:
-    """What is evaluated, as it is known before.
+    """Evaluation metadata, known before the test.
 
     Attributes:
         model: Folder or Hub id.
-        commit: Of a model on the Hub; None of a folder.
-        dataset: Its name.
+        commit: Commit of a model on the Hub; None for a folder.
+        dataset: Name of the dataset.
         dataset_id: The dataset's id on the Hub, if it has one.
-        split: How the clips were held out, in a phrase.
-        sha256: Over names and labels of the held-out clips; None of streamed ones.
-        protocol: How they are shown.
-        labels: Of the classes.
-        num_clips: Held-out clips that are there.
-        missing: Names of clips that the source lists and the disk lacks; they are left out.
-        cost: Of the model, for one view.
-        chose_checkpoint: Whether the same clips chose this checkpoint among others.
+        split: Description of the validation split.
+        sha256: Hash of names and labels of the validation split; None if streamed.
+        protocol: Test protocol.
+        labels: Names of the classes.
+        num_clips: Videos of the validation split that are on disk.
+        missing: Names of listed videos that are not on disk; they are skipped.
+        cost: Compute cost of the model for one view.
+        chose_checkpoint: Whether the checkpoint was selected on these videos.
     """
 
     model: str
@@ -111,17 +111,17 @@ class Subject:
 
     @property
     def title(self) -> str:
-        """What is evaluated, in a phrase."""
+        """Names the model, with its commit."""
         return f"{self.model} at {self.commit[:SHORT]}" if self.commit else self.model
 
     @property
     def conditions(self) -> str:
-        """What figures must have in common to be compared, in a phrase."""
+        """Describes what results must have in common to be comparable."""
         return f"{self.protocol}; {self.split}"
 
     @property
     def about(self) -> dict[str, Any]:
-        """What tells this evaluation from others, as `evaluation.json` begins."""
+        """Identifies this evaluation: the first fields of `evaluation.json`."""
         dataset = {"name": self.dataset, "id": self.dataset_id, "split": self.split, "sha256": self.sha256}
         return {
             "model": self.model,
@@ -133,11 +133,11 @@ class Subject:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Evaluation(Subject):
-    """What was found.
+    """Evaluation metadata and results.
 
     Attributes:
-        metrics: What the scores come to; of fewer than `num_clips` clips where the trainer was told to stop early.
-        unreadable: Clips that could not be read; they count as wrong.
+        metrics: Metrics of all videos, or of fewer if the trainer's limits stopped the test early.
+        unreadable: Videos that could not be read; they count as wrong.
     """
 
     metrics: Metrics
@@ -145,22 +145,22 @@ class Evaluation(Subject):
 
     @property
     def evaluated(self) -> int:
-        """Clips that the metrics are of."""
+        """Number of videos evaluated."""
         return int(self.metrics.clips.sum())
 
     @property
     def is_partial(self) -> bool:
-        """Whether clips that are there were not evaluated."""
+        """Whether some videos on disk were not evaluated."""
         return self.evaluated < self.num_clips
 
     @property
     def counts(self) -> ClipCounts:
-        """What became of the clips."""
+        """Counts of expected, missing and undecodable videos."""
         return ClipCounts(self.num_clips + len(self.missing), len(self.missing), len(self.unreadable))
 
     @property
     def over_expected(self) -> dict[str, float]:
-        """Top-k accuracies with the missing clips counted as wrong; nothing where none is missing, or of a part."""
+        """Top-k accuracies with missing videos counted as wrong; empty if none is missing, or if partial."""
         if not self.missing or self.is_partial:
             return {}
         shares = {name: share.value for name, share in self.metrics.accuracies.items() if name.startswith("top")}
@@ -168,7 +168,7 @@ class Evaluation(Subject):
 
     @property
     def caveats(self) -> list[str]:
-        """What to know of the figures, in sentences."""
+        """Caveats of the results, in sentences."""
         told = []
         if self.is_partial:
             told.append(f"Only {self.evaluated} of the {self.num_clips} held-out clips were evaluated.")
@@ -196,8 +196,8 @@ class Evaluation(Subject):
 
     @cached_property
     def classes(self) -> list[dict[str, Any]]:
-        """A row a class: `label`, `clips`, `unreadable`, `right`, `top1`, `low`, `high` (None without clips), and
-        `taken_for`, the wrong label that its clips got most often, None if they got none.
+        """One row per class: `label`, `clips`, `unreadable`, `right`, `top1`, `low`, `high` (None without videos), and
+        `taken_for`, the most frequent wrong label, if any.
         """
         found, rows = self.metrics, []
         wrong = found.confusion * ~np.eye(len(self.labels), dtype=bool)
@@ -219,7 +219,7 @@ class Evaluation(Subject):
 
     @property
     def folder_name(self) -> str:
-        """A name for the folder of its files: the data, the views, and what is unusual."""
+        """Folder name of its files: data, views, and settings other than the defaults."""
         known, protocol = re.sub(r"[^\w.]+", "-", self.dataset).strip("-."), self.protocol
         parts = [
             known or "data",
@@ -232,7 +232,7 @@ class Evaluation(Subject):
         return "-".join(part for part in parts if part)
 
     def to_json(self) -> str:
-        """All of it. The number of processes makes no difference."""
+        """Returns everything as JSON, independent of the number of ranks."""
         unreadable = [{"name": clip.name, "label": clip.label, "cause": clip.cause} for clip in self.unreadable]
         counts = self.counts
         content = {
@@ -259,12 +259,12 @@ class Evaluation(Subject):
             "versions": {name: version(name) for name in PACKAGES},
         }
         text = json.dumps(rounded(content), indent=2, allow_nan=False)
-        # A row of the matrix is a line.
+        # Each row of the matrix on one line.
         return re.sub(r"\[\n[\d\s,]+\]", lambda row: "[" + " ".join(row[0][1:-1].split()) + "]", text) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Evaluation":
-        """Reads what `to_json` wrote, with its rounded figures."""
+        """Reads the output of `to_json`, with its rounded values."""
         found = json.loads(text)
         dataset, clips, rows = found["dataset"], found["clips"], found["per_class"]
         numbers = {
@@ -299,7 +299,7 @@ class Evaluation(Subject):
 
 
 def rounded(value: Any) -> Any:
-    """The same with shorter numbers, and None for what is no number."""
+    """Rounds all floats, nested ones too; NaN and infinity become None."""
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -310,7 +310,7 @@ def rounded(value: Any) -> Any:
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
-    """Prints what a person wants to know of it."""
+    """Prints an evaluation for reading."""
     counts = evaluation.counts.phrase("held-out clips")
     print(printable(f"{evaluation.title} on {counts} of {evaluation.dataset}"))
     print(f"{evaluation.protocol}; {printable(evaluation.split)}")
@@ -325,7 +325,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 
 def accuracy_table(metrics: Metrics) -> Table:
-    """The metrics with their intervals."""
+    """Returns the table of metrics with their intervals."""
     table = plain_table("", ">", "", "")
     table.add_row("", "", "95 % interval", "")
     for name, share in metrics.accuracies.items():
@@ -337,7 +337,7 @@ def accuracy_table(metrics: Metrics) -> Table:
 
 
 def cost_table(evaluation: Evaluation) -> Table:
-    """Multiply-adds and parameters, beside what the paper states."""
+    """Returns the table of multiply-adds and parameters, with the paper's figures."""
     cost, frames = evaluation.cost, evaluation.protocol.frames
     table = plain_table("", ">", ">")
     table.add_row("", "GMACs a view", "parameters")
@@ -350,7 +350,7 @@ def cost_table(evaluation: Evaluation) -> Table:
 
 
 def class_table(classes: list[dict[str, Any]]) -> Table:
-    """The classes, or the worst of many; unreadable clips where there are any."""
+    """Returns the table of classes, or of the worst of many; with unreadable videos if there are any."""
     shown = [row for row in classes if row["clips"]]
     lost = any(row["unreadable"] for row in shown)
     table = plain_table("", ">", *[">"] * lost, ">", ">", "")
@@ -369,7 +369,7 @@ def class_table(classes: list[dict[str, Any]]) -> Table:
 
 
 def plain_table(*columns: str) -> Table:
-    """A table without lines; `>` is a column of numbers."""
+    """Returns an empty table without borders; `>` right-aligns a column."""
     table = Table(box=None, show_header=False, padding=(0, 1))
     for kind in columns:
         table.add_column(justify="right" if kind == ">" else "left", no_wrap=True)

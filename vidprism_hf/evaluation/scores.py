@@ -1,4 +1,4 @@
-"""The scores of the tested clips: averaged over each clip's views, put together from all processes, each clip once."""
+"""Test scores: averaged over each video's views and merged from all ranks, every video once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,19 +12,19 @@ import torch
 from ..distributed import Ranks
 from .metrics import measure
 
-AverageClips = Literal["score", "prob"]  # mmaction2's words
+AverageClips = Literal["score", "prob"]  # mmaction2's terms
 
 
 @dataclass(frozen=True, eq=False)
 class ClipScores:
-    """What a model said of N clips, in the order of the dataset.
+    """Scores of N videos, in the order of the dataset.
 
     Attributes:
-        scores: (N, K), float32; their softmax are the probabilities of the classes.
+        scores: (N, K), float32; their softmax gives the class probabilities.
         labels: Class indices, (N,).
-        readable: False for clips that could not be read, whose scores say nothing, (N,).
-        notes: By name of these clips, class index and cause.
-        repeated: Names of clips that were scored more than once.
+        readable: False for unreadable videos, whose scores are meaningless, (N,).
+        notes: Class index and cause of unreadable videos by name.
+        repeated: Names of videos that were scored more than once.
     """
 
     scores: np.ndarray
@@ -35,16 +35,16 @@ class ClipScores:
 
 
 class ScoreRecorder(L.Callback):
-    """Keeps the scores of a test, and logs its accuracies as `test/top1` and the like.
+    """Records the scores of a test and logs its accuracies as `test/top1` etc.
 
-    The module's test step gives `logits` (B, views, K). A batch has `labels`, and may have `readable`, `bad_clips`,
-    `clip_index` and `name`, as those of `VideoDataModule` do.
+    The module's test step returns `logits` (B, views, K). A batch has `labels`, and may have `readable`, `bad_clips`,
+    `clip_index` and `name`, as in `VideoDataModule`.
 
     Args:
-        average_clips: What is averaged over the views of a clip: `score`, the logits, or `prob`, the probabilities.
+        average_clips: Averages the logits (`score`) or the probabilities (`prob`) over the views of a video.
 
     Attributes:
-        result: Of all processes, in each of them, when the test has ended.
+        result: Merged scores of all ranks, on every rank, after the test.
     """
 
     def __init__(self, average_clips: AverageClips = "score"):
@@ -61,7 +61,7 @@ class ScoreRecorder(L.Callback):
         labels = batch["labels"]
         readable = batch.get("readable", torch.ones_like(labels, dtype=torch.bool))
         index = batch.get("clip_index", torch.full_like(labels, -1))
-        # They stay on the device until the end: to fetch them would wait for it in each step.
+        # Kept on the device until the end; copying would synchronise in every step.
         self._batches.append((average_views(outputs["logits"], self.average_clips), labels, readable, index))
         self._names += batch.get("name", ())
         self._notes.update({name: (label, cause) for name, label, cause in batch.get("bad_clips", ())})
@@ -78,7 +78,7 @@ class ScoreRecorder(L.Callback):
 
 
 def average_views(logits: torch.Tensor, average_clips: AverageClips) -> torch.Tensor:
-    """One row of scores a clip, (B, K), of the logits of its views, (B, views, K)."""
+    """Averages the views of each video: logits (B, views, K) to scores (B, K)."""
     if average_clips == "score":
         return logits.float().mean(dim=1)
     return logits.float().softmax(dim=-1).mean(dim=1).log()
@@ -87,15 +87,15 @@ def average_views(logits: torch.Tensor, average_clips: AverageClips) -> torch.Te
 def put_together(
     parts: Sequence[list[np.ndarray]], notes: Sequence[dict[str, Any]], names: Sequence[str] = ()
 ) -> ClipScores:
-    """The shares of all processes in the order of the clips.
+    """Merges the scores of all ranks, in the order of the dataset.
 
     Args:
-        parts: Of each process that had clips: scores, labels, readable, and each clip's index or -1.
-        notes: Of each process.
-        names: Of the clips in the order of the parts, where they are known.
+        parts: Per rank with any videos: scores, labels, readable, and each video's index or -1.
+        notes: Per rank.
+        names: Names of the videos in the order of the parts, if known.
 
     Raises:
-        RuntimeError: If no clip was scored.
+        RuntimeError: If no video was scored.
     """
     if not parts:
         raise RuntimeError("no clip was evaluated")

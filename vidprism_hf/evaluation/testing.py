@@ -1,4 +1,4 @@
-"""The one way to evaluate: a trainer's test over the held-out clips in all their views, and what it comes to."""
+"""Tests a module on the validation split in all views; shared by finetune and evaluate."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -24,12 +24,12 @@ from .scores import AverageClips, ScoreRecorder
 
 @dataclass
 class EvaluationSettings:
-    """How held-out clips are evaluated: by evaluate, and at the end of finetune. Views are settings of the data.
+    """How the validation split is evaluated, by evaluate and at the end of finetune. The data sets the views.
 
     Args:
-        average_clips: What is averaged over the views of a clip: score, the logits, or prob, the probabilities.
-        output: Folder that evaluate writes evaluation.json and confusion.png into; null is one below evaluation/
-            beside the model's folder, or below runs/ for a model on the Hub.
+        average_clips: Averages the logits (score) or the probabilities (prob) over the views of a video.
+        output: Folder of evaluate's evaluation.json and confusion.png; null uses one below evaluation/ beside the
+            model's folder, or below runs/ for a model on the Hub.
     """
 
     average_clips: AverageClips = "score"
@@ -37,7 +37,7 @@ class EvaluationSettings:
 
 
 class NotEvaluated(UserError):
-    """A test that was gone through and tells no accuracy; the module has the weights that were tested."""
+    """A test finished without a valid accuracy; the module has the tested weights."""
 
 
 def subject_of(
@@ -48,15 +48,15 @@ def subject_of(
     facts: Mapping[str, str],
     chose_checkpoint: bool = False,
 ) -> Subject:
-    """What a test of a model on the held-out clips will be of.
+    """Collects the metadata of an evaluation before the test.
 
     Args:
-        trainer: With a ScoreRecorder among its callbacks.
-        config: Of the model.
-        data: Where the clips come from.
-        model: What the model is called.
-        facts: `dataset`, its name, and `dataset_id`, where it has one.
-        chose_checkpoint: Whether the held-out clips chose this checkpoint among others.
+        trainer: A trainer with a ScoreRecorder callback.
+        config: The model's configuration.
+        data: Source of the videos.
+        model: The model's name.
+        facts: `dataset`, its name, and `dataset_id` if it has one.
+        chose_checkpoint: Whether the checkpoint was selected on the validation split.
     """
     settings, id2label = data.hparams, data.id2label
     frames, crop = data.video_processor.num_frames, data.video_processor.crop_size
@@ -83,17 +83,17 @@ def evaluate_held_out(
     subject: Subject,
     checkpoint: str | None = None,
 ) -> Evaluation:
-    """Tests a module on the held-out clips. All processes call it, and each gets the result for all clips.
+    """Tests a module on the validation split. Call it on all ranks; each gets the full result.
 
     Args:
-        trainer: With a ScoreRecorder among its callbacks.
-        module: Its test step gives `logits` (B, views, K).
-        data: Where the clips come from.
-        subject: What `subject_of` tells of these.
-        checkpoint: Lightning checkpoint to test, which stays loaded; None tests the module as it is.
+        trainer: A trainer with a ScoreRecorder callback.
+        module: Its test step returns `logits` (B, views, K).
+        data: Source of the videos.
+        subject: Metadata from `subject_of`.
+        checkpoint: Lightning checkpoint to load and test; None tests the module as it is.
 
     Raises:
-        NotEvaluated: If no clip was seen, or one more than once.
+        NotEvaluated: If no video was tested, one was tested twice, or scores are not finite.
     """
     trainer.test(module, datamodule=data, ckpt_path=checkpoint, weights_only=True, verbose=False)
     found = recorder_of(trainer).result
@@ -115,7 +115,7 @@ def evaluate_held_out(
 
 
 def recorder_of(trainer: Trainer) -> ScoreRecorder:
-    """The trainer's recorder of scores."""
+    """Returns the trainer's ScoreRecorder."""
     (recorder,) = (callback for callback in trainer.callbacks if isinstance(callback, ScoreRecorder))
     return recorder
 
@@ -125,13 +125,13 @@ def make_trainer(settings: Mapping[str, Any], callbacks: Sequence[Callback], **o
 
     Args:
         settings: Arguments of Lightning's Trainer.
-        callbacks: Ours. They come first: what a recipe's callback exports holds what they keep of the same epoch.
+        callbacks: Our callbacks. They run first, so that exports by a recipe's callbacks include their records.
         own: More arguments, which take precedence.
 
     Raises:
-        UserError: If this machine cannot give what the settings ask for.
+        UserError: If the settings are invalid on this machine.
     """
-    # A list of its own for each trainer, which appends its default callbacks to the list that it is given.
+    # A new list, because a trainer appends its default callbacks to the list it gets.
     own["callbacks"] = [*callbacks, *callbacks_of(settings)]
     try:
         return Trainer(**dict(settings) | own)
@@ -146,7 +146,7 @@ def callbacks_of(settings: Mapping[str, Any]) -> list[Callback]:
 
 
 def progress_bars(enabled: bool | None = None) -> list[Callback]:
-    """Returns Rich's bar on a terminal, elsewhere plain lines for a log file; none where `enabled` is False."""
+    """Returns a Rich bar on a terminal and plain lines in a log file; none if `enabled` is False."""
     if enabled is False:
         return []
     return [RichProgressBar() if os.isatty(1) else TQDMProgressBar(refresh_rate=20)]

@@ -1,4 +1,4 @@
-"""Publishing: the export layout and the model card."""
+"""Publishing: export layout, model card and push."""
 
 from .card import CardFacts, render_card
 from .export import export_model

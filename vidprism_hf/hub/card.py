@@ -1,4 +1,4 @@
-"""The model card: facts of a run or a conversion, rendered by one template, and merged with what a person wrote."""
+"""The model card: facts of a run or a conversion, rendered by one template and merged with a person's text."""
 
 import platform
 import re
@@ -26,14 +26,14 @@ __all__ = ["CardFacts", "addressed", "eval_results_file", "merge_card", "render_
 TEMPLATE = Path(__file__).with_name("card_template.md")
 CITATION = Path(__file__).with_name("citation.cff")
 PACKAGES = ("vidprism_hf", "torch", "transformers", "lightning", "huggingface_hub", "av")
-NEEDED = ("av", "torch", "torchvision", "transformers")  # by the code files of a model and the pipeline
+NEEDED = ("av", "torch", "torchvision", "transformers")  # by a model's code files and the pipeline
 METRICS = {"top1": "Top-1 accuracy", "top5": "Top-5 accuracy"}
 NOT_STATED = "not stated"
-UNKNOWN = "unknown"  # the Hub's id where nobody has stated a licence
-# Where the snippets of the template name the model: see `addressed`.
+UNKNOWN = "unknown"  # the Hub's id for an unstated licence
+# Where the template's snippets name the model: see `addressed`.
 SNIPPET = re.compile(r"^```(?:python|bash)\r?\n.*?^```", re.DOTALL | re.MULTILINE)
 ADDRESS = re.compile(r'^(?P<python>model_id = )"[^\r\n]*|^(?P<bash>vidprism predict )\S+', re.MULTILINE)
-# What a generated card calls the model, in its metadata and as its title.
+# A generated card's model name, in its metadata and as its title.
 NAME = re.compile(r"^(?P<key>model_name: |model-index:\r?\n- name: )(?P<name>[^\r\n]+)", re.MULTILINE)
 TITLE = re.compile(rf"(?P<begin>^{re.escape(BEGIN)}[^\n]*\n\s*# )(?P<name>[^\r\n]+)", re.MULTILINE)
 # Licence of a backbone's weights, by Hub id. Source: github.com/openai/CLIP (LICENSE); the Hub's pages state none.
@@ -43,41 +43,41 @@ TAGS = ("vidprism", "video-classification", "action-recognition", "mixture-of-ex
 
 @dataclass
 class CardFacts:
-    """What a card says. Dictionaries are names and values in the order of their table's rows.
+    """Facts of a model card. Dictionaries are table rows, in order.
 
     Args:
         model_name: Title of the card.
         labels: Label names in index order.
         num_frames: Frames per clip.
-        rates: Of the streams.
-        origin: One sentence on where the weights come from.
-        base_model: Hub id of the tower's checkpoint; None where it is no Hub id.
-        from_scratch: Whether the training started from random weights.
-        backbone: What the training started from, in words.
+        rates: Frame rates of the streams.
+        origin: One sentence on the origin of the weights.
+        base_model: Hub id of the tower's checkpoint, if it has one.
+        from_scratch: Whether training started from random weights.
+        backbone: Description of what training started from.
         dataset: Title or folder name of the data.
-        dataset_id: Its id on the Hub, if it has one.
-        dataset_split: Name there of the part that was held out; None where it has no name.
-        dataset_config: Its configuration there, where one was named.
-        dataset_revision: Its revision there, where one was named.
-        data_license: Its licence and terms, in a line.
-        split: How it was split.
-        train_clips: Training clips used, `N` or `N of M`.
-        eval_clips: Held-out clips that could be decoded, likewise.
-        train_list_hash: sha256 over names and labels of the training clips.
-        bad_clips: Clips that could not be decoded, with `split`, `name` and `cause`.
-        metrics: Held-out metrics as shares, such as {"top1": 0.9}; empty where nothing was evaluated.
-        intervals: The 95 % intervals of these, as far as they are known.
-        num_evaluated: Clips that they are shares of.
-        per_class: What was found of each class, as `evaluation_body` takes it.
-        protocol: How they were measured, in sentences.
-        conditions: What figures must have in common with them to be compared: views and split, in a phrase.
-        hyper_parameters: Of the training.
-        augmentation: Of the training clips.
+        dataset_id: The dataset's id on the Hub, if it has one.
+        dataset_split: The Hub's name of the validation split, if it has one.
+        dataset_config: The dataset's configuration on the Hub, if one was named.
+        dataset_revision: The dataset's revision on the Hub, if one was named.
+        data_license: The data's licence and terms, in one line.
+        split: Description of the split.
+        train_clips: Number of training videos used, `N` or `N of M`.
+        eval_clips: Number of validation videos that could be decoded, likewise.
+        train_list_hash: sha256 over names and labels of the training videos.
+        bad_clips: Videos that could not be decoded, with `split`, `name` and `cause`.
+        metrics: Validation metrics as proportions, such as {"top1": 0.9}; empty if nothing was evaluated.
+        intervals: Their 95 % intervals, if known.
+        num_evaluated: Number of videos evaluated.
+        per_class: Results of each class, in the form of `evaluation_body`.
+        protocol: How the metrics were measured, in sentences.
+        conditions: What results must share to be comparable: views and split.
+        hyper_parameters: Settings of the training.
+        augmentation: Augmentation of training videos.
         compute: Multiply-adds, parameters, device, time, memory.
-        figures: Caption of each picture of the export, by its path.
-        expert_weights: Mean weight of each expert over the held-out clips.
-        license: Of the weights, an id of the Hub; None where nobody has stated it.
-        config: Of the model; None is the default one of these frames and rates.
+        figures: Captions of the export's figures by path.
+        expert_weights: Mean weight of each expert over the validation split.
+        license: Licence of the weights, a Hub id; None if unstated.
+        config: The model's configuration; None takes the default for these frames and rates.
     """
 
     model_name: str
@@ -118,7 +118,7 @@ class CardFacts:
 
     @property
     def parts(self) -> str:
-        """What the model is made of."""
+        """Describes the parts of the model."""
         tower = (
             "an image tower built as CLIP's are, but not pre-trained," if self.from_scratch else "a CLIP image tower"
         )
@@ -127,7 +127,7 @@ class CardFacts:
 
     @property
     def streams(self) -> str:
-        """What becomes of a clip's frames."""
+        """Describes the streams of a clip's frames."""
         kept = self.config.kept_per_window
         of = {
             "rgsta": "one frame kept in every {}" if kept == 1 else f"{kept} frames kept in every {{}}",
@@ -141,34 +141,34 @@ class CardFacts:
 
     @property
     def expert_share(self) -> str | None:
-        """What the experts' weights are shares of."""
+        """Describes the quantity that the expert weights divide."""
         return expert_share(self.config)
 
     @property
     def base_license(self) -> str:
-        """Licence of the weights that the tower started from."""
+        """Licence of the tower's initial weights."""
         if self.from_scratch:
             return "none: it started from random weights"
         return BASE_LICENSES.get(self.base_model or "", NOT_STATED)
 
     @property
     def evaluation(self) -> Markdown:
-        """What the card says of the evaluation."""
+        """The evaluation in Markdown."""
         measured = self.metrics, self.intervals, self.num_evaluated
         return evaluation_body(self.protocol or "", *measured, len(self.labels), self.per_class)
 
 
 def expert_share(config: VidPrismConfig) -> str | None:
-    """What the experts' weights of a model are shares of; None where they tell nothing of a clip.
+    """Describes the quantity that a model's expert weights divide; None if they do not depend on the clip.
 
-    Under the mean they follow from the lengths of the streams, and one expert has all the weight.
+    With `readout: mean` they follow from the lengths of the streams, and a single expert has all the weight.
     """
     of = {"query": "the global query's attention that each expert holds", "max": "the channels that each expert gives"}
     return of.get(config.readout) if len(config.rates) > 1 else None
 
 
 def render_card(facts: CardFacts) -> ModelCard:
-    """Renders the card, with the metadata that the Hub reads; its generated part stands between two marks."""
+    """Renders the card with the Hub's metadata; two marks enclose its generated part."""
     data = Metadata(
         library_name="transformers",
         pipeline_tag="video-classification",
@@ -195,7 +195,7 @@ def render_card(facts: CardFacts) -> ModelCard:
 
 
 class Exact(yaml.SafeDumper):
-    """Writes texts so that they are read as they were: YAML folds some line breaks that it does not quote."""
+    """Quotes texts that YAML would otherwise fold, so that they are read back unchanged."""
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
         return self.represent_scalar("tag:yaml.org,2002:str", text, None if text.isprintable() else '"')
@@ -208,7 +208,7 @@ class Metadata(ModelCardData):
     """The YAML of a card."""
 
     def to_yaml(self, line_break: str | None = None, original_order: list[str] | None = None) -> str:
-        super().to_yaml(line_break, original_order)  # brings the keys into that order
+        super().to_yaml(line_break, original_order)  # sets the order of the keys
         told = {"sort_keys": False, "allow_unicode": True, "line_break": line_break}
         return yaml.dump(self.to_dict(), Dumper=Exact, **told).strip()
 
@@ -220,11 +220,11 @@ class Card(ModelCard):
 
 
 def addressed(card_text: str, repo_id: str) -> str:
-    """The card that names the model as the Hub does: what a push publishes.
+    """Returns the card with the model's name on the Hub, as a push publishes it.
 
-    A generated card names it as `.`, the folder that it lies in, in lines `model_id = "."` and `vidprism predict .`
-    of its snippets. These lines are replaced, whichever model they name; so is its title, unless a person has changed
-    that, and nothing else. Of a card without exactly one generated part nothing is.
+    The snippets of a generated card name the model as `.`, its own folder, in the lines `model_id = "."` and
+    `vidprism predict .`. Only these lines are replaced, whatever name they have, and the title unless a person has
+    changed it. A card without exactly one generated part is returned unchanged.
 
     Args:
         card_text: The README.
@@ -242,9 +242,9 @@ def addressed(card_text: str, repo_id: str) -> str:
 
 
 def titled(card_text: str, name: str) -> str:
-    """The card with this name as title and in the metadata, if the two agree: else one of them is a person's own."""
+    """Sets the name in title and metadata if the two agree; otherwise a person has changed one of them."""
 
-    def scalar(text: str) -> str:  # in quotes, where it would be a number
+    def scalar(text: str) -> str:  # quoted if it looks like a number
         return yaml.safe_dump(text, allow_unicode=True).splitlines()[0]
 
     stated, title = NAME.search(card_text), TITLE.search(card_text)
@@ -262,15 +262,15 @@ def evaluation_body(
     num_labels: int,
     per_class: Sequence[Mapping[str, Any]] = (),
 ) -> Markdown:
-    """What a card says of an evaluation, in Markdown.
+    """Renders an evaluation in Markdown.
 
     Args:
-        protocol: How it was done, in sentences.
-        metrics: `top1` and the like, `mean_class`, `ece`.
-        intervals: Of these, where they are known.
-        num_evaluated: Clips that they are shares of.
-        num_labels: Classes.
-        per_class: Of each class `label`, `clips`, `unreadable`, `top1`, `low`, `high` and `taken_for`.
+        protocol: How it was measured, in sentences.
+        metrics: `top1`, `top5`, `mean_class`, `ece`.
+        intervals: Their 95 % intervals, if known.
+        num_evaluated: Number of videos evaluated.
+        num_labels: Number of classes.
+        per_class: For each class `label`, `clips`, `unreadable`, `top1`, `low`, `high` and `taken_for`.
     """
     if not metrics:
         return escape(protocol)
@@ -296,7 +296,7 @@ def evaluation_body(
 
 
 def class_details(per_class: Sequence[Mapping[str, Any]]) -> str:
-    """The table of the classes, folded."""
+    """Renders the table of classes, collapsed."""
     lost = any(row["unreadable"] for row in per_class)
     titles = ["class", "clips", *["unreadable"] * lost, "top1", "95 % interval", "most often taken for"]
     lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
@@ -309,7 +309,7 @@ def class_details(per_class: Sequence[Mapping[str, Any]]) -> str:
 
 
 def evaluation_results(facts: CardFacts) -> list[EvalResult]:
-    """The metrics in the form of the Hub's model index."""
+    """Returns the metrics in the format of the Hub's model index."""
     return [
         EvalResult(
             task_type="video-classification",
@@ -328,14 +328,14 @@ def evaluation_results(facts: CardFacts) -> list[EvalResult]:
 
 
 def rounded(value: float) -> float:
-    """A share without the digits that are but float32's."""
+    """Drops the digits beyond float32's precision."""
     return round(value, 6)
 
 
 def eval_results_file(facts: CardFacts) -> dict[str, bytes]:
-    """The metrics in the newer form, by the file's path; nothing where the Hub has not got the dataset.
+    """Returns the metrics in the newer format, by file path; empty if the dataset is not on the Hub.
 
-    The Hub shows them where the dataset is registered as a benchmark with these tasks (hub/eval-results in its
+    The Hub shows them if the dataset is registered as a benchmark with these tasks (hub/eval-results in its
     documentation), and keeps them otherwise.
     """
     if not facts.dataset_id or not facts.metrics:
@@ -352,19 +352,19 @@ def eval_results(
     notes: str,
     existing: Mapping[str, bytes] = MappingProxyType({}),
 ) -> dict[str, bytes]:
-    """A file of results on a dataset of the Hub, by its path in an export.
+    """Returns a file of results on a Hub dataset, by its path in an export.
 
-    Results of a task under other conditions have a file of their own, as the Hub wants it, with a number in its name.
+    Results of a task under other conditions go to a separate, numbered file, as the Hub requires.
 
     Args:
-        dataset_id: Of the dataset.
-        metrics: Its `top1` and `top5` are told.
-        conditions: Views and split, with which the notes begin.
-        notes: How they were measured.
-        existing: The files that there are, by path; in them other tasks stay.
+        dataset_id: The dataset's Hub id.
+        metrics: Metrics, of which `top1` and `top5` are written.
+        conditions: Views and split; the notes start with them.
+        notes: How the metrics were measured.
+        existing: Existing files by path; their other tasks are kept.
 
     Raises:
-        ValueError: If one of them is no list of results.
+        ValueError: If an existing file is not a list of results.
     """
     entries = [
         EvalResultEntry(dataset_id=dataset_id, task_id=name, value=rounded(value), notes=notes)
@@ -378,7 +378,7 @@ def eval_results(
         )
         known = parse_yaml(existing.get(path, b"")) or []
         if not isinstance(known, list) or not all(isinstance(entry, dict) for entry in known):
-            raise ValueError(f"{path} is no list of results")
+            raise ValueError(f"{path} is not a list of results")
         same = [entry for entry in known if (entry.get("dataset") or {}).get("task_id") in tasks]
         if all(str(entry.get("notes") or "").startswith(f"{conditions}.") for entry in same):
             break
@@ -388,14 +388,14 @@ def eval_results(
 
 @cache
 def requirements() -> str:
-    """What a stranger needs to run the model's own code, as pip takes it in a shell."""
+    """Returns pip's arguments to install what the model's own code needs."""
     found = {re.match(r"[\w-]+", line)[0]: line.partition(";")[0].strip() for line in requires("vidprism_hf")}
     return " ".join(f"'{found[name]}'" for name in NEEDED)
 
 
 @cache
 def git_revision() -> str:
-    """The commit of this package's checkout, marked where files differ from it; `unknown` for an installed one."""
+    """Returns the commit of this package's checkout, marked if files differ from it; `unknown` if installed."""
     checkout = Path(__file__).resolve().parents[2]
     if not (checkout / ".git").exists():
         return "unknown"
@@ -410,9 +410,9 @@ def git_revision() -> str:
 
 
 def bibtex() -> str:
-    """The citation of CITATION.cff in BibTeX's form."""
+    """Returns the citation of CITATION.cff as BibTeX."""
     cited = yaml.safe_load(CITATION.read_text(encoding="utf-8"))["preferred-citation"]
-    # Braces keep the name in one piece: it is no person's.
+    # Braces keep BibTeX from splitting a name that is not a person's.
     authors = " and ".join(f"{{{author['name']}}}" for author in cited["authors"])
     fields = {
         "title": cited["title"],

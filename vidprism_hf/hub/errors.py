@@ -1,4 +1,4 @@
-"""What a person reads when a push fails: one line, what is wrong and what to do, never the token."""
+"""Error messages of a failed push: one line, what is wrong and what to do, never the token."""
 
 from collections.abc import Callable
 
@@ -17,20 +17,20 @@ NO_ROOM_STATUS = frozenset({402, 413, 507})
 
 
 class PushError(UserError):
-    """A push that did not end well; the exported folder is as it was."""
+    """A push failed; the exported folder is unchanged."""
 
 
 def explain(error: Exception, step: str, endpoint: str, account: Callable[[], tuple[str, str] | None]) -> str | None:
-    """What is wrong and what to do.
+    """Describes what is wrong and what to do.
 
     Args:
-        error: What the client raised.
-        step: What was under way, such as "the commit".
-        endpoint: Of the Hub.
-        account: Name of the token's owner and role of the token, if the Hub tells.
+        error: The client's exception.
+        step: The step that failed, such as "the commit".
+        endpoint: Address of the Hub.
+        account: Returns the name of the token's owner and the token's role, if known.
 
     Returns:
-        Nothing where the error is none of the client's or the Hub's.
+        The message; None if the error is not the client's or the Hub's.
     """
     failure, error = read_failure(error), root(error)
     status, cause = failure.status, failure.cause
@@ -39,11 +39,11 @@ def explain(error: Exception, step: str, endpoint: str, account: Callable[[], tu
     if isinstance(error, LongWait):
         return f"{cause} at {step}; push again after it"
     if isinstance(error, GaveUp):
-        return f"{endpoint} has failed at {step} for too long ({cause}); push again later to go on from there"
+        return f"{endpoint} has failed at {step} for too long ({cause}); push again later to resume"
     if isinstance(error, OddAnswer):
         return (
-            f"{endpoint} answers {step} as no Hub does ({cause}); is it one, or a proxy's page to log in? push again "
-            "to go on from there"
+            f"{endpoint} gave an invalid answer to {step} ({cause}); is it a Hub, or a proxy's login page? push again "
+            "to resume"
         )
     if isinstance(error, GatedRepoError):
         return f"{step}: the repository is gated and this token has no access; ask for it on its page ({cause})"
@@ -62,9 +62,9 @@ def explain(error: Exception, step: str, endpoint: str, account: Callable[[], tu
     if status in MOVED_STATUS:
         return f"others committed each time in between ({cause}); push again"
     if failure.passing and status is None:
-        return f"{endpoint} cannot be reached at {step} ({cause}); push again to go on from there"
+        return f"{endpoint} cannot be reached at {step} ({cause}); push again to resume"
     if failure.passing:
-        return f"the Hub fails at {step} ({cause}, status {status}); push again later to go on from there"
+        return f"the Hub fails at {step} ({cause}, status {status}); push again later to resume"
     if status is not None:
         return f"the Hub refuses {step} ({cause}, status {status})"
     if isinstance(error, ValueError | RuntimeError | OSError):
@@ -73,9 +73,9 @@ def explain(error: Exception, step: str, endpoint: str, account: Callable[[], tu
 
 
 def explain_forbidden(step: str, cause: str, account: tuple[str, str] | None) -> str:
-    """A refusal for lack of rights: of the token, or of its owner."""
+    """Describes a missing permission of the token or its owner."""
     if account is not None and account[1] == "read":
-        return f"the token of {account[0]} is read-only; use one that may write ({LOG_IN})"
+        return f"the token of {account[0]} is read-only; use one with write access ({LOG_IN})"
     who = f"the token of {account[0]}" if account is not None else "this token"
     if "creation" in step:
         return f"{who} may not create it ({cause}); choose a name in a namespace of yours"
@@ -83,6 +83,6 @@ def explain_forbidden(step: str, cause: str, account: tuple[str, str] | None) ->
 
 
 def is_about_room(cause: str) -> bool:
-    """Whether a refusal speaks of a quota, which the Hub answers with the status of lacking rights."""
+    """Returns whether a 403 is about a quota rather than a missing permission."""
     words = cause.lower()
     return "quota" in words or ("storage" in words and "limit" in words)

@@ -1,14 +1,14 @@
-"""The layout of a published model, the same for the end of a run, kept checkpoints, conversions and pushes.
+"""The layout of a published model, the same for finished runs, kept checkpoints, conversions and pushes.
 
-| file                                      | what                                                              |
+| file                                      | content                                                           |
 | ----------------------------------------- | ----------------------------------------------------------------- |
-| model.safetensors                         | the weights; past a size in shards with an index                  |
+| model.safetensors                         | the weights; above a size limit in shards with an index           |
 | config.json                               | architecture, labels, frames, and `auto_map` for all Auto classes |
 | video_preprocessor_config.json            | the processor of the evaluation input                             |
 | *_vidprism.py                             | the code that trust_remote_code runs                              |
 | README.md, figures/*.png                  | the model card                                                    |
-| recipe.yaml, split.json, train_clips.txt  | the run's settings and the clips that it trained on               |
-| .eval_results/*.yaml                      | its results, where the dataset is one of the Hub                  |
+| recipe.yaml, split.json, train_clips.txt  | the run's settings and its training videos                        |
+| .eval_results/*.yaml                      | its results, if the dataset is on the Hub                         |
 """
 
 import copy
@@ -36,9 +36,9 @@ from .own_files import NotOwn, read_own
 WEIGHTS = "model.safetensors"
 README = "README.md"
 MAX_SHARD_SIZE = "5GB"
-REPLACED = "replaced"  # ends the name of an export that was moved aside for a new one
+REPLACED = "replaced"  # suffix of an export that was moved aside for a new one
 Precision = Literal["float32", "bfloat16", "float16"]
-# Every file that an export has ever had, by its path within: a folder with any other entry is not ours to replace.
+# Paths of all files that an export of any version may have; a folder with anything else is never replaced.
 EXPORT_FILES = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
     r"|config\.json|video_preprocessor_config\.json|README\.md|\w+_vidprism\.py"
@@ -48,7 +48,7 @@ FOLDERS = frozenset({"figures", ".eval_results"})
 
 
 class ExportError(UserError):
-    """An export that could not be written, or does not hold what was to be written."""
+    """An export could not be written, or its files are wrong."""
 
 
 def export_model(
@@ -62,24 +62,25 @@ def export_model(
     max_shard_size: int | str = MAX_SHARD_SIZE,
     files: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """Writes a model in the Hub's layout: beside the folder, checked, then renamed.
+    """Writes a model in the Hub's layout: to a temporary folder, checked, then renamed.
 
-    The bytes depend on the arguments alone, not on the strategy or the device that the weights come from.
+    `finetune` calls it for you; use it to export a model trained in another way. The bytes depend only on the
+    arguments, not on the strategy or device of the training.
 
     Args:
-        model: The classifier; it stays as it is.
+        model: The classifier; it is not changed.
         processor: The processor of its evaluation input.
-        folder: Where to; an export that stands there is replaced once the new one is whole. Of its README only the
+        folder: Destination. An existing export is replaced once the new one is complete; of its README, only the
             generated part changes.
         card: The README.
-        state_dict: All weights by the names of the model, gathered from all processes; None takes the model's.
-        dtype: Of the written weights; None keeps theirs.
-        max_shard_size: Size of a file of weights, such as "5GB", past which they are written in several.
-        files: Contents of further files by their path within, such as figures/curves.png.
+        state_dict: All weights by the model's names, gathered from all ranks; None takes the model's.
+        dtype: Precision of the written weights; None keeps theirs.
+        max_shard_size: Weights above this size, such as "5GB", are written in several files.
+        files: Contents of further files by path in the export, such as figures/curves.png.
 
     Raises:
-        ExportError: If the folder cannot be written, or holds anything that is no part of an export, or the weights
-            are not all there or not finite, or its whitening is not fitted; nothing is changed then.
+        ExportError: If the folder cannot be written or has other files, weights are missing or not finite, or the
+            whitening is not fitted. Nothing is changed then.
     """
     folder = Path(folder)
     state = prepare_weights(model.state_dict() if state_dict is None else state_dict, model.config, dtype)
@@ -89,7 +90,7 @@ def export_model(
         save_processor(processor, model.config.num_frames, partial)
         for name, content in (files or {}).items():
             if not EXPORT_FILES.fullmatch(name):
-                raise ValueError(f"{name}: no file of an export")
+                raise ValueError(f"{name}: not a file of an export")
             (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(content)
         (partial / README).write_bytes(readme(folder, card).encode())
@@ -100,10 +101,10 @@ def export_model(
 def prepare_weights(
     state: Mapping[str, torch.Tensor], config: VidPrismConfig, dtype: Precision | None
 ) -> dict[str, torch.Tensor]:
-    """The weights as they are written: on the CPU, in the precision that a model of the one asked for has them in.
+    """Returns the weights to write: on the CPU, each in the precision it has in a model of this dtype.
 
     Raises:
-        ExportError: If there are none, or one has no finite value in that precision, or the whitening is not fitted.
+        ExportError: If there are none, one is not finite in that precision, or the whitening is not fitted.
     """
     precisions: dict[str, torch.dtype] = {}
     if dtype:
@@ -113,20 +114,20 @@ def prepare_weights(
     for name, tensor in state.items():
         if name.endswith("feature_norm.num_frames") and not tensor:
             raise ExportError(
-                "feature_norm: whitened is not fitted, nothing is exported; give frame features of training clips to "
-                "model.vidprism.temporal_model.feature_norm.fit, and train the model after that"
+                "feature_norm: whitened is not fitted, nothing is exported; pass frame features of training videos to "
+                "model.vidprism.temporal_model.feature_norm.fit, then train the model"
             )
         kept = tensor.detach().to("cpu", precisions.get(name))
         if not torch.isfinite(kept).all():
             raise ExportError(f"{name}: holds values that are not finite as {kept.dtype}; nothing is exported")
         prepared[name] = kept
     if not any(tensor.is_floating_point() for tensor in prepared.values()):
-        raise ExportError("there are no weights to export: were they gathered from all processes?")
+        raise ExportError("there are no weights to export: were they gathered from all ranks?")
     return prepared
 
 
 def save_configuration(config: VidPrismConfig, dtype: torch.dtype, folder: Path) -> None:
-    """Writes config.json, whatever class a strategy wraps the model in, and the code that it names."""
+    """Writes config.json, independent of a strategy's wrapper class, and the code that it names."""
     config = copy.deepcopy(config)
     config.architectures = [VidPrismForVideoClassification.__name__]
     config.dtype = dtype
@@ -140,7 +141,7 @@ def save_processor(processor: VidPrismVideoProcessor, num_frames: int, folder: P
 
 
 def readme(folder: Path, card: ModelCard) -> str:
-    """The card; where there is one already, that one with its generated part refreshed, and the licence if stated."""
+    """Returns the card, merged into an existing README; the licence is replaced if the card states one."""
     text = str(card).rstrip("\n") + "\n"
     try:
         existing = read_own(folder, README).decode()
@@ -149,13 +150,13 @@ def readme(folder: Path, card: ModelCard) -> str:
     except NotOwn as error:
         raise ExportError(str(error)) from error
     except UnicodeDecodeError as error:
-        raise ExportError(f"{folder / README}: is no UTF-8 text; save it as such, or remove it") from error
+        raise ExportError(f"{folder / README}: is not UTF-8 text; save it as UTF-8, or remove it") from error
     stated = card.data.license not in (None, UNKNOWN)
     return merge_card(existing, text, anew={"license"} if stated else ())
 
 
 def check_weights(state: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Compares the written tensors with those that were to be written, and with what the configuration asks for.
+    """Compares the written tensors with the state dict and with the configuration's model.
 
     Raises:
         ExportError: If one is missing or differs.
@@ -174,19 +175,21 @@ def check_weights(state: Mapping[str, torch.Tensor], folder: Path) -> None:
                 unread.discard(name)
     wrong |= unread
     if wrong:
-        raise ExportError(f"{len(wrong)} of {len(shapes)} tensors were not written right: {preview(sorted(wrong), 3)}")
+        raise ExportError(
+            f"{len(wrong)} of {len(shapes)} tensors were not written as given: {preview(sorted(wrong), 3)}"
+        )
 
 
 @contextmanager
 def written_beside(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` that takes its name when the block ends well, and goes when it does not.
+    """Yields a temporary folder beside `folder` that replaces it if the block succeeds, and is deleted if not.
 
-    Of a process that is killed, or a machine that stops, the unfinished folder `.<name>-<8 characters>` stays, and
-    `folder` is as it was, or at worst stands aside: see `recover_export`.
+    If the process is killed, the unfinished folder `.<name>-<8 characters>` stays, and `folder` is unchanged or, at
+    worst, moved aside: see `recover_export`.
 
     Raises:
-        ExportError: If it cannot be written, or `folder` holds anything that is no part of an export. `folder` is
-            as it was then.
+        ExportError: If it cannot be written, or `folder` has files that are not part of an export. `folder` is
+            unchanged then.
     """
     try:
         recover_export(folder)
@@ -203,17 +206,17 @@ def written_beside(folder: Path) -> Iterator[Path]:
         put_in_place(partial, folder)
     except OSError as error:
         raise ExportError(f"{folder}: cannot be written ({error.strerror or error})") from error
-    except SafetensorError as error:  # a full disk, as safetensors tells it
+    except SafetensorError as error:  # safetensors' error for a full disk
         raise ExportError(f"{folder}: cannot be written ({first_line(error)})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def refuse_other_content(folder: Path) -> None:
-    """Lets pass what may be replaced: nothing, an empty folder, or an export and nothing else.
+    """Checks that a folder may be replaced: it does not exist, is empty, or has an export and nothing else.
 
     Raises:
-        ExportError: If anything else stands there.
+        ExportError: If it may not.
     """
     if is_vacant(folder):
         return
@@ -231,12 +234,12 @@ def refuse_other_content(folder: Path) -> None:
 
 
 def is_vacant(folder: Path) -> bool:
-    """Whether nothing stands there, or an empty folder."""
+    """Returns whether a folder does not exist or is empty."""
     return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
 def foreign_content(folder: Path) -> list[str]:
-    """Files and folders that are no part of an export, sorted."""
+    """Returns files and folders that are not part of an export, sorted."""
     foreign = []
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
@@ -246,8 +249,8 @@ def foreign_content(folder: Path) -> list[str]:
 
 
 def is_vidprism_config(file: Path) -> bool:
-    """Whether a file is the configuration of a VidPrism."""
-    if not file.is_file():  # of a pipe reading may never end
+    """Returns whether a file is the configuration of a VidPrism."""
+    if not file.is_file():  # reading a pipe may block forever
         return False
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -257,10 +260,10 @@ def is_vidprism_config(file: Path) -> bool:
 
 
 def put_in_place(partial: Path, folder: Path) -> None:
-    """Renames `partial` to `folder`; what stood there is moved aside before, and put back if the renaming fails.
+    """Renames `partial` to `folder`; an existing one is moved aside first, and restored on failure.
 
-    At every moment `folder` holds the old export or the new one, but for the one between the two renamings: a process
-    that is killed right then leaves the old one aside, whole, for `recover_export`.
+    `folder` is always the old or the new export, except between the two renames. If the process is killed there, the
+    old export stays aside, intact, for `recover_export`.
     """
     for path in (*partial.rglob("*"), partial):
         write_through(path)
@@ -278,11 +281,11 @@ def put_in_place(partial: Path, folder: Path) -> None:
 
 
 def recover_export(folder: Path) -> None:
-    """Puts back an export that a killed process had moved aside to make room for a new one.
+    """Restores an export that a killed process had moved aside for a new one.
 
-    If an export stands in its place, that is the new one, and the old one goes.
+    If the new export is in place, the old one is deleted.
     """
-    aside = re.compile(rf"\.{re.escape(folder.name)}-[a-z0-9_]{{8}}-{REPLACED}")  # as `written_beside` draws names
+    aside = re.compile(rf"\.{re.escape(folder.name)}-[a-z0-9_]{{8}}-{REPLACED}")  # names from `written_beside`
     if not folder.parent.is_dir():
         return
     found = [path for path in folder.parent.iterdir() if aside.fullmatch(path.name)]
@@ -294,15 +297,15 @@ def recover_export(folder: Path) -> None:
 
 
 def remove_replaced(replaced: Path) -> None:
-    """Removes an export that another has replaced; remains of it are no failure of the new one."""
+    """Deletes a replaced export; a failure here is ignored."""
     with suppress(OSError):
-        # Under another name: what is half gone must not be put back by `recover_export`.
+        # Renamed first, so that `recover_export` does not restore a half-deleted export.
         replaced = replaced.rename(replaced.with_name(replaced.name.removesuffix(REPLACED) + "removed"))
         shutil.rmtree(replaced, ignore_errors=True)
 
 
 def open_to_others(folder: Path) -> None:
-    """Gives the files below a new folder the mode of new files: safetensors makes its own private."""
+    """Sets the files of a new folder to the default mode; safetensors makes its own private."""
     mode = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file():
@@ -310,12 +313,12 @@ def open_to_others(folder: Path) -> None:
 
 
 def write_through(path: Path) -> None:
-    """Has a file's content, or a folder's list of files, written to the disk itself before the call returns."""
+    """Flushes a file or folder to disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError:
-        if not path.is_dir():  # not every file system can do it for folders
+        if not path.is_dir():  # not all file systems support fsync of folders
             raise
     finally:
         os.close(handle)

@@ -1,7 +1,6 @@
-"""The licences that the Hub knows, by their ids. huggingface_hub has no list of them.
+"""Licence ids of the Hub; huggingface_hub has no list of them.
 
-Source: huggingface.co/docs/hub/repositories-licenses, without `other`. The list grows: an id that it lacks and the
-page has belongs here.
+Source: huggingface.co/docs/hub/repositories-licenses, without `other`. Add new ids of that page here.
 """
 
 from difflib import get_close_matches
@@ -23,22 +22,22 @@ LICENSES = frozenset(LICENSE_IDS.split())
 
 
 def check_license(field: str, license: str | None) -> None:
-    """Looks whether the Hub knows a licence.
+    """Checks a licence id against the Hub's list.
 
     Args:
         field: The setting that names it.
-        license: Its id; None is none.
+        license: The id, or None.
 
     Raises:
-        UserError: If it does not.
+        UserError: If it is not in the list.
     """
     if license is None or license in LICENSES:
         return
     if license == "other":
         raise UserError(
-            f"{field}: other needs a license_name too; write both into the export's README, where they stay, and "
-            "leave the setting out"
+            f"{field}: other needs a license_name too; write both into the export's README, which keeps them, and "
+            "remove the setting"
         )
     near = get_close_matches(license.lower().replace(" ", "-"), sorted(LICENSES), n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else "take one"
-    raise UserError(f"{field} {license!r}: no licence id of the Hub; {hint} (the list: {PAGE})")
+    hint = f"did you mean {' or '.join(near)}?" if near else "choose one"
+    raise UserError(f"{field} {license!r}: not a licence id of the Hub; {hint} (the list: {PAGE})")

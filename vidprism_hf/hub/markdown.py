@@ -1,7 +1,7 @@
-"""Text of others in Markdown: labels, file names and licences are shown as they are written, and are never markup.
+"""Escapes text for Markdown: labels, file names and licences are shown verbatim and never act as markup.
 
-Whatever a card shows is escaped, unless it is of the type `Markdown`. The template's environment does so for every
-expression, and each operation on a `Markdown` gives a plain string, so that neither can be forgotten.
+Everything on a card is escaped unless it has the type `Markdown`. The template's environment escapes every expression,
+and any operation on a `Markdown` returns a plain string, so that escaping cannot be forgotten.
 """
 
 import re
@@ -13,25 +13,25 @@ from jinja2 import Environment, Template
 
 from ..errors import printable
 
-# Characters that are markup anywhere, unless they stand inside a word: `snake_case`.
+# Markup anywhere, except for underscores inside a word: `snake_case`.
 INLINE = re.compile(r"[\\`*\[\]|~$@]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
-# What renderers of GitHub's kind make links of, without any markup.
+# GitHub-like renderers turn these into links without any markup.
 BARE_LINK = re.compile(r":(?=//)|(?<=www)\.", re.IGNORECASE)
-# Lists, quotes, headings and rules begin a line; a heading may end in #.
+# Lists, quotes, headings and rules start a line; a heading may end in #.
 LINE = re.compile(r"^[-+=>#]|^(?P<digits>\d+)[.)](?=\s|$)|#(?=#*$)")
 ENTITY = re.compile(r"&(?=#?\w+;)")
 
 
 class Markdown(str):
-    """Markdown of our own, which is shown as markup."""
+    """Trusted Markdown, which is not escaped."""
 
     __slots__ = ()
 
 
 def escape(value: object) -> Markdown:
-    """One line of Markdown that shows a text as it is, wherever in a line it stands: in a cell or a heading, too.
+    """Returns one line of Markdown that shows a text verbatim anywhere in a line, including cells and headings.
 
-    Line breaks become blanks, and control characters visible escapes.
+    Line breaks become blanks; control characters become visible escapes.
     """
     if isinstance(value, Markdown):
         return value
@@ -39,23 +39,23 @@ def escape(value: object) -> Markdown:
     text = INLINE.sub(r"\\\g<0>", text)
     text = BARE_LINK.sub(r"\\\g<0>", text)
     text = LINE.sub(lambda found: f"{found['digits'] or ''}\\{found[0][-1]}", text)
-    # As an entity: behind a backslash the characters of our own marks would still be there.
+    # An entity, because an escaped `<` could still form one of our own marks.
     return Markdown(ENTITY.sub("&amp;", text).replace("<", "&lt;"))
 
 
 def table(rows: Mapping[Any, Any], left: str = "", right: str = "") -> Markdown:
-    """A table of two columns; rows without a value are left out."""
+    """Renders a table of two columns without the rows that have no value."""
     lines = [f"| {left} | {right} |", "| --- | --- |"]
     lines += [f"| {escape(name)} | {escape(value)} |" for name, value in rows.items() if value is not None]
     return Markdown("\n".join(lines))
 
 
 def listed(values: Iterable[object]) -> Markdown:
-    """Texts with commas between them."""
+    """Joins texts with commas."""
     return Markdown(", ".join(map(escape, values)))
 
 
 @cache
 def compiled(template: str) -> Template:
-    """A template whose expressions are all escaped."""
+    """Compiles a template that escapes all its expressions."""
     return Environment(finalize=escape, autoescape=False).from_string(template)

@@ -1,4 +1,4 @@
-"""A README that there is and a new card become one: what is generated is written anew, all else stays as it is."""
+"""Merges a regenerated model card into an existing README: only generated parts are replaced."""
 
 import re
 from collections.abc import Collection
@@ -12,27 +12,27 @@ from .markdown import escape
 BEGIN = "<!-- vidprism:generated begin"
 END = "<!-- vidprism:generated end -->"
 SECTION = re.compile(re.escape(BEGIN) + r".*?" + re.escape(END), re.DOTALL)
-# As the Hub's client finds it, which lets blank lines pass.
+# As the Hub's client finds it, which allows leading blank lines.
 FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 KEY = re.compile(r"""["']?([\w-]+)["']?:""")
-BOM = "\ufeff"  # some editors put it first; behind it nobody finds the metadata
-# Metadata that follows the weights. The rest, such as license and tags, is written once and then the reader's own.
+BOM = "\ufeff"  # some editors write it first, which hides the metadata
+# Metadata that depends on the weights. The rest, such as license and tags, is written once and then left to the user.
 OWNED = frozenset({"library_name", "pipeline_tag", "base_model", "datasets", "metrics", "model-index", "model_name"})
-# Of these, what a person writes where a run on plain folders knows none: it stays until a new card states its own.
+# Of these, keys that a run on plain folders does not know: a person's values stay until a new card states its own.
 BY_HAND = frozenset({"base_model", "datasets"})
-UNSTATED = ("license", "unknown")  # what a card says where nobody has stated it
-EVALUATION = "## Evaluation"  # the chapter of the generated part
+UNSTATED = ("license", "unknown")  # metadata of a card without a stated licence
+EVALUATION = "## Evaluation"  # heading in the generated part
 OUTSIDE = "its text outside the generated section"
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A README in its parts, of which front matter and generated section may be missing.
+    """Parts of a README; front matter and generated section are optional.
 
     Args:
-        front: The match of the metadata and its fences.
-        body: What follows.
-        section: The generated part of the body; None unless there is exactly one.
+        front: Match of the metadata and its fences.
+        body: Text after the front matter.
+        section: Generated part of the body; None unless there is exactly one.
     """
 
     front: re.Match | None
@@ -41,22 +41,22 @@ class Parts:
 
     @property
     def outside(self) -> str:
-        """The text that a person has written: all of the body but the generated part."""
+        """A person's text: the body without the generated part."""
         return (self.body if self.section is None else self.body.replace(self.section, "")).strip()
 
     @property
     def is_persons(self) -> bool:
-        """Whether there is text, and no generated part to refresh."""
+        """Whether there is text but no generated part to refresh."""
         return self.section is None and bool(self.outside)
 
     @property
     def keys(self) -> dict[str, str]:
-        """The lines of the metadata by key."""
+        """Lines of the metadata by key."""
         return {key: text for key, text in entries(self.front[1] if self.front else "") if key is not None}
 
 
 def take_apart(text: str) -> Parts:
-    """A README in its parts, without a byte-order mark."""
+    """Splits a README into its parts, without a byte-order mark."""
     text = text.removeprefix(BOM)
     front = FRONT_MATTER.match(text)
     body = text[front.end() :] if front else text
@@ -65,15 +65,15 @@ def take_apart(text: str) -> Parts:
 
 
 def merge_card(existing: str, generated: str, anew: Collection[str] = ()) -> str:
-    """Refreshes the generated part of a README and the metadata that follows the weights.
+    """Refreshes the generated part of a README and the metadata that depends on the weights.
 
-    A person's words in the README that there is stay; where it has none, those of the new card come in. A README
-    with text but without exactly one generated part is a person's, and comes back as it is.
+    A person's text in the existing README is kept; if there is none, the new card's is used. A README with text but
+    without exactly one generated part is a person's and is returned unchanged.
 
     Args:
-        existing: The README that there is, of the Hub or of an earlier export.
-        generated: A whole new card; a person may have edited it too.
-        anew: Keys of the metadata that are written anew beside those that follow the weights.
+        existing: The existing README, from the Hub or an earlier export.
+        generated: A complete new card, possibly edited by a person.
+        anew: Further metadata keys to replace.
     """
     newline = "\r\n" if "\r\n" in existing else "\n"
     old, new = take_apart(existing), take_apart(plain_lines(generated).replace("\n", newline))
@@ -89,13 +89,13 @@ def merge_card(existing: str, generated: str, anew: Collection[str] = ()) -> str
 
 
 def with_evaluation(card: str, title: str, body: str) -> str:
-    """Puts an evaluation into the generated part of a README, in the place of an earlier one of the same title.
+    """Adds an evaluation to the generated part of a README, replacing one with the same title.
 
-    A README without exactly one generated part comes back as it is, and so does all outside it.
+    Text outside the generated part is kept; a README without exactly one generated part is returned unchanged.
 
     Args:
         card: The README.
-        title: One line, which tells this evaluation from others.
+        title: One line that identifies the evaluation.
         body: Markdown without headings.
     """
     section = take_apart(card).section
@@ -117,33 +117,33 @@ def with_evaluation(card: str, title: str, body: str) -> str:
 
 
 def plain_lines(text: str) -> str:
-    """The text with lines that end in one character."""
+    """Replaces CRLF line ends by LF."""
     return text.replace("\r\n", "\n")
 
 
 def stays(old: Parts, new: Parts) -> bool:
-    """Whether a README is to stay as it is: a person's, or one with a person's words and nothing to refresh it from."""
+    """Returns whether a README is kept: a person's, or one with a person's text and no generated part to add."""
     return old.is_persons or (new.section is None and bool(old.outside))
 
 
 def is_kept(existing: str, generated: str) -> bool:
-    """Whether `merge_card` takes nothing of the new card."""
+    """Returns whether `merge_card` returns the existing README unchanged."""
     return stays(take_apart(existing), take_apart(generated))
 
 
 def states_results(card: str) -> bool:
-    """Whether the metadata of a card have results of its model."""
+    """Returns whether a card's metadata have results of its model."""
     return "model-index" in take_apart(card).keys
 
 
 def states_license(card: str) -> bool:
-    """Whether the generated part of a card names the licence of the weights, as its export was told it."""
+    """Returns whether the generated part of a card states the licence of the weights."""
     parts = take_apart(card)
     return f"\n| these weights | {escape(value(parts.keys.get('license', '')))} |" in (parts.section or "")
 
 
 def left_out(generated: str, merged: str) -> list[str]:
-    """What a person has put into a card that a merged README holds otherwise: its text, or keys of the metadata."""
+    """Lists a person's changes to a card that a merged README does not have: its text, or metadata keys."""
     new, made = (take_apart(plain_lines(text)) for text in (generated, merged))
     lost = [OUTSIDE] if new.outside and new.outside != made.outside else []
     for key, text in new.keys.items():
@@ -154,16 +154,16 @@ def left_out(generated: str, merged: str) -> list[str]:
 
 
 def merge_metadata(existing: str, generated: str, anew: Collection[str] = ()) -> str:
-    """The metadata block with the keys of the generated one that are owned or in `anew` in their places; new ones last.
+    """Replaces owned keys, and those in `anew`, in the existing metadata; appends new keys.
 
-    By lines, not as parsed YAML: order, comments and quotes of the other keys stay.
+    Works on lines instead of parsed YAML, to keep order, comments and quotes of the other keys.
     """
     old, new = entries(existing), {key: text for key, text in entries(generated) if key is not None}
     merged = []
     for key, text in old:
         if key in new and (key in OWNED or key in anew or (key, value(text)) == UNSTATED):
             text = new[key]
-        elif key in OWNED - BY_HAND:  # of earlier weights
+        elif key in OWNED - BY_HAND:  # of the earlier weights
             continue
         merged.append(text)
     present = {key for key, _ in old}
@@ -171,7 +171,7 @@ def merge_metadata(existing: str, generated: str, anew: Collection[str] = ()) ->
 
 
 def value(text: str) -> object:
-    """What the lines of one key say; the lines themselves if they are no YAML on their own."""
+    """Parses the value of one key's lines; returns the lines if they are not valid YAML."""
     try:
         return next(iter((parse_yaml(text) or {None: None}).values()))
     except (yaml.YAMLError, ValueError, AttributeError):
@@ -179,9 +179,9 @@ def value(text: str) -> object:
 
 
 def entries(block: str) -> list[tuple[str | None, str]]:
-    """The lines of a YAML mapping by top-level key; comments and blank lines between keys have none."""
+    """Splits the lines of a YAML mapping by top-level key; comments and blank lines between keys have the key None."""
     found: list[tuple[str | None, str]] = []
-    pending = ""  # blank lines and comments, which belong to a key if more of it follows
+    pending = ""  # blank lines and comments, part of a key if more of it follows
     for line in re.findall(r"[^\n]*\n|[^\n]+", block):
         key = KEY.match(line)
         if key:

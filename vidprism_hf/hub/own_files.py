@@ -1,8 +1,8 @@
-"""The files of an export, read without following what leads out of it.
+"""Reads the files of an export without following links that leave it.
 
-A folder that comes from somebody else may hold links to this machine's secrets, and what is read from an export is
-published. A file is read only if it lies in the folder itself, behind any number of links, or where the Hub's cache
-keeps the files of the same repository. What was checked is what is opened. Hard links cannot be told from other files.
+A folder from somebody else may have links to this machine's secrets, and files read from an export are published. A
+file is read only if its target is in the folder itself or among the same repository's blobs in the Hub's cache. The
+file that was checked is the one that is opened. Hard links cannot be detected.
 """
 
 import os
@@ -13,28 +13,28 @@ from pathlib import Path
 
 from ..errors import UserError, printable
 
-BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # as the Hub's cache names them
+BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # names in the Hub's cache
 CACHED = "models--"
 READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class NotOwn(UserError):
-    """Something in an export that is not a file or folder of its own."""
+    """An entry of an export is not a file or folder of its own."""
 
 
 def open_own(folder: Path, name: str) -> int:
-    """Opens a file of an export for reading, and returns its descriptor.
+    """Opens a file of an export for reading and returns its descriptor.
 
     Args:
-        folder: The export; it may be a link itself.
+        folder: The export; may be a link itself.
         name: Path in it.
 
     Raises:
-        NotOwn: If it lies elsewhere, or is not a regular file.
+        NotOwn: If its target is elsewhere, or not a regular file.
         OSError: If it cannot be read.
     """
     base, path = located(folder, name)
-    # Part by part, and through no link: a folder may become one meanwhile.
+    # Part by part and without following links: a folder may be replaced by one meanwhile.
     at = os.open(base, READ | os.O_DIRECTORY)
     try:
         for part in path.parent.parts:
@@ -54,20 +54,20 @@ def open_own(folder: Path, name: str) -> int:
 
 
 def read_own(folder: Path, name: str) -> bytes:
-    """The content of a file of an export; raises as `open_own` does."""
+    """Returns the content of an export's file; raises like `open_own`."""
     with open(open_own(folder, name), "rb") as file:
         return file.read()
 
 
 def list_own(folder: Path, folders: Collection[str]) -> tuple[list[str], list[str]]:
-    """The files of an export, sorted, and the folders there that are not listed further.
+    """Lists the files of an export, sorted, and its other folders.
 
     Args:
         folder: The export.
-        folders: Names of those whose files are listed, too.
+        folders: Names of folders whose files are listed too.
 
     Raises:
-        NotOwn: If there is a link that leaves the folder, or something that is not a file or folder.
+        NotOwn: If there is a link that leaves the folder, or an entry that is not a file or folder.
     """
     files, others = [], []
     for place in ("", *folders):
@@ -88,10 +88,10 @@ def list_own(folder: Path, folders: Collection[str]) -> tuple[list[str], list[st
 
 
 def located(folder: Path, name: str) -> tuple[Path, Path]:
-    """Where a file of an export lies: the folder, that one itself or the blobs of its repository, and its path in it.
+    """Returns the real folder of an export's file, the export or its repository's blobs, and the path in it.
 
     Raises:
-        NotOwn: If it lies elsewhere.
+        NotOwn: If it is elsewhere.
     """
     root, target = (Path(os.path.realpath(path)) for path in (folder, folder / name))
     if target.is_relative_to(root):
@@ -105,6 +105,6 @@ def located(folder: Path, name: str) -> tuple[Path, Path]:
 
 
 def check_regular(folder: Path, name: str, found: os.stat_result) -> None:
-    """Refuses devices, pipes and the like, of which reading may never end."""
+    """Rejects devices, pipes etc., which may block forever when read."""
     if not stat.S_ISREG(found.st_mode):
         raise NotOwn(f"{folder / printable(name)}: is neither a file nor a folder; remove it")

@@ -1,8 +1,8 @@
-"""`vidprism push`: an exported model to a repository of the Hub, once and whole.
+"""Pushes an exported model to a repository on the Hub, in one commit.
 
-What differs from the repository's tree is uploaded and committed on top of the commit that it was compared with
-(`parent_commit`). After a failure with an unknown outcome the branch is looked at first: what has arrived is not
-sent again. The exported folder is only read; the published card differs from its own in the name of the model.
+Files that differ from the repository are uploaded and committed on top of the commit they were compared with
+(`parent_commit`). After a failure with an unknown outcome, the branch is read first, so that nothing is sent twice. The
+exported folder is only read; the published card differs from it in the model's name.
 """
 
 from collections.abc import Callable
@@ -31,13 +31,13 @@ told from files, so look through a folder that comes from somebody else before y
 MESSAGE = "Upload a VidPrism model"
 SENT = ("new", "changed")
 TO_REPLACE = f"to have the local one instead, delete {README} on the Hub and push again"
-# Pushes of others that we let go first; each of them has a pause of its own.
+# Retries after concurrent commits by others, with a pause before each.
 MOVES = 20
 
 
 @dataclass(frozen=True)
 class PushedFile:
-    """One file of a push: `state` is new, changed, unchanged, removed, or kept (a person's README of the Hub)."""
+    """One file of a push: `state` is new, changed, unchanged, removed, or kept (a person's README on the Hub)."""
 
     path: str
     size: int
@@ -46,13 +46,13 @@ class PushedFile:
 
 @dataclass(frozen=True)
 class PushResult:
-    """What a push did, or would do.
+    """Result of a push or a dry run.
 
     Args:
-        url: Of the repository, branch or pull request.
-        commit: That holds the folder's files; None for a dry run on a repository that is not there.
+        url: URL of the repository, branch or pull request.
+        commit: Commit with the folder's files; None for a dry run without an existing repository.
         files: Every file, sorted by name.
-        notes: What the user should know, one line each.
+        notes: Notes for the user, one line each.
         card: The README as it is, or would be, on the Hub.
     """
 
@@ -69,20 +69,20 @@ class PushResult:
 
     @property
     def unchanged(self) -> list[str]:
-        """Files that the Hub had."""
+        """Files that the Hub already had."""
         return [file.path for file in self.files if file.state == "unchanged"]
 
 
 @dataclass
 class Plan:
-    """What a push sends, against one commit of the branch.
+    """Changes of a push relative to one commit of the branch.
 
     Args:
-        files: Every file, and what becomes of it.
-        wanted: What the branch is to hold afterwards; with the merged README, without one that stays.
-        removed: Names of files that must not stay.
-        card: The README as it will be.
-        notes: What the user should know.
+        files: Every file with its state.
+        wanted: Files that the branch must have afterwards; with the merged README, without one that is kept.
+        removed: Names of files to delete.
+        card: The resulting README.
+        notes: Notes for the user.
     """
 
     files: list[PushedFile]
@@ -93,12 +93,12 @@ class Plan:
 
     @property
     def operations(self) -> list[CommitOperationAdd | CommitOperationDelete]:
-        """New ones each time, as the client wears them out."""
+        """New operations each time, because the client modifies them."""
         sent = [self.wanted[file.path].operation() for file in self.files if file.state in SENT]
         return sent + [CommitOperationDelete(path) for path in self.removed]
 
     def missing(self, tree: dict[str, RepoFile]) -> list[str]:
-        """What a commit's files lack, or have too much."""
+        """Returns the files that a commit lacks or should not have."""
         lacking = [path for path, file in self.wanted.items() if path not in tree or not file.is_same(tree[path])]
         return lacking + stale(tree, self.wanted)
 
@@ -107,9 +107,9 @@ def make_plan(files: dict[str, LocalFile], tree: dict[str, RepoFile], readme: Ca
     """Compares the folder with the files of a commit.
 
     Args:
-        files: Of the folder.
-        tree: Of the repository.
-        readme: Gives the content of the repository's README.
+        files: Files of the folder.
+        tree: Files of the repository.
+        readme: Returns the content of the repository's README.
     """
     wanted, kept, notes = dict(files), False, []
     card = files[README].source.decode()
@@ -131,15 +131,15 @@ def make_plan(files: dict[str, LocalFile], tree: dict[str, RepoFile], readme: Ca
 
 
 def stale(tree: dict[str, RepoFile], files: dict[str, LocalFile]) -> list[str]:
-    """Files of an earlier export that this one has not got."""
+    """Lists files of an earlier export that this one does not have."""
     return sorted(path for path in tree.keys() - files.keys() if WRITTEN.fullmatch(path))
 
 
 def merge_readme(present: bytes, local: str) -> tuple[str, bool, list[str]]:
-    """The README to publish where the Hub has another one.
+    """Merges the local README into a different one on the Hub.
 
     Returns:
-        Its text, whether it is the Hub's as it stands, and a note where something of the local one is not published.
+        The text, whether it is the Hub's unchanged, and a note if parts of the local one are not published.
     """
     try:
         text = present.decode()
@@ -150,7 +150,7 @@ def merge_readme(present: bytes, local: str) -> tuple[str, bool, list[str]]:
     if kept:
         told = f"{README}: a person's on the Hub, and stays as it is; the local one is not published; {TO_REPLACE}"
         return text, True, [told]
-    # A licence that the run was told stands in the generated part too: the metadata must not say another.
+    # A licence set for the run is in the generated part too; the metadata must not contradict it.
     merged = merge_card(text, local, anew={"license"} if states_license(local) else ())
     parts = ", ".join(left_out(local, merged))
     told = f"{README}: differs from the local one, and stays on the Hub as it is: {parts}; {TO_REPLACE}"
@@ -171,23 +171,31 @@ def push_export(
     endpoint: str | None = None,
     patience: Patience | None = None,
 ) -> PushResult:
-    """Publishes an exported model: what differs from the repository, in one commit.
+    """Publishes an exported model: sends the files that differ from the repository, in one commit.
+
+    Use it for the export of a run or a conversion. Repeating a failed push resumes it.
 
     Args:
         folder: The export; it is only read.
-        repo_id: `org/name`; made if it is not there.
+        repo_id: `org/name`; created if it does not exist.
         private: Whether a new repository is private; None for the owner's default.
-        revision: Branch; made if it is not there. None for main.
-        tag: For the commit that holds the files.
-        create_pr: Propose the change as a pull request.
-        message: Of the commit.
-        dry_run: Only compare.
+        revision: Branch, created if it does not exist; None for main.
+        tag: Tag for the commit.
+        create_pr: Proposes the change as a pull request.
+        message: Commit message.
+        dry_run: Only compares.
         token: None for the saved one, or HF_TOKEN.
-        endpoint: Address of the Hub, if it is not the usual one.
-        patience: How often failed steps are repeated, and time-outs.
+        endpoint: Address of the Hub, if not the default.
+        patience: Limits of retries and time-outs.
 
     Raises:
-        PushError: One line: what is wrong, what to do. Pushing again goes on from what has arrived.
+        PushError: One line: what is wrong and what to do.
+
+    Example:
+        ```python
+        result = push_export("runs/mine/export", "org/name", private=True)
+        print(result.url, result.commit)
+        ```
     """
     folder, patience = Path(folder), patience or Patience()
     token = token or get_token()
@@ -198,7 +206,7 @@ def push_export(
     if "/" not in repo_id:
         raise PushError(f"--repo {repo_id}: name its owner too, as org/{repo_id}")
     if create_pr and tag:
-        raise PushError("--tag: names a published commit, so it does not go with --create-pr; tag what is merged")
+        raise PushError("--tag: cannot be combined with --create-pr; tag the commit once it is merged")
     if token is None and not dry_run:
         raise PushError(f"{repo_id}: no token; {LOG_IN}")
     try:
@@ -222,7 +230,7 @@ def push_export(
             if told is None:
                 raise
             raise PushError(safe(f"{repo_id}: {told}", token)) from error
-    notes = [*result.notes, *(f"{path}: no file of an export; left out" for path in others)]
+    notes = [*result.notes, *(f"{path}: not a file of an export; left out" for path in others)]
     if remote.revision != MAIN and not create_pr:
         notes.append(f"{README}: its snippets load main; pass revision={remote.revision!r} to load this branch")
     return replace(result, notes=[safe(note, token) for note in notes])
@@ -230,7 +238,7 @@ def push_export(
 
 @dataclass(frozen=True)
 class Ask:
-    """What the user asks for."""
+    """Options of a push."""
 
     private: bool | None
     tag: str | None
@@ -239,29 +247,29 @@ class Ask:
 
 
 def compare(remote: Remote, files: dict[str, LocalFile], ask: Ask) -> PushResult:
-    """What a push would do; changes nothing."""
+    """Returns what a push would do, without changing anything."""
     is_private, tree, head = remote.visibility(), {}, None
     check_visibility(is_private, ask)
     if is_private is not None:
         try:
             head = remote.head()
         except RevisionNotFoundError:
-            head = Remote(remote.api, remote.repo_id, None, remote.patience).head()  # where the branch would start
+            head = Remote(remote.api, remote.repo_id, None, remote.patience).head()  # the new branch would start there
         tree = remote.tree(head)
     plan = make_plan(files, tree, partial(remote.readme, head))
     if is_private is None:
-        plan.notes.append(f"{remote.repo_id} is not there, or cannot be seen; a push would make it")
+        plan.notes.append(f"{remote.repo_id} does not exist, or this token cannot see it; a push would create it")
     return PushResult(remote.url, head, plan.files, plan.notes, plan.card)
 
 
 def check_visibility(is_private: bool | None, ask: Ask) -> None:
-    """Refuses to put in public what was to be private.
+    """Checks that a private push does not go to a public repository, and that a pull request has a target.
 
     Raises:
-        PushError: If that would happen, or there is nothing to propose a change to.
+        PushError: If either is violated.
     """
     if is_private is False and ask.private:
-        raise PushError("is there and public, so --private cannot be had; make it private on the Hub first")
+        raise PushError("exists and is public, so --private has no effect; make it private on the Hub first")
     if is_private is None and ask.create_pr:
         raise PushError(
             "there is no such repository, or this token cannot see it; --create-pr needs one, push without it"
@@ -269,7 +277,7 @@ def check_visibility(is_private: bool | None, ask: Ask) -> None:
 
 
 def publish(remote: Remote, files: dict[str, LocalFile], ask: Ask) -> PushResult:
-    """Makes what is missing, sends what differs, and looks whether all has arrived."""
+    """Creates what is missing, sends what differs, and checks that everything arrived."""
     is_private = remote.visibility()
     check_visibility(is_private, ask)
     if is_private is None:
@@ -291,22 +299,22 @@ def publish(remote: Remote, files: dict[str, LocalFile], ask: Ask) -> PushResult
 
 
 def check_tag(remote: Remote, files: dict[str, LocalFile], tag: str, commit: str) -> None:
-    """Refuses a tag that stands for something else, before anything is sent.
+    """Checks before sending that an existing tag is at these files.
 
     Raises:
-        PushError: If it does.
+        PushError: If it is not.
     """
     if commit != remote.head() or make_plan(files, remote.tree(commit), partial(remote.readme, commit)).operations:
-        raise PushError(f"--tag {tag}: is there, at another commit; choose another name")
+        raise PushError(f"--tag {tag}: already exists at another commit; choose another name")
 
 
 def send(remote: Remote, files: dict[str, LocalFile], ask: Ask) -> tuple[str, str, Plan]:
-    """Uploads and commits until the branch, or a pull request, holds the files.
+    """Uploads and commits until the branch, or a pull request, has the files.
 
     Returns:
-        URL, commit, and what was sent.
+        URL, commit, and the plan that was sent.
     """
-    sent: Plan | None = None  # by a commit whose answer was lost
+    sent: Plan | None = None  # in a commit whose response was lost
     on_top_of, lost, moved = "", remote.tries(COMMIT), remote.tries(COMMIT, tries=MOVES)
     while True:
         head = remote.head()
@@ -325,7 +333,7 @@ def send(remote: Remote, files: dict[str, LocalFile], ask: Ask) -> tuple[str, st
         try:
             url, commit = remote.commit(operations, ask.message, head, ask.create_pr)
         except Exception as error:
-            if read_failure(error).status in MOVED_STATUS:  # a "no" that is sure: others were faster
+            if read_failure(error).status in MOVED_STATUS:  # certainly not committed: others were faster
                 moved.pause(error, passing=True)
             else:
                 lost.pause(error)
@@ -336,16 +344,16 @@ def send(remote: Remote, files: dict[str, LocalFile], ask: Ask) -> tuple[str, st
 
 
 def check_arrived(remote: Remote, plan: Plan, commit: str) -> None:
-    """Compares a commit with what was sent: a repository's .gitignore makes the client leave files out.
+    """Checks that a commit has all files; a repository's .gitignore makes the client skip some.
 
     Raises:
-        PushError: If something is missing.
+        PushError: If a file is missing.
     """
     try:
         missing = plan.missing(remote.tree(commit))
     except (httpx2.HTTPError, HubError, ConnectionError) as error:
         cause = read_failure(error).cause
-        plan.notes.append(f"published, but the Hub could not be asked for what has arrived ({cause})")
+        plan.notes.append(f"published, but the commit could not be verified ({cause})")
         return
     if missing:
         raise PushError(f"commit {commit} lacks {preview(missing, 20)}; is it in the repository's .gitignore?")

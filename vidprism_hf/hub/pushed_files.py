@@ -1,4 +1,4 @@
-"""The files of an export as a push reads them, once it is sure that they are a whole export."""
+"""Reads the files of an export for a push, and checks that the export is complete."""
 
 import json
 import os
@@ -24,16 +24,16 @@ from .own_files import list_own, open_own, read_own
 
 INDEX = f"{WEIGHTS}.index.json"
 NEEDED = ("config.json", "video_preprocessor_config.json", README)
-# What one export has and the next may not: left on the Hub, it would be loaded, or read, as if it were the new one's.
+# Optional files of an export: left on the Hub by an earlier one, they would be taken for the new one's.
 WRITTEN = re.compile(
     rf"model(-\d{{5}}-of-\d{{5}})?\.safetensors|{re.escape(INDEX)}"
     r"|recipe\.yaml|split\.json|train_clips\.txt|figures/(curves|experts|confusion)\.png"
 )
-RESULTS = re.compile(r"\.eval_results/[^/]+\.yaml")  # of which others may have written some
+RESULTS = re.compile(r"\.eval_results/[^/]+\.yaml")  # some may be written by others
 
 
 class LocalFile:
-    """A file to push: a small one by its bytes, the weights by the file that was opened when the folder was checked."""
+    """A file to push: bytes for a small one, and for weights the file that was opened when the folder was checked."""
 
     def __init__(self, path: str, source: Path | bytes):
         self.path, self.source = path, source
@@ -42,16 +42,16 @@ class LocalFile:
 
     @classmethod
     def opened(cls, folder: Path, path: str) -> "LocalFile":
-        """A file that is sent from where it is open, whatever its name stands for by then."""
+        """Opens a file now and sends that one, even if its name points elsewhere later."""
         descriptor = open_own(folder, path)
-        # Systems without /proc open it by its name again; the Hub compares the hash then.
+        # Without /proc it is opened again by name; the Hub then compares the hash.
         own = Path(f"/proc/self/fd/{descriptor}")
         made = cls(path, own if own.exists() else folder / path)
         weakref.finalize(made, os.close, descriptor)
         return made
 
     def is_same(self, entry: RepoFile) -> bool:
-        """Whether the repository has this content."""
+        """Returns whether the repository has this content."""
         if entry.size != self.info.size:
             return False
         if entry.lfs is not None:
@@ -60,7 +60,7 @@ class LocalFile:
         return entry.blob_id == git_hash(content)
 
     def operation(self) -> CommitOperationAdd:
-        """A new operation, as the client wears them out; built on no bytes, so that gigabytes are hashed once."""
+        """Returns a new operation, because the client modifies them; built empty, so that weights are hashed once."""
         made = CommitOperationAdd(self.path, b"")
         made.path_or_fileobj = self.source if isinstance(self.source, bytes) else str(self.source)
         made.upload_info = self.info
@@ -68,10 +68,10 @@ class LocalFile:
 
 
 def read_export(folder: Path) -> tuple[dict[str, LocalFile], list[str]]:
-    """The files of an export, and what else lies there.
+    """Returns the files of an export, and the names of all others in the folder.
 
     Raises:
-        PushError: If it is none, or not whole.
+        PushError: If it is not an export, or incomplete.
     """
     if not folder.is_dir():
         raise PushError(f"{folder}: no such folder; give a run's export folder")
@@ -91,25 +91,25 @@ def read_export(folder: Path) -> tuple[dict[str, LocalFile], list[str]]:
     if not is_vidprism_config(folder / "config.json"):
         raise not_exported(folder)
     if lacking := missing_files(folder, found):
-        raise PushError(f"{folder}: the export is not whole: it lacks {preview(lacking, 20)}; export it again")
+        raise PushError(f"{folder}: the export is incomplete: it lacks {preview(lacking, 20)}; export it again")
     try:
         found[README].source.decode()
     except UnicodeDecodeError as error:
-        raise PushError(f"{folder / README}: is no UTF-8 text; save it as such") from error
+        raise PushError(f"{folder / README}: is not UTF-8 text; save it as UTF-8") from error
     check_loadable(folder, [folder / path for path in found if path.endswith(".safetensors")])
     return found, sorted(others)
 
 
 def not_exported(folder: Path) -> PushError:
-    """What to say of another folder."""
+    """Returns the error for a folder that is not an export."""
     return PushError(f"{folder}: not an exported model (no config.json of a VidPrism); give a run's export folder")
 
 
 def missing_files(folder: Path, found: Iterable[str]) -> list[str]:
-    """What a stranger needs to load the model, and the folder has not got.
+    """Lists missing files that are needed to load the model.
 
     Args:
-        folder: Of an export; of an older version too, whose code may lie in other files than today's.
+        folder: An export, possibly of an older version with other code files.
         found: Names of its files.
     """
     lacking = set(NEEDED).difference(found)
@@ -130,12 +130,12 @@ def missing_files(folder: Path, found: Iterable[str]) -> list[str]:
 
 
 def check_loadable(folder: Path, weights: list[Path]) -> None:
-    """Makes sure that the files hold every tensor of the model, by name and shape, and no other.
+    """Checks that the files have exactly the model's tensors, by name and shape.
 
     Raises:
         PushError: If they do not.
     """
-    wrong = f"{folder}: the export is not whole"
+    wrong = f"{folder}: the export is incomplete"
     try:
         with torch.device("meta"):
             model = VidPrismForVideoClassification(VidPrismConfig.from_pretrained(folder, trust_remote_code=False))

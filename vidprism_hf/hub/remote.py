@@ -1,4 +1,4 @@
-"""One branch of a repository on the Hub: what `vidprism push` asks of it, each request within bounds."""
+"""A branch of a repository on the Hub: the requests of a push, with bounded retries."""
 
 import reprlib
 from collections.abc import Callable
@@ -23,25 +23,25 @@ COMMIT = "the commit"
 
 
 class Remote:
-    """A branch of a repository; every request that may be repeated is, within bounds.
+    """A branch of a repository; idempotent requests are retried, within limits.
 
     Args:
         api: The client.
         repo_id: `org/name`.
         revision: Branch; None for main.
-        patience: Bounds.
+        patience: Limits of retries and time-outs.
     """
 
     def __init__(self, api: HfApi, repo_id: str, revision: str | None, patience: Patience):
         self.api, self.repo_id, self.revision, self.patience = api, repo_id, revision or MAIN, patience
-        self.step = ""  # under way, for the message if it fails
+        self.step = ""  # current step, for error messages
 
     def tries(self, step: str, **bounds: int) -> Tries:
-        """A count of the failures of a step, with other bounds than the usual ones if some are given."""
+        """Returns the retry state of a step, optionally with other limits."""
         return Tries(f"{self.repo_id}: {step}", replace(self.patience, **bounds), self.api.token)
 
     def ask(self, step: str, call: Callable[[], T]) -> T:
-        """Calls what does no harm when it is done twice."""
+        """Makes an idempotent request, with retries."""
         self.step = step
         return repeat(lambda: understood(call), self.tries(step))
 
@@ -51,18 +51,18 @@ class Remote:
         return url if self.revision == MAIN else f"{url}/tree/{quote(self.revision, safe='/')}"
 
     def visibility(self) -> bool | None:
-        """Whether the repository is private; None if there is none that this token sees."""
+        """Returns whether the repository is private; None if this token sees no such repository."""
         look = self.api.repo_info
         try:
-            return self.ask("a look at the repository", lambda: expect(look(self.repo_id).private, bool))
+            return self.ask("the repository lookup", lambda: expect(look(self.repo_id).private, bool))
         except RepositoryNotFoundError:
             return None
 
     def create(self, private: bool | None) -> bool | None:
-        """Makes the repository, or finds that an earlier try, or somebody else, has made it.
+        """Creates the repository, unless an earlier attempt or somebody else has.
 
         Returns:
-            Whether what was found is private; what was asked for where there was nothing.
+            Whether an existing repository is private; otherwise the argument.
 
         Raises:
             PushError: If the name is taken.
@@ -81,19 +81,19 @@ class Remote:
         return private
 
     def refs(self, kind: str) -> dict[str, str]:
-        """Commits by the names of the "branches" or "tags"."""
+        """Returns commits by name of the "branches" or "tags"."""
 
         def look() -> dict[str, str]:
             found = getattr(self.api.list_repo_refs(self.repo_id), kind)
             return {expect(ref.name, str): expect(ref.target_commit, str) for ref in found}
 
-        return self.ask("a look at the branches", look)
+        return self.ask("the branch listing", look)
 
     def make_branch(self) -> None:
-        """Makes sure that the branch is there.
+        """Creates the branch if it does not exist.
 
         Raises:
-            PushError: If its name is a tag's or a commit's.
+            PushError: If the name is a tag or a commit.
         """
         if self.revision.startswith("refs/pr/") or self.revision in self.refs("branches"):
             return
@@ -106,25 +106,25 @@ class Remote:
             raise PushError(f"--revision {self.revision}: is a tag or a commit; name a branch")
 
     def head(self) -> str:
-        """The branch's commit."""
+        """Returns the branch's commit."""
         look = self.api.repo_info
-        return self.ask("a look at the branch", lambda: commit_id(look(self.repo_id, revision=self.revision).sha))
+        return self.ask("the branch lookup", lambda: commit_id(look(self.repo_id, revision=self.revision).sha))
 
     def tree(self, revision: str) -> dict[str, RepoFile]:
-        """The files of a commit."""
+        """Returns the files of a commit."""
 
         def look() -> dict[str, RepoFile]:
             entries = self.api.list_repo_tree(self.repo_id, recursive=True, revision=revision)
             found = {expect(entry.path, str): entry for entry in entries if isinstance(entry, RepoFile)}
-            # The client finds no files in `{}`, too, and what is there would be written over.
+            # The client also finds no files in an answer of `{}`; existing files would then be overwritten.
             if not found and self.api.repo_info(self.repo_id, revision=revision).siblings:
                 raise OddAnswer("no files, where the repository has some")
             return found
 
-        return self.ask("a look at the files", look)
+        return self.ask("the file listing", look)
 
     def readme(self, commit: str, entry: RepoFile) -> bytes:
-        """The README of a commit, which its list of files has an entry of."""
+        """Downloads the README of a commit and checks it against its entry in the list of files."""
         url = f"{self.api.endpoint}/{self.repo_id}/resolve/{commit}/{README}"
 
         def fetch() -> bytes:
@@ -134,19 +134,19 @@ class Remote:
                 raise OddAnswer(f"the content is not that of the {README} in the list of files")
             return answer.content
 
-        return self.ask("a look at the README", fetch)
+        return self.ask("the README download", fetch)
 
     def upload(self, additions: list[CommitOperationAdd], create_pr: bool) -> None:
-        """Sends the large files; what the Hub has by now is not sent again."""
+        """Uploads the large files that the Hub does not have yet."""
         send = self.api.preupload_lfs_files
         settings = {"revision": self.revision, "create_pr": create_pr, "free_memory": False}
         self.ask("the upload", lambda: send(self.repo_id, additions, **settings))
         if ignored := [file.path_in_repo for file in additions if file._should_ignore]:
             named = ", ".join(ignored)
-            raise PushError(f"a commit lacks {named}, which the repository's .gitignore names; take that out of it")
+            raise PushError(f"a commit lacks {named}, which the repository's .gitignore lists; remove them there")
 
     def commit(self, operations: list, message: str, head: str, create_pr: bool) -> tuple[str, str]:
-        """Commits, once.
+        """Commits, without retries.
 
         Returns:
             URL of the branch or pull request, and the commit.
@@ -161,19 +161,19 @@ class Remote:
         return understood(commit)
 
     def landed(self, since: str, missing: Callable[[dict[str, RepoFile]], list[str]]) -> str | None:
-        """The first whole commit after `since`, if there is one."""
+        """Returns the first complete commit after `since`, if any."""
         look = self.api.list_repo_commits
-        commits = self.ask("a look at the commits", lambda: look(self.repo_id, revision=self.revision))
+        commits = self.ask("the commit listing", lambda: look(self.repo_id, revision=self.revision))
         names = [commit.commit_id for commit in commits]
         later = names[: names.index(since)] if since in names else []
         return next((name for name in reversed(later) if not missing(self.tree(name))), None)
 
     def proposed(self, title: str, missing: Callable[[dict[str, RepoFile]], list[str]]) -> tuple[str, str] | None:
-        """URL and commit of our open pull request that is whole, if there is one."""
+        """Returns URL and commit of our open pull request with all files, if any."""
         author = (self.account() or (None,))[0]
         kind = {"discussion_type": "pull_request", "discussion_status": "open", "author": author}
         look = self.api.get_repo_discussions
-        found = self.ask("a look at the pull requests", lambda: list(look(self.repo_id, **kind)))
+        found = self.ask("the pull request listing", lambda: list(look(self.repo_id, **kind)))
         for request in found:
             ref = f"refs/pr/{request.num}"
             if request.is_pull_request and request.title == title and not missing(self.tree(ref)):
@@ -181,18 +181,18 @@ class Remote:
         return None
 
     def account(self) -> tuple[str, str] | None:
-        """Name of the token's owner and role of the token, if the Hub tells."""
+        """Returns the name of the token's owner and the token's role, if known."""
         try:
             told = self.api.whoami()
             return expect(told.get("name", ""), str), told.get("auth", {}).get("accessToken", {}).get("role", "")
-        except Exception:  # asked for a better message, or a shorter list, only
+        except Exception:  # only needed for a better message or a shorter list
             return None
 
     def tag(self, name: str, commit: str) -> None:
         """Tags a commit.
 
         Raises:
-            PushError: If the tag is at another one.
+            PushError: If the tag exists at another one.
         """
         try:
             self.ask("the tag", lambda: self.api.create_tag(self.repo_id, tag=name, revision=commit))
@@ -200,15 +200,15 @@ class Remote:
             if error.response.status_code != 409:
                 raise
             if self.refs("tags").get(name) != commit:
-                raise PushError(f"--tag {name}: is there, at another commit; choose another name") from error
+                raise PushError(f"--tag {name}: already exists at another commit; choose another name") from error
 
 
 def commit_id(name: Any) -> str:
-    """The name of a commit.
+    """Checks a commit hash of an answer.
 
     Raises:
-        OddAnswer: If it is none.
+        OddAnswer: If it is not one.
     """
     if not REGEX_COMMIT_OID.fullmatch(expect(name, str)):
-        raise OddAnswer(f"{reprlib.repr(name)} where a commit's name belongs")
+        raise OddAnswer(f"{reprlib.repr(name)} instead of a commit hash")
     return name

@@ -1,7 +1,7 @@
-"""Talking to a Hub that may fail: bounded repeats with pauses and time-outs, and what a failure means.
+"""Bounded retries and time-outs for requests to the Hub, and the classification of failures.
 
-huggingface_hub repeats some requests (preupload, LFS batch, upload, verify) and not others (create, commit, tag,
-listings), knows no time-outs, and waits as long as a server asks for. Here is what it lacks.
+huggingface_hub retries some requests (preupload, LFS batch, upload, verify) but not others (create, commit, tag,
+listings), has no time-outs, and waits as long as a server asks. This adds what is missing.
 """
 
 import json
@@ -31,38 +31,38 @@ PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 # The commit endpoint's answers to a parent that is no longer the head, and to an upload that it does not see yet.
 MOVED_STATUS = frozenset({409, 412})
 NOT_YET_STORED = "LFS pointer pointed to a file that does not exist"
-# create_repo of the client repeats for ever, and without a pause, on an answer with these words.
+# The client's create_repo retries forever, without a pause, on an answer with this text.
 BUSY = "another conflicting operation is in progress"
-# Pauses differ between processes whatever a run has seeded, and leave the seeded state alone.
+# Independent of a run's seed: pauses must differ between processes, and must not change the seeded state.
 jitter = random.SystemRandom()
-LONGEST = 1000  # characters of a message: an answer may be a whole page
-MOST_BYTES = 64 << 20  # of an answer; the longest, a listing, comes in pages
+LONGEST = 1000  # characters of a message; an answer may be a whole page
+MOST_BYTES = 64 << 20  # of an answer; listings, the longest, are paginated
 lock = threading.RLock()
-# `until`: when the answer that a thread waits for must be there; `bytes`: that have come of it.
+# Per thread: `until`, the deadline of the current answer, and `bytes`, the number of bytes received.
 answer = threading.local()
 
 
 class HubError(Exception):
-    """A failure that the client must not repeat itself."""
+    """A failure that the client itself must not retry."""
 
 
 class LongWait(HubError):
-    """The server asks for a pause longer than we wait."""
+    """The server asks for a longer pause than allowed."""
 
 
 class Busy(HubError):
-    """The server is at work on the same repository."""
+    """The server is processing another operation on the same repository."""
 
 
 class GaveUp(HubError):
-    """The client's own tries have failed for long enough."""
+    """The client's own retries have failed for too long."""
 
 
 class OddAnswer(HubError):
-    """An answer that cannot be one of the Hub's, such as the page of a proxy that wants a log-in."""
+    """An answer that cannot come from a Hub, such as a proxy's login page."""
 
 
-# What the client tells of a failure by; all else that it raises comes of answers that it does not understand.
+# The client's regular exceptions; it raises anything else only for answers that it does not understand.
 TOLD = (
     *(HfHubHTTPError, OfflineModeIsEnabled, httpx2.TransportError, HubError),
     *(OSError, ValueError, RuntimeError, ImportError),
@@ -72,19 +72,21 @@ UNREADABLE = (json.JSONDecodeError, UnicodeError, RecursionError, NotImplemented
 
 @dataclass(frozen=True)
 class Patience:
-    """How often and how long.
+    """Limits of retries and time-outs. All times are in seconds.
 
     Args:
-        tries: Of a step, the first one counted.
-        first_pause: Seconds before the second try; doubled with each try, and up to half of it is left off at random.
-        longest_pause: Seconds.
-        longest_wait: Seconds that a server may ask for (Retry-After); if it asks for more, we give up at once.
-            The Hub counts its rate limits over 300 s.
-        connect_timeout: Seconds until a connection stands.
-        timeout: Seconds without a byte.
-        answer_limit: Seconds from the end of a request to the end of its answer. Sending takes as long as bytes flow.
-        step_limit: Seconds after the first failure of a step in which another try begins. The client's own tries,
-            of which each of ours may hold six, make it more than `tries` alone tells.
+        tries: Attempts per step, including the first.
+        first_pause: Pause before the second attempt; doubled for each further one, and shortened at random by up to
+            half.
+        longest_pause: Maximum pause.
+        longest_wait: Maximum pause that a server may ask for (Retry-After); beyond it the push fails at once. The Hub
+            counts its rate limits over 300 s.
+        connect_timeout: Time limit for a connection.
+        timeout: Time limit without receiving a byte.
+        answer_limit: Time limit from the end of a request to the end of its answer. Sending is not limited as long as
+            bytes flow.
+        step_limit: No attempt starts later than this after a step's first failure. Each attempt may include six of the
+            client's own, so `tries` alone does not limit the time.
     """
 
     tries: int = 5
@@ -97,19 +99,19 @@ class Patience:
     step_limit: float = 600.0
 
     def pause(self, failures: int) -> float:
-        """Seconds to wait after so many failures in a row."""
+        """Returns the pause after a number of consecutive failures."""
         return min(self.first_pause * 2 ** (failures - 1), self.longest_pause) * jitter.uniform(0.5, 1.0)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What an exception of the client says.
+    """A classified exception of the client.
 
     Args:
         cause: One line.
-        status: HTTP status, if an answer came.
-        passing: Whether it may be right the next time.
-        wait: Seconds that the server asks to wait.
+        status: HTTP status, if there was an answer.
+        passing: Whether it is retryable.
+        wait: Pause that the server asks for, in seconds.
     """
 
     cause: str
@@ -119,14 +121,14 @@ class Failure:
 
 
 def root(error: BaseException) -> BaseException:
-    """The cause of what the client raises for a failed upload, a bare RuntimeError; else the error itself."""
+    """Returns the cause of the client's bare RuntimeError for a failed upload; otherwise the error itself."""
     while isinstance(error, RuntimeError) and not isinstance(error, HfHubHTTPError) and error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def read_failure(error: BaseException) -> Failure:
-    """What went wrong, and whether to try again."""
+    """Classifies an exception: what went wrong, and whether to retry."""
     error = root(error)
     if isinstance(error, HfHubHTTPError):
         return read_answer(error)
@@ -136,7 +138,7 @@ def read_failure(error: BaseException) -> Failure:
         return Failure(f"no answer in time ({type(error).__name__})", passing=True)
     if isinstance(error, Busy | OddAnswer | httpx2.TransportError):
         return Failure(first_line(error), passing=True)
-    # hf_xet raises ConnectionError for all, with the status in its words; it has tried for two minutes by then.
+    # hf_xet raises ConnectionError for everything, with the status in its text, after two minutes of its own retries.
     if isinstance(error, ConnectionError | TimeoutError):
         told = re.search(r"HTTP status \w+ error \((\d{3})", str(error))
         status = int(told[1]) if told else None
@@ -145,11 +147,11 @@ def read_failure(error: BaseException) -> Failure:
 
 
 def understood(call: Callable[[], T]) -> T:
-    """Calls the client, and reads its answer.
+    """Calls the client and reads its answer.
 
     Raises:
-        OddAnswer: If the client, or who reads the answer, stumbles over it: no JSON, other fields, redirects without
-            an end. What the client says of a failure itself comes through.
+        OddAnswer: If the answer is invalid: not JSON, missing fields, endless redirects. The client's regular
+            exceptions pass through.
     """
     try:
         return call()
@@ -161,32 +163,32 @@ def understood(call: Callable[[], T]) -> T:
 
 
 def expect(value: Any, *kinds: type) -> Any:
-    """A value of an answer, if it is of one of these kinds.
+    """Checks the type of a value in an answer.
 
     Raises:
         OddAnswer: If it is not.
     """
     if type(value) not in kinds:
-        raise OddAnswer(f"{reprlib.repr(value)} where a {kinds[0].__name__} belongs")
+        raise OddAnswer(f"{reprlib.repr(value)} instead of a {kinds[0].__name__}")
     return value
 
 
 def read_answer(error: HfHubHTTPError) -> Failure:
-    """What an answer with an error status says."""
+    """Classifies an answer with an error status."""
     status = error.response.status_code
     told = " ".join((error.server_message or "").split()) or f"HTTP status {status}"
     return Failure(told, status, status in PASSING_STATUS or NOT_YET_STORED in told, asked_pause(error.response))
 
 
 def safe(text: str, token: str | None) -> str:
-    """One printable line without the token, nor what looks like one: a server may send it back."""
+    """Returns one printable line without the token or anything like one; a server may echo it."""
     text = text.replace(token, "<token>") if token else text
     line = printable(" ".join(re.sub(r"\bhf_\w{8,}", "<token>", text).split()))
     return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
 
 
 def asked_pause(response: httpx2.Response) -> float:
-    """Seconds that an answer asks to wait: Retry-After as a number, or the end of the Hub's rate-limit window."""
+    """Returns the pause an answer asks for, in seconds: from Retry-After or the end of the Hub's rate-limit window."""
     if response.status_code not in PASSING_STATUS:
         return 0.0
     told = response.headers.get("Retry-After", "").strip()
@@ -197,12 +199,12 @@ def asked_pause(response: httpx2.Response) -> float:
 
 
 class Tries:
-    """The failures of one step, in a row.
+    """Retry state of one step: its consecutive failures.
 
     Args:
         what: The step, for the log.
-        patience: How often, and how long.
-        token: Which the log does not show.
+        patience: Limits.
+        token: Token to hide in the log.
     """
 
     def __init__(self, what: str, patience: Patience, token: str | None = None):
@@ -210,14 +212,14 @@ class Tries:
         self.failures, self.since = 0, math.inf
 
     def pause(self, error: Exception, passing: bool = False) -> None:
-        """Waits before the next try.
+        """Waits before the next attempt.
 
         Args:
-            error: Why there is to be one.
-            passing: That the error is one that passes, whatever it says.
+            error: The last failure.
+            passing: Treats the error as retryable, whatever it is.
 
         Raises:
-            Exception: The error, if there is to be none.
+            Exception: The error, if it is not retryable or the limits are reached.
         """
         self.failures += 1
         self.since = min(self.since, time.monotonic())
@@ -226,20 +228,20 @@ class Tries:
         is_late = time.monotonic() + pause - self.since > patience.step_limit
         if not (failure.passing or passing) or self.failures >= patience.tries or is_late:
             raise error
-        told = f"{failure.cause}; next try in {pause:.1f} s ({self.failures + 1} of {patience.tries})"
+        told = f"{failure.cause}; retrying in {pause:.1f} s ({self.failures + 1} of {patience.tries})"
         logger.warning("%s", safe(f"{self.what}: {told}", self.token))
         time.sleep(pause)
 
 
 def repeat(call: Callable[[], T], tries: Tries) -> T:
-    """Calls until it works.
+    """Retries a call until it succeeds.
 
     Args:
-        call: Does no harm when it is done twice.
-        tries: How often; none of them is used up.
+        call: An idempotent call.
+        tries: Fresh retry state.
 
     Raises:
-        Exception: Of the call, when it will not be right the next time or was not often enough.
+        Exception: The call's, if it is not retryable or the limits are reached.
     """
     while True:
         try:
@@ -250,10 +252,9 @@ def repeat(call: Callable[[], T], tries: Tries) -> T:
 
 @contextmanager
 def bounded_client(patience: Patience) -> Iterator[None]:
-    """Gives the client time-outs, ends of answers, and bounds on what a server may ask for, while the block runs.
+    """Adds time-outs, limits on answers and limits on requested pauses to the client while the block runs.
 
-    The client knows one factory for the whole process, so that one push at a time is under way in it; the factory
-    that was there before comes back.
+    The client has one factory per process, so only one push runs at a time; the previous factory is restored.
     """
     with lock:
         before = getattr(client, "_GLOBAL_CLIENT_FACTORY", client.default_client_factory)
@@ -274,16 +275,16 @@ def bounded_client(patience: Patience) -> Iterator[None]:
 
 
 class Bounds:
-    """What becomes of the client's requests while its own tries go on; several threads may send at once."""
+    """Watches the client's requests, including its own retries, from any number of threads."""
 
     def __init__(self, patience: Patience):
         self.patience = patience
         self.timeouts = httpx2.Timeout(patience.timeout, connect=patience.connect_timeout).as_dict()
-        # By host: since when every request to it fails, and why the last one did.
+        # By host: time since which all requests fail, and the last cause.
         self.failing: dict[str, tuple[float, str]] = {}
 
     def ask(self, request: httpx2.Request) -> None:
-        """Called before each request, those of the client's own tries too.
+        """Called before each request, including the client's own retries.
 
         Raises:
             GaveUp: If requests to this host have failed for too long.
@@ -291,17 +292,17 @@ class Bounds:
         since, cause = self.failing.get(request.url.host, (math.inf, ""))
         if time.monotonic() - since > self.patience.step_limit:
             raise GaveUp(cause)
-        # For each request: some of the client's calls set aside its time-outs with `timeout=None`.
+        # On each request, because some of the client's calls override its time-outs with `timeout=None`.
         asked = {name: value for name, value in request.extensions.get("timeout", {}).items() if value is not None}
         request.extensions["timeout"] = self.timeouts | asked
         request.extensions["trace"] = partial(self.trace, request.url.host)
 
     def answered(self, response: httpx2.Response) -> None:
-        """Called when an answer begins.
+        """Called when an answer starts.
 
         Raises:
             LongWait: If the server asks for too long a pause.
-            Busy: If the client would go on asking for ever.
+            Busy: If the client would retry forever.
         """
         asked = asked_pause(response)
         if asked > self.patience.longest_wait:
@@ -316,17 +317,17 @@ class Bounds:
             self.failing.pop(response.url.host, None)
 
     def failed(self, host: str, cause: str) -> None:
-        """Takes note of a request that may work the next time."""
+        """Records a retryable failure."""
         since, _ = self.failing.get(host, (time.monotonic(), ""))
         self.failing[host] = since, cause
 
     def trace(self, host: str, event: str, info: dict[str, Any]) -> None:
-        """Gives each answer an end: time-outs are those of single reads, and a server may drip.
+        """Limits the total time of an answer: time-outs apply to single reads, and a server may send slowly.
 
         Args:
-            host: That the request is for.
-            event: What is done for a request, as httpx2's extension "trace" tells.
-            info: More of it.
+            host: Host of the request.
+            event: Event of httpx2's extension "trace".
+            info: Details of the event.
         """
         if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
             stream = info["return_value"]
@@ -340,10 +341,10 @@ class Bounds:
 
 
 def read_in_time(read: Callable[..., bytes], size: int, timeout: float | None = None) -> bytes:
-    """Reads from a connection while there is time for the answer, and room."""
+    """Reads from a connection within the answer's limits of time and size."""
     left = getattr(answer, "until", math.inf) - time.monotonic()
     if left <= 0:
-        raise httpx2.ReadTimeout("the answer does not end")
+        raise httpx2.ReadTimeout("the answer takes too long")
     content = read(size, min(left, math.inf if timeout is None else timeout))
     answer.bytes = getattr(answer, "bytes", 0) + len(content)
     if answer.bytes > MOST_BYTES:

@@ -1,4 +1,4 @@
-"""Fine-tuning: the LightningModule, its optimisation and the run from recipe to export."""
+"""Fine-tuning: the LightningModule, its optimiser, and a whole run from recipe to export."""
 
 from .module import VidPrismLightningModule
 

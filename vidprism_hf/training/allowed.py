@@ -1,9 +1,9 @@
-"""The classes that a recipe may name without being trusted: what they do runs no code of the recipe's."""
+"""Allowlist of classes that a recipe may name without --trust-recipe: they run no code from the recipe."""
 
 from collections.abc import Iterator
 from typing import Any
 
-# Each with all that is below it. Loggers of services are not among them: they send what a run says elsewhere.
+# Modules and classes, with everything below them. Loggers of services are excluded: they send a run's data elsewhere.
 ALLOWED = (
     "lightning.pytorch.accelerators",
     "lightning.pytorch.callbacks",
@@ -18,19 +18,19 @@ ALLOWED = (
     "vidprism_hf.training.callbacks.averaging.WeightEMA",
     "vidprism_hf.training.callbacks.push.PushToHub",
 )
-# Of these, what is nothing but functions of others.
+# Exceptions within ALLOWED: these run arbitrary functions.
 DENIED = ("lightning.pytorch.callbacks.LambdaCallback", "lightning.pytorch.callbacks.lambda_function")
 
 
 def own_classes(value: Any) -> Any:
-    """A setting of the trainer without classes that a recipe may not name by itself; None where nothing is left."""
+    """Returns a trainer setting without classes that are not allowed; None if nothing is left."""
     if isinstance(value, list):
         return [kept for kept in map(own_classes, value) if kept is not None] or None
     return None if any(not is_allowed(name) for name in _class_paths(value)) else value
 
 
 def is_allowed(class_path: str) -> bool:
-    """Whether a recipe may name a class without being trusted."""
+    """Returns whether a recipe may name a class without being trusted."""
 
     def below(names: tuple[str, ...]) -> bool:
         return any(class_path == name or class_path.startswith(f"{name}.") for name in names)

@@ -1,6 +1,6 @@
-"""What of a recipe's trainer no run can have, found before anything is read or written; and what Lightning finds later.
+"""Checks of a recipe's trainer settings and callbacks, before anything is read or written.
 
-Values that Lightning refuses itself, as it builds the trainer, are not repeated here.
+Values that Lightning rejects itself when it builds the trainer are not checked here.
 """
 
 import re
@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ..errors import UserError, first_line
 
-# Least value of each number that Lightning takes without a look; null is none.
+# Minimum of each number that Lightning does not check; null is allowed.
 LEAST = {
     "accumulate_grad_batches": 1,
     "check_val_every_n_epoch": 1,
@@ -29,19 +29,19 @@ LEAST = {
     "min_steps": 0,
     "num_sanity_val_steps": -1,
 }
-# Without these there would be no training: 0 is a value for them all.
+# With 0 for any of these, nothing would be trained.
 NOT_NOTHING = ("max_epochs", "max_steps", "limit_train_batches", "val_check_interval")
-# Switches that take the checkpoints away, the best of which a run tests and exports: what to say of each.
+# Switches that disable checkpoints, which a run needs for its test and export; and the advice for each.
 SWITCHES = {
     "barebones": "a run logs and keeps checkpoints; remove it",
     "enable_checkpointing": "a run keeps checkpoints; remove it",
-    "fast_dev_run": "it keeps no checkpoints; for a trial set max_epochs to 1 and limit_train_batches to 2 instead",
+    "fast_dev_run": "it keeps no checkpoints; for a quick trial set max_epochs to 1 and limit_train_batches to 2",
 }
 CALLBACKS: dict[type[Callback], str] = {
     BackboneFinetuning: "set model.freeze_layers or model.backbone_lr_scale",
-    ModelPruning: "an export holds whole weights; prune it afterwards",
-    SpikeDetection: "a run ends by itself where its loss is no number",
-    StochasticWeightAveraging: "its average is in no checkpoint; set model.ema_decay",
+    ModelPruning: "an export has dense weights; prune it afterwards",
+    SpikeDetection: "a run already stops when its loss is NaN or infinite",
+    StochasticWeightAveraging: "checkpoints do not contain its average; set model.ema_decay",
 }
 MEASURED = re.compile(
     r"(train|val)/(loss|(classification|rank|gate|diversity)_loss)|val/(top[15]|expert_\d+_rate_\d+_weight)"
@@ -49,10 +49,10 @@ MEASURED = re.compile(
 
 
 def check_trainer(trainer: Mapping[str, Any]) -> None:
-    """Looks for settings with which a run would train nothing, or end in the middle.
+    """Checks for trainer settings that would train nothing or break the run halfway.
 
     Raises:
-        UserError: If there is one.
+        UserError: If there are any.
     """
     for name in NOT_NOTHING:
         if trainer.get(name) == 0:
@@ -68,21 +68,21 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
 
 
 def check_callbacks(callbacks: Iterable[Callback], num_labels: int, others: bool) -> None:
-    """Looks for callbacks that do not go with a run, and for those that wait for a metric that there is not.
+    """Checks for callbacks that are not supported or that monitor an unknown metric.
 
     Args:
-        callbacks: The recipe's.
-        num_labels: Of the data; with five or fewer there is no top-5 accuracy.
-        others: Whether classes of others are among them, which may measure what is not known here.
+        callbacks: The recipe's callbacks.
+        num_labels: Number of classes; with five or fewer there is no top-5 accuracy.
+        others: Whether there are third-party callbacks, which may log metrics unknown here.
 
     Raises:
-        UserError: If there is one.
+        UserError: If there are any.
     """
     for callback in callbacks:
         name = type(callback).__name__
         for kind, instead in CALLBACKS.items():
             if isinstance(callback, kind):
-                raise UserError(f"trainer.callbacks: {name} does not go with a run: {instead}")
+                raise UserError(f"trainer.callbacks: {name} is not supported: {instead}")
         monitor = getattr(callback, "monitor", None)
         if not isinstance(monitor, str) or others:
             continue
@@ -95,10 +95,10 @@ def check_callbacks(callbacks: Iterable[Callback], num_labels: int, others: bool
 
 @contextmanager
 def lightnings_complaints() -> Iterator[None]:
-    """Makes one line of what Lightning has against settings, which it finds only as it runs.
+    """Turns Lightning's own errors about settings, raised only at run time, into one line.
 
     Raises:
-        UserError: With its message.
+        UserError: With Lightning's message.
     """
     try:
         yield
@@ -113,7 +113,7 @@ def lightnings_complaints() -> Iterator[None]:
 
 
 def raised_in(error: BaseException) -> Any:
-    """The name of the module whose code has raised an error."""
+    """Returns the name of the module whose code raised an error."""
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next

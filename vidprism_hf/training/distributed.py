@@ -1,7 +1,7 @@
-"""How a run is shared out over devices: DDP, FSDP2 and DeepSpeed, each through Lightning's own strategy.
+"""Distributed strategies: DDP, FSDP2 and DeepSpeed, each through Lightning's own strategy.
 
-FSDP2 is torch's `fully_shard`: every process keeps its share of the trained weights, gradients and optimiser states
-and gathers a block's weights only while it computes with them. `shard` says which blocks there are.
+FSDP2 is torch's `fully_shard`: every rank keeps its shard of the trainable weights, gradients and optimiser states and
+gathers a block's weights only while computing with them. `shard` defines the blocks.
 """
 
 import warnings
@@ -28,30 +28,30 @@ from ..model import VidPrismForVideoClassification
 def named_strategy(
     name: str | Strategy, accumulates: bool = False, timeout: timedelta = default_pg_timeout
 ) -> str | Strategy:
-    """What a trainer is given for the recipe's `trainer.strategy`.
+    """Returns the Trainer's strategy for the recipe's `trainer.strategy`.
 
     Args:
-        name: `ddp` and `fsdp` are built here; Lightning knows the others: `auto` (one device, or DDP), `deepspeed`.
+        name: `ddp` and `fsdp` are built here; Lightning resolves the rest: `auto` (one device, or DDP), `deepspeed`.
         accumulates: Whether gradients are accumulated over several batches.
-        timeout: How long a collective operation may take.
+        timeout: Time limit of a collective operation.
 
     Raises:
-        UserError: If it is one whose weights cannot be exported, or that leaves nothing to evaluate.
+        UserError: If the strategy's weights cannot be exported, or its ranks do not return results.
     """
     if isinstance(name, str) and name.startswith("deepspeed_stage_3"):
-        raise UserError(f"trainer.strategy={name}: leaves no whole weights to export; take fsdp, or deepspeed")
+        raise UserError(f"trainer.strategy={name}: its sharded weights cannot be exported; use fsdp or deepspeed")
     if isinstance(name, str) and name.startswith(("ddp_spawn", "ddp_fork", "ddp_notebook")):
-        raise UserError(f"trainer.strategy={name}: its processes keep their results to themselves; take ddp")
+        raise UserError(f"trainer.strategy={name}: its processes do not return their results; use ddp")
     if name == "ddp":
         return DDPStrategy(timeout=timeout, **ddp_settings(accumulates))
     return FullyShardedStrategy(timeout=timeout) if name == "fsdp" else name
 
 
 def ddp_settings(accumulates: bool) -> dict[str, bool]:
-    """What torch's DDP is told.
+    """Returns the settings of torch's DDP.
 
-    Every trained parameter gets a gradient in every step, which is all that a static graph asks for; but torch does
-    not support one whose first step has no communication.
+    A static graph requires a gradient for every trainable parameter in every step, which holds here. With accumulation
+    the first step does not communicate, which torch's static graph does not support.
     """
     return {"find_unused_parameters": False, "static_graph": not accumulates}
 
@@ -59,8 +59,8 @@ def ddp_settings(accumulates: bool) -> dict[str, bool]:
 class FullyShardedStrategy(ModelParallelStrategy):
     """FSDP2 over all devices of all nodes.
 
-    A checkpoint is one file, as a single process would write it: any number of processes goes on from it, under this
-    strategy or another one. The first process holds the whole of it in its memory while it writes.
+    A checkpoint is one unsharded file, so that any number of ranks can resume from it, under any strategy. Rank 0
+    needs memory for all of it while writing.
     """
 
     def __init__(self, **settings: Any):
@@ -71,29 +71,29 @@ class FullyShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, torch.Tensor]:
-        """The weights, whole, on the first process; nothing on the others. The work of all processes."""
+        """Returns the unsharded weights on rank 0 and nothing elsewhere. Call it on all ranks."""
         return {name: unpadded(tensor) for name, tensor in super().lightning_module_state_dict().items()}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimiser's state, whole, on the first process."""
+        """Returns the unsharded optimiser state on rank 0. Call it on all ranks."""
 
         def whole(_: int, value: Any) -> Any:
             if not isinstance(value, DTensor):
                 return value
-            gathered = value.full_tensor()  # the work of all processes
+            gathered = value.full_tensor()  # collective
             return unpadded(gathered.cpu()) if self.is_global_zero else None
 
         return map_state(whole, optimizer.state_dict())
 
     def load_checkpoint(self, checkpoint_path: str, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads a checkpoint on every process, each of which keeps its share; Lightning takes the rest from it."""
-        # Lightning does not say here that a file may hold no code.
+        """Reads a checkpoint on every rank and keeps that rank's shard; Lightning restores the rest."""
+        # Lightning does not set this here; a checkpoint must not run code.
         weights_only = True if weights_only is None else weights_only
         path = self.broadcast(checkpoint_path)
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
         strict, weights = self.lightning_module.strict_loading, checkpoint["state_dict"]
         goes_on = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
-        if goes_on:  # of a run that kept an average, which this strategy does not
+        if goes_on:  # from a run with EMA, which this strategy does not support
             weights = checkpoint.get("current_model_state", weights)
         options = StateDictOptions(full_state_dict=True, strict=strict)
         set_model_state_dict(self.model, dict(weights), options=options)
@@ -103,7 +103,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         return checkpoint
 
     def on_validation_start(self) -> None:
-        """Gathers the weights for the length of an evaluation: processes may have different numbers of batches."""
+        """Gathers the weights for the whole evaluation, because ranks may have different numbers of batches."""
         self._keep_whole(True)
 
     def on_validation_end(self) -> None:
@@ -114,27 +114,27 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     def _keep_whole(self, whole: bool) -> None:
         shared = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
-        # Lightning evaluates in inference mode, whose tensors no training could use again.
+        # Lightning evaluates in inference mode; tensors created there cannot be used in training.
         with torch.inference_mode(False), torch.no_grad():
             for number, block in enumerate(shared):
-                # The first is the root, which is wanted again as soon as the backward pass begins.
+                # The first is the root, which the backward pass needs at once.
                 block.set_reshard_after_forward(not whole and number > 0, recurse=False)
                 block.unshard() if whole else block.reshard()
 
 
 def unpadded(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor without the memory that gathering leaves behind it where its rows do not divide evenly."""
+    """Returns the tensor without the padding that gathering unevenly divided rows leaves in its storage."""
     return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 def shared_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """This process's share of an optimiser's whole state."""
+    """Returns this rank's shard of an unsharded optimiser state."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def share(index: int, value: Any) -> Any:
         parameter = parameters[index]
         if not isinstance(parameter, DTensor) or not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
-            return value  # such as the number of steps
+            return value  # e.g. the step count
         local = value.to(parameter.device)
         return distribute_tensor(local, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
@@ -142,7 +142,7 @@ def shared_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def map_state(function: Callable[[int, Any], Any], state: dict[str, Any]) -> dict[str, Any]:
-    """An optimiser's state with each entry of each parameter replaced by that of the parameter's number and it."""
+    """Applies a function of (parameter index, value) to every entry of an optimiser's state."""
     entries = {
         index: {name: function(index, value) for name, value in values.items()}
         for index, values in state["state"].items()
@@ -151,14 +151,14 @@ def map_state(function: Callable[[int, Any], Any], state: dict[str, Any]) -> dic
 
 
 def shard(model: VidPrismForVideoClassification, mesh: DeviceMesh, precision: str) -> None:
-    """Shares a model's trained weights out, block by block, in place.
+    """Shards a model's trainable weights, block by block, in place.
 
-    Frozen weights stay whole on every process: they have neither gradients nor optimiser states.
+    Frozen weights are replicated: they have neither gradients nor optimiser states.
 
     Args:
-        model: The classifier, frozen where it is to be, with its activation checkpointing.
-        mesh: One dimension, all processes.
-        precision: The trainer's. Under bf16-mixed weights are gathered in bfloat16 and gradients added in float32.
+        model: The classifier, after freezing and with its activation checkpointing.
+        mesh: One dimension, all ranks.
+        precision: The trainer's. Under bf16-mixed, weights are gathered in bfloat16 and gradients reduced in float32.
     """
     half = precision == "bf16-mixed"
     settings = {
@@ -166,7 +166,7 @@ def shard(model: VidPrismForVideoClassification, mesh: DeviceMesh, precision: st
         "mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy(),
         "ignored_params": {parameter for parameter in model.parameters() if not parameter.requires_grad},
     }
-    # Nothing is changed in place here.
+    # The warning is about in-place changes; there are none.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     for block in blocks(model):
         if any(parameter.requires_grad for parameter in block.parameters()):
@@ -175,7 +175,7 @@ def shard(model: VidPrismForVideoClassification, mesh: DeviceMesh, precision: st
 
 
 def blocks(model: VidPrismForVideoClassification) -> list[nn.Module]:
-    """The parts that compute one after another, the inner ones first: layers and experts, and the rest of the head."""
+    """Returns the modules to shard, inner ones first: layers and experts, then the rest of the head."""
     head = model.vidprism.temporal_model
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     return [*layers, *([] if head.interaction is None else [head.interaction]), head.readout, head]

@@ -1,4 +1,4 @@
-"""Exports of a run: the best weights at its end, and, if asked for, each checkpoint that is kept."""
+"""Exports a run's best weights at its end and, optionally, each kept checkpoint."""
 
 import json
 import re
@@ -26,13 +26,13 @@ from .checkpoint.files import KeptCheckpoint
 if TYPE_CHECKING:
     from .plan import RunPlan
 
-TRAIN_LIST = "train_clips.txt"  # in the run's folder, where the clips were drawn or listed
-# Parts of a setting's name that make its text a secret; num_tokens and tokenizer are none.
+TRAIN_LIST = "train_clips.txt"  # in the run's folder, if the training videos were drawn or listed
+# Parts of a setting's name that mark its text as a secret; num_tokens and tokenizer do not match.
 SECRET_NAME = re.compile(
     r"(^|_)(token|auth|password|passwd|passphrase|secrets?|credentials?|api_?keys?|\w+_keys?)(_|$)", re.IGNORECASE
 )
-SIZE = re.compile(r"[1-9]\d*\s*[KMGT]B", re.IGNORECASE)  # as huggingface_hub takes it
-SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}|://[^/@\s]+@")  # a token of the Hub, or an address with a user
+SIZE = re.compile(r"[1-9]\d*\s*[KMGT]B", re.IGNORECASE)  # huggingface_hub's format
+SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}|://[^/@\s]+@")  # a Hub token, or a URL with credentials
 
 
 @dataclass
@@ -40,13 +40,13 @@ class ExportSettings:
     """How a run's weights are published.
 
     Args:
-        dtype: Precision of the written weights.
-        max_shard_size: Size of a file of weights past which they are written in several.
-        checkpoints: Whether each kept checkpoint is exported too, to a folder of its name beside it.
-        license: Of the weights: an id of the Hub, such as apache-2.0, which each export states anew; null leaves it
-            unknown, or as the export's README says.
-        wise_ft_alpha: Share of the tuned tower in an average with the one it started from (WiSE-FT), which the
-            final test and export have; null takes the tuned tower alone.
+        dtype: Precision of the exported weights.
+        max_shard_size: Weights larger than this are written in several files.
+        checkpoints: Also exports each kept checkpoint, to a folder of the same name beside it.
+        license: Licence of the weights: a Hub id such as apache-2.0, written to every export; null leaves it unknown,
+            or as the export's README states it.
+        wise_ft_alpha: Weight of the fine-tuned tower in an average with its starting point (WiSE-FT), used for the
+            final test and the export; null uses the fine-tuned tower alone.
     """
 
     dtype: Precision = "float32"
@@ -61,13 +61,13 @@ class ExportSettings:
 
 
 class ExportedCheckpoint(KeptCheckpoint):
-    """A KeptCheckpoint that also exports what it keeps, to the file's name without `.ckpt`.
+    """A KeptCheckpoint that also exports each checkpoint, to a folder named like the file without `.ckpt`.
 
-    An export that fails does not end the run.
+    A failed export is a warning and does not end the run.
 
     Args:
-        export: Called on all processes after each saving, with trainer and folder.
-        settings: Those of ModelCheckpoint.
+        export: Called on all ranks after each save, with trainer and folder.
+        settings: Arguments of ModelCheckpoint.
     """
 
     def __init__(self, export: Callable[[Trainer, Path], None], **settings: Any):
@@ -80,7 +80,7 @@ class ExportedCheckpoint(KeptCheckpoint):
 
 
 def export_or_warn(export: Callable[[Trainer, Path], None], trainer: Trainer, folder: Path) -> None:
-    """Exports a kept checkpoint; a failure is told and ends nothing."""
+    """Exports a kept checkpoint; warns if that fails."""
     try:
         export(trainer, folder)
     except Exception as error:
@@ -88,19 +88,19 @@ def export_or_warn(export: Callable[[Trainer, Path], None], trainer: Trainer, fo
 
 
 def export_kept(plan: "RunPlan", trainer: Trainer, folder: Path, chosen: bool = True) -> None:
-    """Exports the weights as they are in training, with what the last validation found if it was of these.
+    """Exports the current weights during training, with the last validation's results if they apply.
 
     Args:
-        plan: Of the run.
-        trainer: Of the run.
-        folder: Where to.
-        chosen: Whether they are kept as the best on the held-out clips.
+        plan: The run's plan.
+        trainer: The run's trainer.
+        folder: Where the export is written.
+        chosen: Whether the weights are kept as the best on the validation split.
     """
     export_run(trainer, plan, measured_in_training(trainer, plan, chosen), folder)
 
 
 def measured_in_training(trainer: Trainer, plan: "RunPlan", chosen: bool) -> Measured:
-    """What the validations tell of the weights as they are now."""
+    """Returns the validation results that apply to the current weights."""
     validations = kept_by(trainer, CardRecorder).validations
     if not validations:
         return Measured()
@@ -121,12 +121,12 @@ def measured_in_training(trainer: Trainer, plan: "RunPlan", chosen: bool) -> Mea
 
 
 def export_best(trainer: Trainer, plan: "RunPlan", evaluation: Evaluation, folder: Path) -> Path:
-    """Exports the best weights, which the test has loaded, with what it found."""
+    """Exports the best weights, which the test loaded, with its results."""
     recorder = kept_by(trainer, CardRecorder)
     step, count = recorder.tested_step, len(recorder.validations)
     if count > 1:
         which = f"Best of {count} validated checkpoints by held-out top-1"
-    else:  # there was nothing to choose from
+    else:  # only one candidate
         which = "Last checkpoint" if step == trainer.global_step else "The only validated checkpoint"
     sentences = [f"{which}, {moment(trainer, step)}; {evaluation.protocol}.", *remarks(plan), *evaluation.caveats]
     export_run(trainer, plan, Measured(" ".join(sentences), evaluation, chosen=evaluation.chose_checkpoint), folder)
@@ -134,7 +134,7 @@ def export_best(trainer: Trainer, plan: "RunPlan", evaluation: Evaluation, folde
 
 
 def remarks(plan: "RunPlan") -> list[str]:
-    """What to say of every evaluation of a run, in sentences."""
+    """Returns the sentences that accompany every evaluation of a run."""
     told, dtype = ["A clip that cannot be decoded counts as wrong."], plan.export.dtype
     if dtype != "float32":
         told.append(f"Measured before the weights were rounded to {dtype}.")
@@ -142,10 +142,10 @@ def remarks(plan: "RunPlan") -> list[str]:
 
 
 def export_run(trainer: Trainer, plan: "RunPlan", measured: Measured, folder: Path) -> None:
-    """Exports the module's weights with a card of the run's facts. All processes call it, the first one writes.
+    """Exports the module's weights with the run's model card. Call it on all ranks; rank 0 writes.
 
     Raises:
-        ExportError: On the first process, if the export cannot be written.
+        ExportError: On rank 0, if the export cannot be written.
     """
     state = gathered_weights(trainer)
     try:
@@ -156,7 +156,7 @@ def export_run(trainer: Trainer, plan: "RunPlan", measured: Measured, folder: Pa
 
 
 def gathered_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """The model's weights, or their average, by its own names, whole; a strategy that shares them out gathers here."""
+    """Returns the model's unsharded weights, or their average, by the model's own names. Call it on all ranks."""
     averages = (callback.average() for callback in trainer.callbacks if isinstance(callback, WeightEMA))
     state = next(averages, None) or trainer.strategy.lightning_module_state_dict()
     return {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
@@ -169,7 +169,7 @@ def write_export(
     folder: Path,
     state: dict[str, torch.Tensor],
 ) -> None:
-    """Puts card, figures, recipe and split manifest together and exports."""
+    """Writes the export with its card, figures, recipe and split manifest."""
     settings: ExportSettings = plan.export
     facts = run_facts(trainer, plan, measured)
     figures = run_figures(kept_by(trainer, CardRecorder), facts.config, facts.labels, measured.evaluation)
@@ -194,10 +194,10 @@ def write_export(
 
 
 def portable_recipe(plan: "RunPlan") -> str:
-    """All settings of the run as YAML, without what is nobody else's: folders of this machine, and secrets."""
+    """Returns all settings of the run as YAML, without secrets and this machine's folders."""
     settings = plan.recipe()
-    del settings["resume"]  # the run's own affair
-    # Whoever runs it again needs no trust for it, and does not push to the same repository.
+    del settings["resume"]
+    # The recipe must run without --trust-recipe and must not push to the same repository.
     kept = {name: own_classes(value) for name, value in settings["trainer"].items()}
     callbacks = kept.get("callbacks") or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
@@ -208,11 +208,11 @@ def portable_recipe(plan: "RunPlan") -> str:
 
 
 def portable(value: Any, name: str = "") -> Any:
-    """A setting, or the settings below it, without absolute paths and secrets.
+    """Returns a setting, nested ones included, without absolute paths and secrets.
 
     Args:
-        value: Of the setting.
-        name: Of the setting; below one that names a secret every text is one.
+        value: The setting's value.
+        name: The setting's name; every text below a secret's name counts as secret.
     """
     if isinstance(value, dict):
         secret = name if SECRET_NAME.search(name) else ""
@@ -227,18 +227,18 @@ def portable(value: Any, name: str = "") -> Any:
 
 
 def portable_path(text: str) -> str:
-    """The last part of a path that this machine alone has, on any system; any other text as it is."""
+    """Returns the last part of an absolute or home path (POSIX or Windows); other text unchanged."""
     text = text.removeprefix("file://")
     kind = PureWindowsPath if re.match(r"[A-Za-z]:[\\/]|\\\\", text) else PurePath
     return kind(text).name if kind(text).is_absolute() or text.startswith(("~", "../", "..\\")) else text
 
 
 def split_manifest(trainer: Trainer, chosen: bool) -> dict[str, Any]:
-    """Which clips were trained and evaluated on: counts, and the hash of each list.
+    """Returns counts and content hashes of the training and validation splits.
 
     Args:
-        trainer: Of the run.
-        chosen: Whether the held-out clips chose the weights among others, which a later evaluation has to tell.
+        trainer: The run's trainer.
+        chosen: Whether the weights were selected on the validation split; later evaluations report it.
     """
     data = trainer.datamodule
     manifest: dict[str, Any] = {"dataset": data.name, "split": data.split_description}

@@ -1,4 +1,4 @@
-"""The LightningModule: a VidPrism classifier with its losses, metrics, optimiser and schedule."""
+"""The LightningModule: a VidPrism classifier with losses, metrics, optimiser and schedule."""
 
 import dataclasses
 import math
@@ -43,27 +43,35 @@ CLIP_LOSSES = ("classification_loss", "rank_loss", "diversity_loss")  # means ov
 class VidPrismLightningModule(L.LightningModule):
     """Fine-tunes a VidPrism classifier.
 
+    Use it with a Lightning Trainer of your own, or pass it to `finetune` to change training settings.
+
     Args:
         backbone: CLIP checkpoint the tower starts from: a Hub id, a folder, or a preset (b32, b16, l14, tiny;
             tiny has random weights).
-        checkpoint: VidPrism checkpoint (folder or Hub id) to start from instead; its labels must be the data's, but
-            for order, case, blanks and signs.
+        checkpoint: VidPrism checkpoint (folder or Hub id) to start from instead. Its labels must match the data's;
+            order, case, blanks and punctuation may differ.
         id2label: Label name of each class index; the CLI takes it from the data.
         num_frames: Frames per clip.
         config: Any other field of VidPrismConfig, such as `readout: mean`. A checkpoint brings its own.
-        freeze_backbone: Whether the tower stays as it is.
-        freeze_layers: Layers of the tower that stay as they are, from the embeddings up; 0 trains the embeddings too.
+        freeze_backbone: Freezes the whole tower.
+        freeze_layers: Number of tower layers to freeze, besides the embeddings; 0 trains the embeddings too.
         learning_rate: Peak learning rate of everything but the tower.
-        reference_batch_size: Clips a step that learning_rate is stated for; it is then multiplied with the square
-            root of clips a step / reference_batch_size. None takes it as it is.
-        backbone_lr_scale: The tower's learning rate as a share of it.
-        layer_decay: Learning rate of each layer of the tower as a share of that of the layer above it.
-        weight_decay: Weight decay of weights; biases, norms and the global query have none.
-        warmup_epochs: Epochs of linear warm-up before the cosine; may be a fraction.
-        label_smoothing: Share of each training label that is spread over all classes, after mixing. Losses of
-            evaluations are of the labels as they are.
-        ema_decay: Decay of a moving average of the weights, which is then validated, kept and tested in their place.
-        gradient_checkpointing: Whether activations are recomputed in the backward pass, to save memory.
+        reference_batch_size: Clips per step that learning_rate is stated for. The rate is multiplied by
+            sqrt(clips per step / reference_batch_size). None does not scale it.
+        backbone_lr_scale: The tower's learning rate as a fraction of learning_rate.
+        layer_decay: Learning rate of each tower layer as a fraction of the layer above it.
+        weight_decay: Weight decay; not applied to biases, norms and the global query.
+        warmup_epochs: Epochs of linear warm-up before the cosine; may be fractional.
+        label_smoothing: Fraction of each training label spread over all classes, after mixing. Evaluation losses
+            use the unsmoothed labels.
+        ema_decay: Decay of a moving average of the weights. The average is validated, saved and tested instead.
+        gradient_checkpointing: Recomputes activations in the backward pass to save memory.
+
+    Example:
+        ```python
+        module = VidPrismLightningModule("b16", id2label=data.id2label, num_frames=16, freeze_backbone=True)
+        run = finetune(module, data, output="runs/mine")
+        ```
     """
 
     def __init__(
@@ -95,9 +103,9 @@ class VidPrismLightningModule(L.LightningModule):
         check_settings(self.hparams)
         self.id2label = {int(index): label for index, label in id2label.items()}
         if checkpoint:
-            fitting_config(checkpoint, self.id2label, num_frames)  # now, before a run's folder is made
+            fitting_config(checkpoint, self.id2label, num_frames)  # fail before the run's folder is created
         self.model: VidPrismForVideoClassification | None = None
-        # With five classes or fewer the right one is always among the top five.
+        # With five classes or fewer, top-5 accuracy is always 1.
         top_k = {"top1": 1, "top5": 5} if len(self.id2label) > 5 else {"top1": 1}
         metrics = MetricCollection(
             {
@@ -105,16 +113,16 @@ class VidPrismLightningModule(L.LightningModule):
                 for name, k in top_k.items()
             }
         )
-        # Of the validations; a ScoreRecorder has those of a test.
+        # Validation only; a ScoreRecorder computes the test metrics.
         self.metrics = metrics.clone(prefix="val/")
 
     @classmethod
     def from_model(cls, model: VidPrismForVideoClassification, **settings: Any) -> "VidPrismLightningModule":
-        """Returns the module that trains a model, in place.
+        """Wraps an existing model for training, in place.
 
         Args:
-            model: Of `from_vision_pretrained` or `from_pretrained`.
-            settings: Of the training: `learning_rate`, `freeze_backbone`, ...
+            model: From `from_vision_pretrained` or `from_pretrained`.
+            settings: Training settings: `learning_rate`, `freeze_backbone`, ...
 
         Example:
             ```python
@@ -130,15 +138,15 @@ class VidPrismLightningModule(L.LightningModule):
         return module
 
     def configure_model(self) -> None:
-        """Builds the model, once: Lightning may call this hook for each of fit and test.
+        """Builds the model once; Lightning may call this hook for both fit and test.
 
         Raises:
             UserError: If backbone or checkpoint cannot be loaded.
         """
         if self.model is not None:
             return
-        # Lightning sets the accelerator as default device here, which transformers would take for a device map.
-        # Initial weights depend on the seed alone, not on what was drawn since it was set.
+        # Lightning makes the accelerator the default device here, which transformers would read as a device map.
+        # Initial weights depend on the seed alone, not on random numbers drawn since it was set.
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch.initial_seed())
             self._prepare(self._build_model())
@@ -157,12 +165,12 @@ class VidPrismLightningModule(L.LightningModule):
             raise UserError(f"model.backbone {hparams.backbone}: cannot be loaded ({first_line(error)})") from error
 
     def _prepare(self, model: VidPrismForVideoClassification) -> None:
-        """Takes a model and sets what of it trains."""
+        """Adopts a model and freezes the parts that are not trained."""
         hparams, self.model = self.hparams, model
-        # from_pretrained leaves eval mode, which Lightning would keep.
+        # from_pretrained returns a model in eval mode, which Lightning would keep.
         self.model.train()
         if hparams.gradient_checkpointing:
-            # The name since transformers 5.21; before, only the other one exists.
+            # Renamed in transformers 5.21.
             enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
             enable()
         if hparams.freeze_backbone:
@@ -173,11 +181,11 @@ class VidPrismLightningModule(L.LightningModule):
             except ValueError as error:
                 raise UserError(f"model.freeze_layers: {error}") from error
         if self.model.vidprism.projection_head is not None:
-            # Classification does not use it; without a gradient DDP need not look for unused parameters.
+            # Unused in classification; frozen, so that DDP does not have to find unused parameters.
             self.model.vidprism.projection_head.requires_grad_(False)
 
     def video_processor(self) -> VidPrismVideoProcessor:
-        """Returns the processor of the model, which may not be built yet."""
+        """Returns the model's processor; works before the model is built."""
         name = self.hparams.checkpoint or self.hparams.backbone
         return load_processor(name, self.hparams.num_frames) if name else processor_for(self.model)
 
@@ -187,13 +195,11 @@ class VidPrismLightningModule(L.LightningModule):
         labels: torch.Tensor | None = None,
         frame_features: torch.Tensor | None = None,
     ) -> VidPrismForVideoClassificationOutput:
-        """Classifies clips (B, T, 3, H, W), or frame features of clips (B, T, D)."""
+        """Classifies clips (B, T, 3, H, W) or their frame features (B, T, D)."""
         return self.model(pixel_values_videos, labels=labels, frame_features=frame_features, return_dict=True)
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """What the trainer lacks of these: the account of bad clips, the scores of a test, the place in an epoch, and
-        the average of the weights if asked for.
-        """
+        """Returns the callbacks the trainer does not have yet: bad videos, test scores, epoch position, EMA if set."""
         wanted: list[L.Callback] = [BadClipReport(), ScoreRecorder(), EpochPlace()]
         if self.hparams.ema_decay is not None:
             wanted.append(WeightEMA(self.hparams.ema_decay))
@@ -212,14 +218,14 @@ class VidPrismLightningModule(L.LightningModule):
         )
 
     def on_train_start(self) -> None:
-        """Fits the whitening of frame features, where there is one, unless a checkpoint has brought it."""
+        """Fits the whitening of frame features, if configured, unless a checkpoint restored it."""
         fit_whitening(self.model, getattr(self.trainer.train_dataloader, "dataset", None))
 
     def on_train_epoch_start(self) -> None:
-        """Tells streamed clips the epoch, as Lightning does samplers, and allows for what a callback has unfrozen.
+        """Sets the epoch of streamed clips, as Lightning does for samplers, and schedules newly unfrozen parameters.
 
         Raises:
-            UserError: If that is the tower, and its features come from the cache.
+            UserError: If a callback unfroze the tower while its features come from the cache.
         """
         set_epoch = getattr(getattr(self.trainer.train_dataloader, "dataset", None), "set_epoch", None)
         if set_epoch is not None:
@@ -248,14 +254,14 @@ class VidPrismLightningModule(L.LightningModule):
         self._evaluate("val", batch)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, torch.Tensor]:
-        """Gives `logits` (B, views, K) and `expert_weights` (B, N), means over each clip's views, to callbacks."""
+        """Returns `logits` (B, views, K) and `expert_weights` (B, N), averaged over each video's views."""
         return self._evaluate("test", batch)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW on the parameter groups; linear warm-up and cosine to zero, stepped with each of its steps.
+        """Returns AdamW over the parameter groups, with linear warm-up and cosine decay to zero, stepped every step.
 
         Raises:
-            UserError: If the learning rate is to be scaled and the data do not tell their batch size.
+            UserError: If the learning rate is to be scaled and the data has no batch size.
         """
         hparams, rate = self.hparams, self.hparams.learning_rate
         if hparams.reference_batch_size is not None:
@@ -264,20 +270,20 @@ class VidPrismLightningModule(L.LightningModule):
             said = f"{hparams.learning_rate:g} x sqrt({clips} / {hparams.reference_batch_size} clips a step)"
             print_once(f"Learning rate: {rate:.4g} = {said}")
         if hparams.layer_decay != 1 and hparams.freeze_backbone:
-            rank_zero_warn(f"model.layer_decay={hparams.layer_decay:g} changes nothing: the tower is frozen")
+            rank_zero_warn(f"model.layer_decay={hparams.layer_decay:g} has no effect: the tower is frozen")
         groups = parameter_groups(
             self.model, rate, hparams.backbone_lr_scale, hparams.weight_decay, hparams.layer_decay
         )
         optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.999), eps=1e-8, fused=self._fused())
         total = self.trainer.estimated_stepping_batches
         if total == math.inf:
-            raise UserError("trainer.max_epochs=-1: the learning rate falls to an end; set trainer.max_steps, too")
-        self.trainer.fit_loop.setup_data()  # with max_epochs=-1 Lightning has not counted the batches
+            raise UserError("trainer.max_epochs=-1: the schedule needs a last step; set trainer.max_steps too")
+        self.trainer.fit_loop.setup_data()  # with max_epochs=-1 Lightning does not count the batches
         steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         warmup = round(steps_per_epoch * hparams.warmup_epochs)
         if warmup >= total:
             rank_zero_warn(
-                f"model.warmup_epochs={hparams.warmup_epochs} is the whole run; a tenth of it warms up instead"
+                f"model.warmup_epochs={hparams.warmup_epochs} is the whole run; warming up for a tenth of it instead"
             )
             warmup = total // 10
         self.warmup_steps = warmup  # for the model card
@@ -285,24 +291,24 @@ class VidPrismLightningModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Fits what another run's settings have left in a checkpoint to this one that goes on."""
+        """Adapts a checkpoint written under other settings to this run."""
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
-        if self.hparams.ema_decay is None:  # the other one's average is not what its optimiser was moving
+        if self.hparams.ema_decay is None:  # the weights that were trained, not their average
             checkpoint["state_dict"] = checkpoint.get("current_model_state", checkpoint["state_dict"])
         for state in checkpoint["optimizer_states"]:
             for group in state["param_groups"]:
-                group["fused"] = self._fused()  # else that of the other precision would be restored
+                group["fused"] = self._fused()  # otherwise the old precision's choice is restored
 
     def _fused(self) -> bool:
-        """One kernel, not a dozen passes over all weights; Lightning does not clip beside it where a scaler is."""
+        """Returns whether AdamW runs as one fused kernel; with a gradient scaler Lightning cannot clip beside it."""
         return self.trainer.precision != "16-mixed"
 
     def frame_encoder(self) -> FrameEncoder:
-        """The frozen tower as `data.feature_cache` needs it, in the trainer's precision.
+        """Returns the frozen tower for `data.feature_cache`, in the trainer's precision.
 
         Raises:
-            UserError: If the tower is trained.
+            UserError: If the tower is not frozen.
         """
         check_frozen(self.hparams.freeze_backbone)
         return encoder_of(self.model, self.trainer)
@@ -328,25 +334,25 @@ class VidPrismLightningModule(L.LightningModule):
         """Logs the accuracies of a batch, logits (B, K)."""
         labels = batch["labels"]
         if "readable" in batch:
-            # A clip without pixels counts as wrong, whatever the model makes of zeros.
+            # An unreadable video counts as wrong, whatever the model predicts for zeros.
             right = nn.functional.one_hot(labels, logits.shape[1]).bool()
             logits = logits.masked_fill(right & ~batch["readable"][:, None], -torch.inf)
         self.metrics.update(logits, labels)
         self.log_dict(self.metrics, on_step=False, on_epoch=True, prog_bar=True)
 
     def _balance_over_ranks(self, output: VidPrismForVideoClassificationOutput, num_clips: int) -> torch.Tensor:
-        """Replaces the losses of this rank's clips, of which so many count, by those of the clips of all ranks.
+        """Replaces this rank's losses in the output by the losses over all ranks' clips.
 
         Returns:
-            What this rank minimises: its mean over the ranks, as strategies average gradients, is the loss of all
-            clips, however many each rank has.
+            The loss this rank minimises. Strategies average gradients over ranks; the average of these losses is the
+            exact loss of all clips, even with uneven batches.
         """
         losses = torch.stack([output[name].float() for name in CLIP_LOSSES])
         experts = output.expert_weights.float().mean(dim=0)
         count = losses.new_full((1,), num_clips)
         sums = self.all_gather(torch.cat([count, count * losses.detach(), count * experts]), sync_grads=True).sum(dim=0)
         _, means, experts = (sums / sums[0]).split([1, len(losses), len(experts)])
-        weight = count * self.trainer.world_size / sums[0]  # exactly 1 where all have as many
+        weight = count * self.trainer.world_size / sums[0]  # exactly 1 for even batches
         output.gate_loss = gate_balance_loss(experts)
         for name, mean in zip(CLIP_LOSSES, means, strict=True):
             output[name] = mean
@@ -370,7 +376,7 @@ class VidPrismLightningModule(L.LightningModule):
             value,
             on_step=training,
             on_epoch=not training,
-            # Lightning averages these weights over the processes and rounds down: as multiples they stay exact.
+            # Lightning averages these weights over ranks and rounds down; multiples of the world size stay exact.
             batch_size=batch_size * self.trainer.world_size,
             prog_bar=prog_bar,
             sync_dist=not training,
@@ -378,34 +384,33 @@ class VidPrismLightningModule(L.LightningModule):
 
 
 def clip_input(batch: dict[str, Any]) -> tuple[str, torch.Tensor]:
-    """What a batch holds of its clips, and its name: kept frame features, or else pixels."""
+    """Returns the name and tensor of a batch's input: cached frame features if present, otherwise pixels."""
     name = "frame_features" if "frame_features" in batch else "pixel_values_videos"
     return name, batch[name]
 
 
 def check_frozen(frozen: bool) -> None:
-    """Looks whether features of the tower can be kept.
+    """Checks that the tower is frozen, so that its features can be cached.
 
     Raises:
-        UserError: If it is trained.
+        UserError: If it is not.
     """
     if not frozen:
-        raise UserError("data.feature_cache: a tower that learns has no features to keep; set model.freeze_backbone")
+        raise UserError("data.feature_cache: features of a trained tower cannot be cached; set model.freeze_backbone")
 
 
 def check_config(fields: dict[str, Any], num_frames: int) -> None:
     """Checks the recipe's `model.config`.
 
     Raises:
-        UserError: If a key is no field of `VidPrismConfig` or has an argument of its own, or a value does not
-            fit.
+        UserError: If a key is not a field of `VidPrismConfig` or has its own argument, or a value is invalid.
     """
     allowed = config_fields() | {"attn_implementation"}
     for name in fields:
         if name not in allowed:
             raise UserError(f"model.config.{name}: no such field; there are {', '.join(sorted(allowed))}")
     try:
-        # The real width comes from the tower; any that divides into the heads serves to check the rest.
+        # The real width comes from the tower; any multiple of the number of heads will do here.
         width = {"hidden_size": 64 * int(fields.get("num_attention_heads", 4))}
         VidPrismConfig(num_frames=num_frames, **width | fields)
     except StrictDataclassError as error:
@@ -413,10 +418,10 @@ def check_config(fields: dict[str, Any], num_frames: int) -> None:
 
 
 def changed_fields(config: VidPrismConfig) -> dict[str, Any] | None:
-    """Returns what a recipe's `model.config` would say of a configuration; None if all is default."""
+    """Returns a configuration's non-default fields, as a recipe's `model.config` has them; None if there are none."""
     default = VidPrismConfig(
         num_frames=config.num_frames,
-        vision_config=config.vision_config.to_dict(),  # a copy: the configuration would take it over
+        vision_config=config.vision_config.to_dict(),  # a copy: the configuration takes ownership
         vision_projection=config.vision_projection,
     )
     names = sorted(config_fields())

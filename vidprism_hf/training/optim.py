@@ -1,8 +1,8 @@
-"""Parameter groups and learning rates: head, tower and its layers at their own, scaled with the batch if asked for.
+"""Parameter groups and learning rates of head, tower and tower layers, with optional scaling by batch size.
 
-Sources: layer-wise decay as in BEiT (arXiv:2106.08254) and timm's `param_groups_layer_decay`; the learning rate with
-the square root of the batch, which suits Adam's normalised steps (Malladi et al., arXiv:2205.10287) and is timm's
-choice for adaptive optimisers. Goyal et al.'s linear rule (arXiv:1706.02677) is SGD's.
+Sources: layer-wise decay as in BEiT (arXiv:2106.08254) and timm's `param_groups_layer_decay`. The learning rate scales
+with the square root of the batch size, which suits Adam's normalised steps (Malladi et al., arXiv:2205.10287) and is
+timm's choice for adaptive optimisers; the linear rule of Goyal et al. (arXiv:1706.02677) is for SGD.
 """
 
 import math
@@ -19,7 +19,7 @@ from ..errors import UserError
 BACKBONE_PREFIX = "vidprism.vision_tower."
 NO_DECAY_NAMES = ("readout.query",)
 TOWER_LAYER = re.compile(r"\.layers?\.(\d+)\.")  # transformers' encoders: encoder.layers.N or encoder.layer.N
-# What stands in front of a tower's first layer, by parts of names; `pre_layrnorm` is transformers' spelling.
+# Parameters before a tower's first layer, by parts of names; `pre_layrnorm` is transformers' spelling.
 TOWER_STEM = (".embeddings.", ".pre_layrnorm.")
 
 
@@ -34,14 +34,14 @@ def parameter_groups(
 
     Args:
         model: A `VidPrismForVideoClassification`.
-        learning_rate: Of everything but the tower.
-        backbone_lr_scale: The learning rate of the tower's top as a share of it.
-        weight_decay: Of weights; biases, norms and the global query have none.
-        layer_decay: Learning rate of a layer of the tower as a share of that of the layer above it.
+        learning_rate: Learning rate of everything but the tower.
+        backbone_lr_scale: Learning rate of the top of the tower as a fraction of learning_rate.
+        weight_decay: Weight decay; not applied to biases, norms and the global query.
+        layer_decay: Learning rate of each tower layer as a fraction of the layer above it.
 
     Returns:
-        Groups with `name`, `params`, `lr` and `weight_decay`: head and backbone, with and without weight decay; with
-        layer_decay the backbone in as many parts as it has layers, and two. Those without parameters are left out.
+        Non-empty groups with `name`, `params`, `lr` and `weight_decay`: head and backbone, with and without weight
+        decay. With layer_decay the backbone is split by layer, plus embeddings and what follows the last layer.
     """
     depth = tower_depth(name for name, _ in model.named_parameters())
     groups = {}
@@ -67,13 +67,13 @@ def parameter_groups(
 
 
 def tower_depth(names: Iterable[str]) -> int:
-    """Layers of the tower among the names of a model's parameters, frozen ones too."""
+    """Returns the number of tower layers, frozen ones included, from a model's parameter names."""
     matches = (TOWER_LAYER.search(name) for name in names if name.startswith(BACKBONE_PREFIX))
     return max((int(match[1]) + 1 for match in matches if match), default=0)
 
 
 def tower_level(name: str, depth: int) -> int:
-    """How high a parameter of the tower stands: 0 for embeddings, n for the n-th layer, depth + 1 for what follows."""
+    """Returns a tower parameter's level: 0 for embeddings, n for the n-th layer, depth + 1 after the last."""
     if any(part in name for part in TOWER_STEM):
         return 0
     match = TOWER_LAYER.search(name)
@@ -81,19 +81,19 @@ def tower_level(name: str, depth: int) -> int:
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters that require a gradient."""
+    """Yields the names and parameters that require a gradient."""
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def scaled_learning_rate(learning_rate: float, clips: int, reference: int | None) -> float:
-    """The learning rate for a batch of so many clips, where it is stated for the reference; None leaves it alone."""
+    """Scales a learning rate stated for a reference batch size to the actual number of clips per step."""
     return learning_rate if reference is None else learning_rate * math.sqrt(clips / reference)
 
 
 def extend_schedule(schedule: LambdaLR) -> None:
-    """Lets parameter groups that were added to an optimiser later follow the schedule of the others, from their rate.
+    """Adds parameter groups that joined the optimiser later to its schedule.
 
-    As Lightning's BaseFinetuning adds them; LambdaLR has one function for each group there was when it was built.
+    Lightning's BaseFinetuning adds such groups; LambdaLR only knows the groups that existed when it was built.
     """
     for group in schedule.optimizer.param_groups[len(schedule.base_lrs) :]:
         schedule.base_lrs.append(group.setdefault("initial_lr", group["lr"]))
@@ -101,10 +101,10 @@ def extend_schedule(schedule: LambdaLR) -> None:
 
 
 def clips_per_step(trainer: L.Trainer) -> int:
-    """Clips of one step of the optimiser: all batches that are put together for it, in all processes.
+    """Returns the clips per optimiser step: batch size x ranks x accumulated batches.
 
     Raises:
-        UserError: If the trainer has no data module that tells its batch size.
+        UserError: If the trainer's data has no batch size.
     """
     size = getattr(getattr(trainer.datamodule, "hparams", None), "batch_size", None)
     if size is None:
@@ -113,10 +113,10 @@ def clips_per_step(trainer: L.Trainer) -> int:
 
 
 def check_settings(settings: dict[str, Any]) -> None:
-    """Checks the module's settings of this room.
+    """Checks the module's optimisation settings.
 
     Raises:
-        UserError: If a value is out of its range.
+        UserError: If a value is out of range.
     """
     for name in ("learning_rate", "backbone_lr_scale", "weight_decay", "warmup_epochs", "freeze_layers"):
         if not 0 <= settings[name] < math.inf:

@@ -1,4 +1,4 @@
-"""Where the weights of a run come from: the words of its card, and the base model in its metadata."""
+"""Origin of a run's weights: its description on the model card, and the base model in its metadata."""
 
 import json
 from pathlib import Path
@@ -12,12 +12,12 @@ from ..safe_yaml import card_metadata
 
 
 def starting_point(checkpoint: str | None, backbone: str | None, base_model: str | None) -> str:
-    """What a training started from, in words.
+    """Describes what the training started from.
 
     Args:
-        checkpoint: VidPrism checkpoint, folder or Hub id; goes before the backbone.
-        backbone: Preset, folder or Hub id; None is a model that was built from its configuration.
-        base_model: What `base_model` found for the one that counts.
+        checkpoint: VidPrism checkpoint, folder or Hub id; takes precedence over the backbone.
+        backbone: Preset, folder or Hub id; None for a model built from its configuration.
+        base_model: Result of `base_model` for the checkpoint or backbone in use.
     """
     name, kind = (checkpoint, "VidPrism checkpoint") if checkpoint else (backbone, "CLIP checkpoint")
     if name is None:
@@ -30,14 +30,14 @@ def starting_point(checkpoint: str | None, backbone: str | None, base_model: str
 
 
 def is_random(checkpoint: str | None, backbone: str | None) -> bool:
-    """Returns whether a training starts from random weights: a configuration's, or a preset's without a checkpoint."""
+    """Returns whether training starts from random weights: from a configuration, or a preset without a checkpoint."""
     return not checkpoint and VISION_PRESETS.get(backbone, {"name_or_path": backbone})["name_or_path"] is None
 
 
 def base_model(name: str | None) -> str | None:
-    """The Hub id of the checkpoint that a tower's weights come from, by the name that they are about to be loaded by.
+    """Returns the Hub id of the checkpoint that a tower's weights come from; None if unknown.
 
-    A folder with a VidPrism export tells its own base model; of any other folder none is known.
+    A VidPrism export names its own base model; other folders do not.
 
     Args:
         name: Preset, folder or Hub id.
@@ -56,9 +56,9 @@ def base_model(name: str | None) -> str | None:
 
 
 def hub_id(name: Any) -> str | None:
-    """The name if it can be the id of a Hub repository, org/name, and None if it cannot.
+    """Returns the name if it is a valid Hub repository id, org/name; None otherwise.
 
-    A bare name counts for none: the Hub has moved its models without an owner, and a folder looks the same.
+    A bare name is rejected: the Hub has moved models without an owner, and a folder looks the same.
     """
     try:
         validate_repo_id(name)

@@ -1,4 +1,4 @@
-"""`model.config.feature_norm: whitened`: the fit to the training clips, before the first step."""
+"""`model.config.feature_norm: whitened`: fits the whitening to training videos before the first step."""
 
 from collections.abc import Iterator
 
@@ -11,16 +11,16 @@ from ..data.features.split import CachedClips
 from ..errors import UserError
 from ..model.temporal_vidprism import VidPrismFeatureWhitening
 
-# Clips that a fit takes: the covariance of their frames is known well enough, whatever the size of the data.
+# Videos used for the fit: enough to estimate the covariance of their frames, whatever the size of the dataset.
 MOST_CLIPS = 4096
 NEEDS_FEATURES = (
-    "model.config.feature_norm: whitened is fitted to kept features; set data.feature_cache to a folder and "
+    "model.config.feature_norm: whitened needs cached features; set data.feature_cache to a folder and "
     "model.freeze_backbone to true"
 )
 
 
 def check_whitening(config: dict | None, feature_cache: str | None) -> None:
-    """Looks whether a recipe that whitens frame features keeps them.
+    """Checks that a recipe that whitens frame features also caches them.
 
     Raises:
         UserError: If it does not.
@@ -30,16 +30,16 @@ def check_whitening(config: dict | None, feature_cache: str | None) -> None:
 
 
 def fit_whitening(model: nn.Module, clips: Dataset | None) -> None:
-    """Fits the whitening of a model's frame features to training clips, unless it has been.
+    """Fits the whitening of a model's frame features to the training set, unless it is fitted already.
 
-    On every process the same clips are taken, in the same order: at most 4096, evenly spread, each in its first view.
+    Every rank uses the same videos in the same order: at most 4096, evenly spaced, the first view of each.
 
     Args:
         model: The classifier.
-        clips: Training clips with kept features.
+        clips: Training set with cached features.
 
     Raises:
-        UserError: If their features are not kept, or there is nothing to fit to.
+        UserError: If the features are not cached, or there is nothing to fit to.
     """
     for module in model.modules():
         if isinstance(module, VidPrismFeatureWhitening) and not module.num_frames:

@@ -1,4 +1,4 @@
-"""Averages of weights: over the steps of a run (EMA), and of the tuned tower with the one it started from (WiSE-FT)."""
+"""Weight averaging: over the steps of a run (EMA), and between the fine-tuned and the original tower (WiSE-FT)."""
 
 import warnings
 from pickle import UnpicklingError
@@ -22,34 +22,34 @@ SHARDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 
 
 class WeightEMA(WeightAveraging):
-    """Keeps an exponential moving average of the weights, which is validated, exported and tested.
+    """Keeps an exponential moving average (EMA) of the weights, which is validated, exported and tested.
 
-    It begins with the weights after the first step, and follows each step of the optimiser. A checkpoint has it as
-    `state_dict`, and the weights in training, to go on with, as `current_model_state`.
+    The average starts from the weights after the first step and is updated after every optimiser step. A checkpoint
+    stores it as `state_dict` and the training weights, needed to resume, as `current_model_state`.
 
-    The averaging is Lightning's. What is added here (to lightning 2.6.6):
-    - A test loads the average. There, a trainer that has fitted loads the weights in training.
-    - A checkpoint written during a validation, as after Ctrl-C, has the two in their places, not exchanged.
-    - Buffers are no averages: rounding down would spoil the towers' position indices, which are integers.
-    - It refuses strategies that share the weights out, for which Lightning's copy is not made.
+    Lightning does the averaging. Changes to lightning 2.6.6:
+    - A test loads the average. In Lightning, a trainer that has fitted loads the training weights.
+    - A checkpoint written during a validation, as after Ctrl-C, does not swap the two.
+    - Buffers are not averaged: rounding down would corrupt the towers' integer position indices.
+    - Sharding strategies are rejected; Lightning's copy does not support them.
 
     Args:
-        decay: Share of the average that stays at each step.
+        decay: Weight of the old average in each update.
     """
 
     def __init__(self, decay: float):
         super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))
         self.decay = decay
-        self._exchanged = False  # whether the module holds the average just now
+        self._exchanged = False  # whether the module currently has the averaged weights
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit" and isinstance(trainer.strategy, SHARDING):
             raise UserError(
-                "model.ema_decay: not with a strategy that shares the weights out (fsdp, deepspeed); set "
+                "model.ema_decay: not supported by strategies that shard the weights (fsdp, deepspeed); set "
                 "trainer.strategy to ddp, or model.ema_decay to null"
             )
         with warnings.catch_warnings():
-            # It warns of what is refused here.
+            # Warns about the strategies rejected above.
             warnings.filterwarnings("ignore", "You're using the WeightAveraging callback with a model that overrides")
             super().setup(trainer, pl_module, stage)
 
@@ -58,12 +58,12 @@ class WeightEMA(WeightAveraging):
         span, steps = round(1 / (1 - self.decay)), trainer.estimated_stepping_batches
         if span > steps:
             rank_zero_warn(
-                f"model.ema_decay={self.decay:g} averages over about {span} steps, and the run has {steps}: what is "
-                "validated and exported stays near the starting weights; take less"
+                f"model.ema_decay={self.decay:g} averages over about {span} steps, and the run has {steps}: the "
+                "validated and exported weights stay near the starting weights; use a smaller decay"
             )
 
     def average(self) -> dict[str, torch.Tensor] | None:
-        """The averaged weights by the module's names; None outside of training."""
+        """Returns the averaged weights by the module's names; None outside of training."""
         return None if self._average_model is None else self._average_model.module.state_dict()
 
     def on_validation_epoch_start(self, trainer, pl_module):
@@ -81,31 +81,31 @@ class WeightEMA(WeightAveraging):
             checkpoint["state_dict"], checkpoint["current_model_state"] = average, training
 
     def teardown(self, trainer, pl_module, stage: str):
-        self._average_model = None  # its values are the module's since on_train_end
+        self._average_model = None  # copied to the module in on_train_end
 
     def on_load_checkpoint(self, trainer, pl_module, checkpoint: dict[str, Any]):
-        if self._average_model is not None:  # else state_dict is what is wanted, and loaded
+        if self._average_model is not None:  # otherwise state_dict is already the right one
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
 
 class WiseFT(L.Callback):
-    """Averages the tower, before its test, with the tower that the run started from.
+    """Averages the fine-tuned tower, before the test, with the tower that the run started from.
 
-    Wortsman et al., arXiv:2109.01903: the weights alpha * tuned + (1 - alpha) * base keep more of what the base is
-    good at. The released code of VidPrism tests with alpha = 0.99. Streams, experts and classifier have no base and
-    stay as they are. The base is loaded again: from `model.backbone`, or where the run started from
-    `model.checkpoint` that checkpoint's tower.
+    Wortsman et al., arXiv:2109.01903: the weights alpha * tuned + (1 - alpha) * base retain more of the base's
+    abilities. VidPrism's released code tests with alpha = 0.99. Streams, experts and classifier have no base and are
+    not changed. The base is loaded again from `model.checkpoint` if the run started from one, otherwise from
+    `model.backbone`.
 
     Args:
-        alpha: Share of the tuned tower, 0 to 1.
+        alpha: Weight of the fine-tuned tower, 0 to 1.
         backbone: The run's `model.backbone`.
         checkpoint: The run's `model.checkpoint`.
 
     Attributes:
-        applied: What the tested weights are, in words; None before a test.
+        applied: Description of the tested weights; None before a test.
 
     Raises:
-        UserError: If alpha is out of its range or the run has no base.
+        UserError: If alpha is out of range or the run has no base.
     """
 
     def __init__(self, alpha: float, backbone: str, checkpoint: str | None = None):
@@ -113,8 +113,8 @@ class WiseFT(L.Callback):
             raise UserError(f"export.wise_ft_alpha={alpha}: must be between 0 and 1, or null for the tuned tower alone")
         if checkpoint is None and VISION_PRESETS.get(backbone, {}).get("name_or_path", backbone) is None:
             raise UserError(
-                f"export.wise_ft_alpha: model.backbone {backbone} starts from random weights, which are no base; set "
-                "it to null, or name a pretrained tower"
+                f"export.wise_ft_alpha: model.backbone {backbone} has random weights, which cannot serve as a base; "
+                "set it to null, or name a pretrained tower"
             )
         self.alpha, self.backbone, self.checkpoint = alpha, backbone, checkpoint
         self.applied: str | None = None
@@ -122,10 +122,10 @@ class WiseFT(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if isinstance(trainer.strategy, DeepSpeedStrategy):
             raise UserError(
-                "export.wise_ft_alpha: not with DeepSpeed; set trainer.strategy to ddp or fsdp, or it to null"
+                "export.wise_ft_alpha: not supported with DeepSpeed; set trainer.strategy to ddp or fsdp, or it to null"
             )
         if pl_module.hparams.freeze_backbone:
-            raise UserError("export.wise_ft_alpha: a frozen tower is its own start; set it to null")
+            raise UserError("export.wise_ft_alpha: has no effect on a frozen tower; set it to null")
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         tower = pl_module.model.vidprism.vision_tower
@@ -134,7 +134,7 @@ class WiseFT(L.Callback):
 
 
 def base_tower(backbone: str, checkpoint: str | None = None) -> dict[str, torch.Tensor]:
-    """Weights of the tower that a run starts from, by its own names.
+    """Loads the weights of the tower that a run started from, by the tower's own names.
 
     Raises:
         UserError: If it cannot be loaded.
@@ -147,19 +147,19 @@ def base_tower(backbone: str, checkpoint: str | None = None) -> dict[str, torch.
     except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
         raise UserError(
             f"export.wise_ft_alpha: {name}, from which the run started, cannot be loaded again ({first_line(error)}); "
-            "mend it, or set this to null, and resume the run"
+            "restore it, or set this to null, and resume the run"
         ) from error
     return model.vidprism.vision_tower.state_dict()
 
 
 @torch.no_grad()
 def move_towards(module: nn.Module, weights: dict[str, torch.Tensor], share: float) -> None:
-    """Moves a module's parameters, where they are, by a share of the way to other weights.
+    """Interpolates a module's parameters towards other weights, in place.
 
     Args:
-        module: Its parameters may be shared out over processes (DTensor); all processes call this then.
-        weights: Whole, by the module's names.
-        share: 0 leaves the parameters, 1 replaces them, both exactly.
+        module: Its parameters may be sharded (DTensor); then call this on all ranks.
+        weights: Unsharded weights by the module's names.
+        share: Fraction of the way: 0 keeps the parameters, 1 replaces them, both exactly.
     """
     for name, parameter in module.named_parameters():
         other = weights[name].to(parameter.device, parameter.dtype)

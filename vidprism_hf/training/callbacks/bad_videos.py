@@ -1,4 +1,4 @@
-"""Callbacks of a run: the account of clips that cannot be decoded, and the count of a resumed epoch's batches."""
+"""Callbacks: reports videos that cannot be decoded, and corrects the batch count of a resumed epoch."""
 
 from pathlib import Path
 from typing import Any
@@ -13,27 +13,27 @@ from ...errors import printable
 
 
 class BadClipReport(L.Callback):
-    """Counts the clips that cannot be decoded, lists them in the run's folder, and stops a run with too many.
+    """Counts videos that cannot be decoded, lists them in the run's folder, and stops a run with too many.
 
-    Each process notes what its own loaders met. Every `interval` steps and at the end of each epoch all of them
-    put their notes together and come to the same decision at the same step: none raises or waits alone.
+    Each rank records the bad videos of its own loaders. Every `interval` steps and at the end of each epoch the ranks
+    merge their records and make the same decision at the same step, so that none raises or waits alone.
 
     Args:
-        folder: Where the list goes; None writes none.
-        interval: Training steps between two looks.
+        folder: Folder of the list; None writes no list.
+        interval: Training steps between two checks.
     """
 
     def __init__(self, folder: str | Path | None = None, interval: int = 50):
         self.folder = folder
         self.interval = interval
         self.account = BadClipLog()
-        self._before = BadClipLog()  # what a stopped run had met: it counts, but a mended clip stops no run again
+        self._before = BadClipLog()  # from before a resume: reported, but cannot stop the run again once repaired
         self._unreadable = 0  # training examples without pixels
         self._printed: set[tuple[str, str]] = set()
-        self._agreed: int | None = 0  # how many notes there were, over all processes, after the last look
+        self._agreed: int | None = 0  # number of notes over all ranks after the last check
 
     def clips(self, id2label: dict[int, str], split: str | None = None) -> list[BadClip]:
-        """The bad clips of one split or both, sorted, with those that were met before the run was resumed."""
+        """Returns the bad videos of one split or both, sorted, including those found before a resume."""
         return self._all().clips(id2label, split)
 
     def state_dict(self) -> dict[str, Any]:
@@ -42,7 +42,7 @@ class BadClipReport(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._before.merge(state_dict["notes"])
         if len(self._before):
-            self._agreed = None  # the list may not have been written yet
+            self._agreed = None  # the list may not be written yet
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self._note("train", batch)
@@ -59,9 +59,9 @@ class BadClipReport(L.Callback):
     on_test_batch_end = on_validation_batch_end
 
     def on_test_epoch_start(self, trainer, pl_module):
-        # The account is that of the final evaluation: a clip may have timed out in an earlier one alone.
+        # Report the final evaluation only: a video may have timed out in an earlier one.
         self._before.notes["val"].clear()
-        if self.account.notes["val"]:  # in all processes alike, since they agreed after the last validation
+        if self.account.notes["val"]:  # the same on all ranks since the last validation
             self.account.notes["val"].clear()
             self._agreed = None
 
@@ -78,8 +78,8 @@ class BadClipReport(L.Callback):
 
     def _note(self, split: str, batch: dict[str, Any]) -> None:
         fate = "replaced by another clip" if split == "train" else "counts as wrong"
-        # Other data modules give no notes. Each is printed by the process that met it, whichever that is: a hung
-        # file system is seen from one machine only.
+        # Other data modules provide no notes. Printed by the rank that found it: a hung file system may affect one
+        # machine only.
         for name, _, cause in self.account.add(split, batch.get("bad_clips", ())):
             if (split, name) in self._printed:
                 continue
@@ -87,7 +87,7 @@ class BadClipReport(L.Callback):
             print(printable(f"Bad clip ({split}, {fate}): {name}: {cause}"), flush=True)
 
     def _look(self, trainer: L.Trainer) -> None:
-        """Puts the notes of all processes together; lists them; stops all processes where they are too many."""
+        """Merges the notes of all ranks, writes the list, and stops all ranks if there are too many."""
         counts = torch.tensor([len(self.account), self._unreadable])
         counts = trainer.strategy.reduce(counts.to(trainer.strategy.root_device), reduce_op="sum")
         total, unreadable = counts.tolist()
@@ -108,7 +108,7 @@ class BadClipReport(L.Callback):
 
 
 class EpochPlace(L.Callback):
-    """Lets Lightning count the batches of a resumed epoch as the data module does: they may be of another size now."""
+    """Sets Lightning's batch count of a resumed epoch to the data module's; the batch size may have changed."""
 
     def on_load_checkpoint(self, trainer, pl_module, checkpoint):
         place = checkpoint.get("VideoDataModule", {})

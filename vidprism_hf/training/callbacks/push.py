@@ -1,8 +1,8 @@
-"""Publishes the best weights of a run while it goes on, and its final export.
+"""Publishes a run's best weights during training, and its final export.
 
-The weights are exported on the training's own thread, at the only moment when they are those that were validated.
-The push is another process: no time-out, lock or setting of the Hub's client touches the run, and what hangs can be
-ended. A thread waits for it.
+The weights are exported on the training thread, right after their validation and before they change. The push is a
+separate process: no time-out, lock or setting of the Hub's client affects the run, and a hung push can be killed. A
+thread waits for it.
 """
 
 import logging
@@ -26,37 +26,37 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from ...errors import first_line, one_line_or_traceback
 
 logger = logging.getLogger(__name__)
-Push = Callable[[Path], str]  # an export to the line that tells where it is now; raises PushFailed
+Push = Callable[[Path], str]  # pushes an export and returns one line with its URL; raises PushFailed
 FOLDER = "push"  # in the run's folder
 
 
 class PushFailed(Exception):
-    """A push that did not end well; its message is one line."""
+    """A push failed; the message is one line."""
 
 
 class PushToHub(L.Callback):
-    """Pushes the best weights in the background; a push that fails is told, and tried again when training ends.
+    """Pushes the best weights in the background. A failed push is logged and retried when training ends.
 
-    No failure stops the run or holds it up. Where several exports wait, the newest is pushed. An export goes when it
-    is published; one that is not published stays in `<run's folder>/push`, where a resumed run finds it. `vidprism
-    finetune` pushes its final export too, which stays.
+    A failure neither stops nor delays the run. If several exports are waiting, only the newest is pushed. An export is
+    deleted once published; an unpublished one stays in `<run's folder>/push`, where a resumed run finds it. `vidprism
+    finetune` also pushes its final export, which is not deleted.
 
     Args:
-        repo: `org/name`; made if it is not there.
+        repo: `org/name`; created if it does not exist.
         private: Whether a new repository is private.
         revision: Branch; main if None.
-        every_n_epochs: Epochs between two pushes at least; the best weights in between are kept for the next.
-        monitor: Metric that tells the best.
+        every_n_epochs: Minimum number of epochs between pushes; the best weights in between wait for the next one.
+        monitor: Metric that selects the best weights.
         mode: "max" or "min".
-        export: Writes the module's present weights to a folder: called with trainer, module and folder, on every
-            process. The run sets it.
-        wait: Seconds that the end of training waits for a push where several processes train: the others stand
-            still meanwhile and give up after ten minutes. The push goes on behind it.
-        limit: Seconds that one push may take.
+        export: Writes the module's current weights: called with trainer, module and folder on every rank. Set by the
+            run.
+        wait: Seconds that the end of training waits for a push when there are several ranks: the others are idle
+            meanwhile and time out after ten minutes. The push continues in the background.
+        limit: Time limit of one push in seconds.
 
     Attributes:
-        best: The metric of the weights that were exported last; a resumed run knows it.
-        stays_open: Whether `finish` is called after the training; if not, the end of training calls it.
+        best: Metric of the last exported weights; restored on resume.
+        stays_open: Whether `finish` is called after training; if not, the end of training calls it.
     """
 
     def __init__(
@@ -79,10 +79,10 @@ class PushToHub(L.Callback):
         self.export, self.wait, self.stays_open = export, wait, False
         self.options = ["--repo", repo, *(["--private"] if private else [])]
         self.options += ["--revision", revision] if revision else []
-        self.messages: dict[Path, str] = {}  # of the commits, by export
+        self.messages: dict[Path, str] = {}  # commit messages by export
         self.push = PushProcess(self.options, limit, self.messages)
         self.best: float | None = None
-        self._ready: Path | None = None  # exported, and not yet due
+        self._ready: Path | None = None  # exported, not due yet
         self._uploader: Uploader | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -105,11 +105,11 @@ class PushToHub(L.Callback):
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         epoch = trainer.current_epoch
-        # One decision for all processes: gathering the weights is the work of all.
+        # One decision for all ranks: gathering the weights is a collective.
         better = trainer.strategy.broadcast(self._improvement(trainer))
         if better is not None:
             folder = Path(trainer.default_root_dir) / FOLDER / f"epoch-{epoch}-step-{trainer.global_step}"
-            # After an export that failed the next one need only beat what was exported.
+            # A failed export does not raise the bar for the next one.
             if trainer.strategy.broadcast(self._export(trainer, pl_module, folder)):
                 self.best = better
                 what = f"Epoch {epoch + 1}, step {trainer.global_step}"
@@ -127,14 +127,14 @@ class PushToHub(L.Callback):
         self.stop()
 
     def finish(self, export: Path | None = None, timeout: float | None = None) -> None:
-        """Pushes the export that ends the run, or tries what has failed once more, and waits for that.
+        """Pushes the run's final export, or retries a failed push, and waits for it.
 
         Args:
-            export: It stays where it is, and takes the place of all that was not pushed.
-            timeout: Seconds to wait; the push goes on behind it.
+            export: Final export, which is not deleted; it replaces all unpublished ones.
+            timeout: Seconds to wait; the push continues in the background.
 
         Raises:
-            SystemExit: After Ctrl-C, as Lightning ends a training.
+            SystemExit: After Ctrl-C, as Lightning does.
         """
         if self._uploader is None:
             return
@@ -145,32 +145,32 @@ class PushToHub(L.Callback):
             self.stop()
             raise SystemExit(1) from None
         if not ended:
-            logger.warning("The push to %s goes on while the run does", self.repo)
+            logger.warning("The push to %s continues in the background", self.repo)
         elif self._uploader.folder.is_dir() and not any(self._uploader.folder.iterdir()):
             self._uploader.folder.rmdir()
 
     def stop(self) -> None:
-        """Ends a push at once; what was not published stays, and it is told where."""
+        """Stops a push at once; unpublished exports are kept, and their location is logged."""
         if self._uploader is not None:
             self._uploader.stop(self._ready)
             self._ready = None
 
     def _improvement(self, trainer: L.Trainer) -> float | None:
-        """The metric, if it is better than that of all exports."""
+        """Returns the metric if it is better than every export's; None otherwise."""
         value = trainer.callback_metrics.get(self.monitor)
         if value is None:
-            logger.warning("Not pushed: the run has no metric %s, which was to tell the best weights", self.monitor)
+            logger.warning("Not pushed: the run has no metric %s to select the best weights; set monitor", self.monitor)
             return None
         value = float(value)
         beaten = self.best is None or (value > self.best if self.mode == "max" else value < self.best)
         return value if beaten and value == value else None
 
     def _export(self, trainer: L.Trainer, pl_module: L.LightningModule, folder: Path) -> bool:
-        """Exports the present weights, and tells whether that went well."""
+        """Exports the current weights and returns whether that succeeded."""
         try:
             self.export(trainer, pl_module, folder)
         except Exception as error:
-            # Neither a full disk nor a mistake in a card is a reason to lose the run.
+            # A full disk or an invalid card must not end the run.
             warnings.warn(f"{folder}: not exported for a push: {one_line_or_traceback(error)}", stacklevel=2)
             return False
         if trainer.is_global_zero:
@@ -186,10 +186,10 @@ class PushToHub(L.Callback):
 
 @contextmanager
 def push_open(trainer: L.Trainer) -> Iterator[Callable[[Path], None]]:
-    """Keeps a trainer's push open behind its training, for the final export.
+    """Keeps a trainer's push open after training, for the final export.
 
-    Gives the function that publishes an export and waits for it; it does nothing where the trainer pushes nothing.
-    Where the block fails, a push is ended, and what was not published is told.
+    Yields a function that publishes an export and waits for it; without a PushToHub callback it does nothing. If the
+    block fails, a running push is stopped and unpublished exports are logged.
     """
     callbacks = [callback for callback in trainer.callbacks if isinstance(callback, PushToHub)]
     for callback in callbacks:
@@ -210,26 +210,26 @@ def push_open(trainer: L.Trainer) -> Iterator[Callable[[Path], None]]:
 
 
 class PushProcess:
-    """`vidprism push` as a process of its own; `stop` ends it.
+    """Runs `vidprism push` as a separate process; `stop` kills it.
 
     Args:
-        options: Of `vidprism push`, but the folder.
-        limit: Seconds that a push may take.
-        messages: Of the commits, by export; any other has the usual one.
+        options: Arguments of `vidprism push` besides the folder.
+        limit: Time limit of a push in seconds.
+        messages: Commit messages by export; others get the default message.
     """
 
     def __init__(self, options: list[str], limit: float, messages: dict[Path, str] | None = None):
         self.options, self.limit, self.messages = options, limit, {} if messages is None else messages
         self._process: subprocess.Popen | None = None
-        self._noted: set[str] = set()  # each once, not with each push
+        self._noted: set[str] = set()  # notes already logged
 
     def __call__(self, folder: Path) -> str:
-        """Pushes, and gives the last line: URL and commit."""
+        """Pushes an export and returns the last line of the output: URL and commit."""
         command = [sys.executable, "-m", "vidprism_hf", "push", str(folder), *self.options]
         command += ["--message", self.messages[folder]] if folder in self.messages else []
         environment = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "CUDA_VISIBLE_DEVICES": ""}
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        # A session of its own: Ctrl-C ends the run, which then ends this.
+        # A new session: Ctrl-C reaches the run only, which then stops this process.
         settings = {"text": True, "errors": "replace", "start_new_session": True}
         self._process = subprocess.Popen(command, env=environment, **pipes, **settings)
         try:
@@ -249,35 +249,34 @@ class PushProcess:
         return last
 
     def stop(self) -> None:
-        """Ends a push that is under way; pushing again goes on from there."""
+        """Kills a running push; the next push resumes from there."""
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
 
 
 class Uploader:
-    """Pushes exports one after another on a thread; of those that wait only the newest.
+    """Pushes exports one at a time on a thread; of the waiting ones only the newest.
 
-    An export goes once it is published, or a newer one takes its place, if it lies in the folder for that; any other
-    stays. The thread lives while there is something to push. It is no daemon: an interpreter that ends waits for a
-    push that was not told to stop.
+    Exports directly in `folder` are deleted once published or superseded; others are kept. The thread runs only while
+    there is something to push. It is not a daemon: the interpreter waits for a push that was not stopped.
 
     Args:
         push: Publishes an export.
-        folder: What lies directly in it was exported for the pushes alone.
-        options: Of `vidprism push`, for the line that tells how to push by hand.
+        folder: Folder of exports that were written only to be pushed.
+        options: Arguments of `vidprism push`, for the command that pushes by hand.
     """
 
     def __init__(self, push: Push, folder: Path, options: list[str]):
         self.push, self.folder, self.options = push, folder, options
         self._waiting: Path | None = None
-        self._failed: Path | None = None  # to be tried again at the end, if nothing newer comes
-        self._told: str | None = None  # a cause is told once, not with each export
+        self._failed: Path | None = None  # retried at the end unless a newer one comes
+        self._told: str | None = None  # last logged cause; each is logged once
         self._closed = self._stopped = False
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None  # while there is something to push
 
     def take_over(self) -> None:
-        """Takes the newest export that a stopped run has left, as one whose push has failed; older ones go."""
+        """Queues the newest export of a stopped run for a retry and deletes older ones."""
         left = sorted(self.folder.glob("epoch-*-step-*"), key=lambda path: path.stat().st_mtime_ns)
         for old in left[:-1]:
             self._remove(old)
@@ -286,7 +285,7 @@ class Uploader:
             logger.warning("Not pushed before: %s; tried again at the end of training", self._failed)
 
     def submit(self, export: Path) -> None:
-        """Takes an export over; an older one that still waits, or has failed, goes."""
+        """Queues an export; deletes an older one that is waiting or has failed."""
         with self._changed:
             outdated = {self._waiting, self._failed} - {None, export}
             self._waiting, self._failed = export, None
@@ -297,20 +296,20 @@ class Uploader:
             self._remove(old)
 
     def close(self, final: Path | None = None) -> None:
-        """Says that nothing more comes than a final export; without one, what failed is tried once more."""
+        """Closes the queue after a final export; without one, retries a failed push."""
         with self._changed:
             self._closed = True
             if (last := final or self._failed) is not None:
                 self.submit(last)
 
     def join(self, timeout: float | None = None) -> bool:
-        """Waits for the end of what was submitted, and tells whether it has come."""
-        # Not by Thread.join: before Python 3.13 a thread counts as ended after Ctrl-C there.
+        """Waits for all submitted pushes and returns whether they ended in time."""
+        # Not Thread.join: before Python 3.13 it reports a thread as ended after Ctrl-C.
         with self._changed:
             return self._changed.wait_for(lambda: self._thread is None, timeout)
 
     def stop(self, ready: Path | None = None) -> None:
-        """Ends at once; what was not published, and an export that was to follow, stays and is told."""
+        """Stops at once; unpublished exports, `ready` included, are kept and logged."""
         with self._changed:
             self._stopped = True
             if ready is not None:
@@ -322,7 +321,7 @@ class Uploader:
         with self._changed:
             left, self._waiting, self._failed = self._waiting or self._failed, None, None
         if left is not None:
-            logger.warning("Not pushed: the run ended before; push it by hand: %s", self._by_hand(left))
+            logger.warning("Not pushed: the run ended first; push it by hand: %s", self._by_hand(left))
 
     def _work(self) -> None:
         try:
@@ -334,7 +333,7 @@ class Uploader:
                     self._end()
 
     def _next(self) -> tuple[Path, bool] | None:
-        """The newest export, if there is one, and whether this is its last try."""
+        """Returns the newest export and whether this is its last attempt; None if nothing is waiting."""
         with self._changed:
             if self._waiting is None or self._stopped:
                 self._end()
@@ -364,9 +363,9 @@ class Uploader:
             elif stopped or not self._closed:
                 self._failed = export
             elif not last:
-                self._waiting = export  # training has ended meanwhile: the other try is due now
+                self._waiting = export  # training has ended meanwhile: retry now
         if stopped:
-            return  # what stopped it tells
+            return  # `stop` logs it
         if last:
             print(f"Not pushed: {cause}; push it by hand: {self._by_hand(export)}", flush=True)
         elif cause != self._told:

@@ -1,4 +1,4 @@
-"""What a run knows of itself for its model card: a callback that keeps it, and the facts put together."""
+"""Collects a run's facts for its model card."""
 
 import math
 import platform
@@ -44,15 +44,15 @@ METRICS = ("top1", "top5")
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known of the accuracy of the weights that a card is for: by the final test, or by a validation.
+    """Accuracy of the weights that a card describes, from the final test or a validation.
 
     Attributes:
         protocol: How it was measured, in sentences; None if there is nothing to say.
-        evaluation: What the final test found; None of weights that it did not see.
-        validation: What the validation of these weights found otherwise: `clips`, over all processes, and of
-            `METRICS` some; empty if there was none.
+        evaluation: Results of the final test; None for weights that were not tested.
+        validation: Otherwise the results of these weights' validation: `clips`, over all ranks, and some of
+            `METRICS`; empty if there was none.
         conditions: Views and split of that validation.
-        chosen: Whether the held-out clips chose these weights among others.
+        chosen: Whether these weights were selected on the validation split.
     """
 
     protocol: str | None = None
@@ -62,7 +62,7 @@ class Measured:
     chosen: bool = False
 
     def facts(self) -> dict[str, Any]:
-        """What the card says of it."""
+        """Returns the corresponding fields of CardFacts."""
         found = self.evaluation
         if found is not None:
             return {
@@ -85,19 +85,19 @@ class Measured:
 
 
 class CardRecorder(L.Callback):
-    """Keeps the curves, time and peak memory of a run, and what the experts did on the held-out clips.
+    """Records the curves, time and peak memory of a run, and the expert weights on the validation split.
 
     Attributes:
-        epochs: Epoch, from 0, to `train_loss`, `val_loss` and `val_top1` at its end; of the epoch that goes on, so far.
-        validations: Global step to what the validation there found, those before a resumption among them: `top1`,
-            `top5`, and `clips`, the number that these count over all processes.
-        tested_step: Global step of the checkpoint that the last test has loaded; None if it loaded none.
-        base_model: Hub id of the checkpoint that the tower comes from; None if it has none.
-        seconds: Of training with its validations, those before a resumption among them.
-        peak_bytes: Of the process or GPU that took most.
-        class_weights: (K, N), mean weight of each expert over the clips of each class in the last test; a class
-            without clips has NaN. None before a test.
-        mean_weights: (N,), likewise over all clips.
+        epochs: Epoch, from 0, to `train_loss`, `val_loss` and `val_top1` at its end, or so far.
+        validations: Global step to the validation's `top1`, `top5` and `clips` (number of videos over all ranks),
+            including those before a resume.
+        tested_step: Global step of the checkpoint loaded by the last test; None if it loaded none.
+        base_model: Hub id of the checkpoint that the tower comes from; None if unknown.
+        seconds: Time of training and validation, including time before a resume.
+        peak_bytes: Peak memory of the process or GPU that used most.
+        class_weights: (K, N), mean weight of each expert over the videos of each class in the last test; NaN for a
+            class without videos. None before a test.
+        mean_weights: (N,), the same over all videos.
     """
 
     def __init__(self):
@@ -111,7 +111,7 @@ class CardRecorder(L.Callback):
         self.mean_weights: np.ndarray | None = None
         self._since: float | None = None
         self._loss, self._batches = torch.zeros(()), 0  # of the epoch so far
-        self._clips = 0  # of the validation that goes on, in this process
+        self._clips = 0  # of the current validation, on this rank
 
     def state_dict(self) -> dict[str, Any]:
         loss = statistics.fmean(gathered(self._loss.item()))
@@ -119,7 +119,7 @@ class CardRecorder(L.Callback):
         return {"epochs": self.epochs, "validations": self.validations, "seconds": self.elapsed(), **so_far}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # A test loads the best checkpoint, which knows less than this run does by then.
+        # A test loads the best checkpoint, whose record is older than this one.
         self.epochs = state_dict["epochs"] | self.epochs
         self.validations = state_dict["validations"] | self.validations
         self.seconds = max(self.seconds, state_dict["seconds"])
@@ -130,7 +130,7 @@ class CardRecorder(L.Callback):
             self.tested_step = checkpoint["global_step"]
 
     def setup(self, trainer, pl_module, stage):
-        if stage == "fit":  # now: whether a name is that of a folder may be another matter when the run ends
+        if stage == "fit":  # now: a folder of this name may come or go during the run
             self.base_model = base_model(pl_module.hparams.checkpoint or pl_module.hparams.backbone)
 
     def on_fit_start(self, trainer, pl_module):
@@ -147,7 +147,7 @@ class CardRecorder(L.Callback):
         self._loss, self._batches = torch.zeros(()), 0
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        # Lightning hands on the loss as it was divided for the accumulation.
+        # Lightning passes the loss divided by the number of accumulated batches.
         self._loss = self._loss.to(pl_module.device) + outputs["loss"].float() * trainer.accumulate_grad_batches
         self._batches += 1
 
@@ -164,7 +164,7 @@ class CardRecorder(L.Callback):
     def on_validation_end(self, trainer, pl_module):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        self._keep_train_loss(trainer)  # what is exported or pushed right now has it in its curves
+        self._keep_train_loss(trainer)  # an export or push at this moment needs it in its curves
         measured = {name: trainer.callback_metrics.get(f"val/{name}") for name in ("loss", *METRICS)}
         found = {name: value.item() for name, value in measured.items() if value is not None}
         curve = {f"val_{name}": found[name] for name in ("loss", "top1") if name in found}
@@ -190,7 +190,7 @@ class CardRecorder(L.Callback):
             self.mean_weights = sums.sum(0) / counts.sum()
 
     def _keep_train_loss(self, trainer: Trainer) -> None:
-        """The mean over the batches of the epoch so far, of all processes."""
+        """Records the mean training loss of the epoch so far, over all ranks."""
         device = trainer.strategy.root_device
         sums = torch.stack([self._loss.to(device), torch.tensor(float(self._batches), device=device)])
         loss, batches = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
@@ -198,17 +198,17 @@ class CardRecorder(L.Callback):
             self.epochs.setdefault(trainer.current_epoch, {})["train_loss"] = loss / batches
 
     def _all_clips(self, trainer: Trainer) -> int:
-        """The clips of this validation, of all processes."""
+        """Returns the number of videos of this validation over all ranks."""
         count = torch.tensor(self._clips, device=trainer.strategy.root_device)
         return int(trainer.strategy.reduce(count, reduce_op="sum"))
 
     def elapsed(self) -> float:
-        """Seconds of training up to now; see `seconds`."""
+        """Returns the training time so far in seconds; see `seconds`."""
         return self.seconds + (time.monotonic() - self._since if self._since is not None else 0.0)
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that tensors on the GPU, or else this process, have taken."""
+    """Returns the peak memory in bytes: of tensors on the GPU, otherwise of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if resource is None:
@@ -217,25 +217,25 @@ def peak_memory(device: torch.device) -> int:
 
 
 def bad_clips(trainer: Trainer, split: str | None = None) -> list[BadClip]:
-    """The clips that could not be decoded so far, of one split (train, val) or both."""
+    """Returns the videos that could not be decoded so far, of one split (train, val) or both."""
     return kept_by(trainer, BadClipReport).clips(trainer.datamodule.id2label, split)
 
 
 def kept_by(trainer: Trainer, kind: type) -> Any:
-    """The trainer's callback of a kind, of which it has one."""
+    """Returns the trainer's only callback of a class."""
     (callback,) = (callback for callback in trainer.callbacks if isinstance(callback, kind))
     return callback
 
 
 def clip_counts(trainer: Trainer, split: str) -> ClipCounts:
-    """What became of the clips of a split (train, val)."""
+    """Returns the counts of videos listed, missing and undecodable in a split (train, val)."""
     data = trainer.datamodule
     missing = len(data.splits.missing.get(split, ()))
     return ClipCounts(data.num_clips[split] + missing, missing, len(bad_clips(trainer, split)))
 
 
 def run_facts(trainer: Trainer, plan: "RunPlan", measured: Measured) -> CardFacts:
-    """The facts of a run, for the card of the weights that were measured."""
+    """Returns the card facts of a run and its measured weights."""
     model, data = plan.module.model, plan.data
     recorder = kept_by(trainer, CardRecorder)
     from_scratch = is_random(plan.module.hparams.checkpoint, plan.module.hparams.backbone)
@@ -268,18 +268,18 @@ def run_facts(trainer: Trainer, plan: "RunPlan", measured: Measured) -> CardFact
 
 
 def epochs_at(trainer: Trainer, step: int) -> str:
-    """How many epochs a global step of the run is, which may be a fraction."""
+    """Converts a global step to epochs, which may be fractional."""
     steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)  # of one epoch
     return f"{round(step / steps, 2):g}"
 
 
 def moment(trainer: Trainer, step: int) -> str:
-    """A global step of the run in words."""
+    """Describes a global step of the run."""
     return f"after epoch {epochs_at(trainer, step)} (step {step})"
 
 
 def hyper_parameters(trainer: Trainer, plan: "RunPlan") -> dict[str, Any]:
-    """What the training was set to."""
+    """Returns the training's hyper-parameters."""
     data, hparams = plan.data.hparams, plan.module.hparams
     epochs, planned = epochs_at(trainer, trainer.global_step), trainer.max_epochs
     clips = clips_per_step(trainer)
@@ -303,7 +303,7 @@ def hyper_parameters(trainer: Trainer, plan: "RunPlan") -> dict[str, Any]:
 
 
 def switched_on(trainer: Trainer, plan: "RunPlan") -> dict[str, Any]:
-    """The settings of training that are off unless asked for; None where they are."""
+    """Returns optional training settings; None for those that are off."""
     hparams, accumulated = plan.module.hparams, trainer.accumulate_grad_batches
     return {
         "backbone": backbone_training(hparams),
@@ -315,7 +315,7 @@ def switched_on(trainer: Trainer, plan: "RunPlan") -> dict[str, Any]:
 
 
 def learning_rate(hparams: Any, clips: int) -> str | float:
-    """The peak learning rate, and how it follows from the batch where it does."""
+    """Returns the peak learning rate, with its scaling by the batch size if any."""
     reference = hparams.reference_batch_size
     if reference is None:
         return hparams.learning_rate
@@ -324,7 +324,7 @@ def learning_rate(hparams: Any, clips: int) -> str | float:
 
 
 def backbone_training(hparams: Any) -> str:
-    """How the tower is trained."""
+    """Describes how the tower is trained."""
     if hparams.freeze_backbone:
         return "frozen"
     layers = f", x {hparams.layer_decay} for each layer below the top" if hparams.layer_decay != 1 else ""
@@ -335,7 +335,7 @@ def backbone_training(hparams: Any) -> str:
 def compute_facts(
     trainer: Trainer, module: VidPrismLightningModule, recorder: CardRecorder, evaluation: Evaluation | None
 ) -> dict[str, Any]:
-    """What the model and the run cost."""
+    """Returns the compute cost of the model and the run."""
     parameters, frozen = million_parameters(module.model), not_trained(module.model)
     config = module.model.config
     counted = evaluation.cost if evaluation else cost(config, config.num_frames)
@@ -347,18 +347,18 @@ def compute_facts(
         "parameters": f"{parameters:.1f} M" + (f", {frozen:.1f} M of them frozen" if frozen else ""),
         "device": f"{trainer.world_size} x {device_name(trainer.strategy.root_device)}",
         "wall time of training": duration(recorder.elapsed()),
-        # Known once the training has ended.
+        # Known only after training.
         "peak memory": f"{recorder.peak_bytes / 2**30:.2f} GiB ({most})" if recorder.peak_bytes else None,
     }
 
 
 def not_trained(model: torch.nn.Module) -> float:
-    """Parameters without a gradient, in units of 1e6."""
+    """Returns the number of frozen parameters in millions."""
     return sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad) / 1e6
 
 
 def device_name(device: torch.device) -> str:
-    """What a person calls the device."""
+    """Returns a human-readable name of the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -366,7 +366,7 @@ def device_name(device: torch.device) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds."""
+    """Formats seconds as hours, minutes and seconds."""
     whole = round(seconds)
     hours, minutes = divmod(whole // 60, 60)
     return f"{hours} h {minutes:02} min {whole % 60:02} s" if hours else f"{minutes} min {whole % 60:02} s"
@@ -375,7 +375,7 @@ def duration(seconds: float) -> str:
 def run_figures(
     recorder: CardRecorder, config: VidPrismConfig, labels: list[str], evaluation: Evaluation | None
 ) -> dict[str, tuple[str, bytes]]:
-    """The pictures of a run's card: caption and PNG by path."""
+    """Draws the figures of a run's card: caption and PNG by path."""
     drawn = {}
     if recorder.epochs:
         drawn["figures/curves.png"] = ("Loss and held-out top-1 over the epochs", curves(recorder.epochs))

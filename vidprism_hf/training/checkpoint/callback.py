@@ -1,10 +1,9 @@
-"""The callback that no run loses its work to: it writes last.ckpt, stops at signals, and ends a run that diverges.
+"""A callback that writes last.ckpt, stops on signals, and aborts a run that diverges.
 
-All three are decided between two steps, by all processes alike. With a step's end goes one tensor of three numbers
-(is the loss no number, the signal, is a checkpoint due), its maximum over the processes. On a GPU it is copied to the
-host behind the step and read a step later: nothing waits for the device, and a decision comes one step late. Before a
-checkpoint is written what is still on its way is awaited, and the weights are looked at: none that is NaN or infinite
-gets into a file.
+All three decisions are made between two steps, alike on all ranks. After each step the ranks all-reduce (max) three
+flags: non-finite loss, signal received, checkpoint due. On a GPU the result is copied to the host asynchronously and
+read one step later, so that nothing waits for the device and decisions come one step late. Before a checkpoint is
+written, pending flags are read and the weights are checked: no file contains NaN or infinite weights.
 """
 
 import time
@@ -28,23 +27,23 @@ from ...util import preview
 from .files import LAST, CheckpointSettings
 from .resume import random_states, set_random_states, settle_loops, settle_progress
 
-NAMED_CLIPS = 16  # in the message of a run that diverges
-YOUNG = 60.0  # seconds: epochs that are shorter share a last.ckpt, whose writing may take longer than they do
+NAMED_CLIPS = 16  # at most, in the message of a run that diverges
+YOUNG = 60.0  # seconds: not every shorter epoch writes last.ckpt, which may take longer than the epoch
 
 
 class Diverged(UserError):
-    """A run whose loss, or a weight, is no finite number any more."""
+    """The loss or a weight of the run became NaN or infinite."""
 
 
 class _Told(NamedTuple):
-    """What a batch told.
+    """Flags of a batch.
 
     Attributes:
-        step: The optimiser step that it is part of, from 1.
-        flags: (3,) float32 on the host: see the module. On a GPU still on its way until `copied`.
-        copied: Event of the copy; None where there was none.
-        lost: (), bool: whether this process's own loss is no finite number.
-        clips: Its clips: names, or their indices, (B,).
+        step: Optimiser step of the batch, from 1.
+        flags: (3,) float32 on the host, see the module. On a GPU, valid only after `copied`.
+        copied: Event of the copy from the GPU; None on a CPU.
+        lost: (), bool: whether this rank's own loss is not finite.
+        clips: Names of its clips, or their indices, (B,).
     """
 
     step: int
@@ -55,12 +54,12 @@ class _Told(NamedTuple):
 
 
 class Safeguard(Checkpoint):
-    """Writes last.ckpt at the ends of epochs, in between, and when a signal asks for the end; see the module.
+    """Writes last.ckpt at the end of epochs, in between, and when a signal stops the run; see the module.
 
     Args:
-        folder: Where last.ckpt goes.
-        settings: How often it is written within an epoch.
-        export: Called with trainer and folder when it was written at the end of an epoch.
+        folder: Folder of last.ckpt.
+        settings: How often last.ckpt is written within an epoch.
+        export: Called with trainer and folder after last.ckpt is written at the end of an epoch.
     """
 
     def __init__(
@@ -74,16 +73,16 @@ class Safeguard(Checkpoint):
         self.export = export
         self.saved_step = 0  # global step of last.ckpt
         self.run: str | None = None  # see Start
-        self.begun: str | None = None  # see Start; None is that of the checkpoint
+        self.begun: str | None = None  # see Start; None takes the checkpoint's
         self._signals = SignalWatch()
         self._told: deque[_Told] = deque()
         self._latest: _Told | None = None
-        self._signal, self._due = 0, False  # agreed on by all processes
+        self._signal, self._due = 0, False  # the same on all ranks
         self._validating = False
         self._clock = 0.0
         self._random: list[dict[str, Any]] | None = None
 
-    # What is kept
+    # State
 
     def state_dict(self) -> dict[str, Any]:
         return {"random": gathered(random_states()), "begun": self.begun, "run": self.run}
@@ -102,24 +101,24 @@ class Safeguard(Checkpoint):
         if trainer.state.fn == "fit":
             self.saved_step = checkpoint["global_step"]
 
-    # Where training is
+    # Hooks
 
     def setup(self, trainer, pl_module, stage):
         if stage == "fit":
-            self._signals.install(trainer, "stopping as soon as what is being prepared can be kept")
+            self._signals.install(trainer, "stopping as soon as the work in progress can be saved")
 
     def teardown(self, trainer, pl_module, stage):
         self.release()
 
     def release(self) -> None:
-        """Gives signals back, as the end of a training does where it is no error."""
+        """Restores the signal handlers, as the end of training does unless an error ended it."""
         self._signals.restore()
 
     def between_shards(self) -> None:
-        """To be called in long work before the training, where all that was done is kept; the feature cache does.
+        """Stops if a signal arrived. Long work before training, such as the feature cache, calls it at safe points.
 
         Raises:
-            Stopped: If this process was told to end. Whoever calls it ends the others with it (`Ranks.gather`).
+            Stopped: If this rank received a signal. The caller has to stop the other ranks (`Ranks.gather`).
         """
         if self._signals.received:
             raise Stopped(self._signals.received)
@@ -154,7 +153,7 @@ class Safeguard(Checkpoint):
             self._read(trainer)
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
-        # One process may stop here; several take different numbers of batches and stop together after the last.
+        # A single rank may stop here; several have different numbers of batches and stop together after the last.
         alone = trainer.world_size == 1 and trainer.state.fn == "fit"
         if self._signals.received and alone and between_steps(trainer):
             self._signal = self._signals.received
@@ -180,30 +179,30 @@ class Safeguard(Checkpoint):
         self._signals.leave_at_once(trainer)
 
     def on_exception(self, trainer, pl_module, exception):
-        """Saves what was reached, where that is the end of a step, and all processes are there."""
+        """Saves the progress if a step has just ended and all ranks are here."""
         if isinstance(exception, Stopped) and exception.signum == WARNING:
             requeue(trainer)
         ours = isinstance(exception, (Stopped, Diverged))
         together = trainer.world_size == 1 or isinstance(exception, TooManyBadClips)
         if trainer.state.fn == "fit" and not ours and together and between_steps(trainer):
-            with suppress(UserError):  # the weights are lost, or the disk is full: the exception tells why it ends
+            with suppress(UserError):  # non-finite weights or a full disk: the original exception is the one to report
                 self._save(trainer)
 
-    # What is done
+    # Actions
 
     def _save(self, trainer: L.Trainer, anew: bool = False) -> None:
-        """Writes last.ckpt, unless it is this step's already."""
+        """Writes last.ckpt, unless this step's is already written."""
         self._read(trainer)
         self._due, self._clock = False, time.monotonic()
         if trainer.fast_dev_run or (trainer.global_step == self.saved_step and not anew):
             return
         for logger in trainer.loggers:
-            logger.save()  # what is logged up to here will not be logged again
+            logger.save()  # a resumed run does not repeat what was logged up to here
         trainer.save_checkpoint(self.path, weights_only=False)
         self.saved_step = trainer.global_step
 
     def _leave(self) -> None:
-        """Ends the run if a signal asks for it."""
+        """Stops the run if a signal was received."""
         if self._signal:
             raise Stopped(self._signal)
 
@@ -213,7 +212,7 @@ class Safeguard(Checkpoint):
         return by_steps or (minutes is not None and time.monotonic() - self._clock >= 60 * minutes)
 
     def _read(self, trainer: L.Trainer, late: bool = False) -> None:
-        """Takes in what the batches told; all of them, or all but the last."""
+        """Reads the flags of all pending batches; with `late`, all but the last."""
         while len(self._told) > late:
             told = self._told.popleft()
             if told.copied is not None:
@@ -228,37 +227,37 @@ class Safeguard(Checkpoint):
             raise self._diverged(trainer, self._latest, "a weight is NaN or infinite after the step", True)
 
     def _diverged(self, trainer: L.Trainer, told: _Told | None, what: str, here: bool) -> Diverged:
-        """The error, the same on all processes: it names the clips of those whose loss is meant."""
+        """Returns the error, the same on all ranks, with the clips of the ranks that diverged."""
         names = [name for names in gathered(clip_names(trainer, told) if here and told else []) for name in names]
         kept = f"{self.path} (step {self.saved_step})" if self.saved_step else "none"
         return Diverged(
             f"step {told.step if told else trainer.global_step}: {what}; clips of the batch: "
             f"{preview(names, NAMED_CLIPS)}; last good checkpoint: {kept}; lower model.learning_rate or set "
-            "trainer.gradient_clip_val, and look at these clips"
+            "trainer.gradient_clip_val, and check these clips"
         )
 
 
 def reads_late(device: torch.device) -> bool:
-    """Whether what a step told is read a step later, so that nothing waits for the device."""
+    """Returns whether flags are read one step late, so that nothing waits for the device."""
     return device.type == "cuda"
 
 
 def ends_step(trainer: L.Trainer) -> bool:
-    """Whether the last batch ended a step of the optimiser: gradients that add up are in no checkpoint."""
+    """Returns whether the last batch ended an optimiser step; checkpoints do not contain accumulated gradients."""
     done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
     return done % trainer.accumulate_grad_batches == 0 or done >= trainer.num_training_batches
 
 
 def between_steps(trainer: L.Trainer) -> bool:
-    """Whether a checkpoint can be written from which the training goes on as it would have."""
+    """Returns whether a checkpoint written now resumes exactly."""
     batches = trainer.fit_loop.epoch_loop.batch_progress.current
-    # The end of an epoch's last batch, before what follows on it, is a place that Lightning's counters cannot tell.
+    # Lightning's counters cannot represent the moment after an epoch's last batch, before its end-of-epoch work.
     closing = batches.completed < batches.processed >= trainer.num_training_batches
     return ends_step(trainer) and batches.started == batches.processed and not closing
 
 
 def _told(step: int, flags: torch.Tensor, lost: torch.Tensor, clips: Any) -> _Told:
-    """Starts the way of a batch's flags to the host."""
+    """Starts the all-reduce of a batch's flags and their copy to the host."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     host, copied = flags.to("cpu", non_blocking=True), None
@@ -269,14 +268,14 @@ def _told(step: int, flags: torch.Tensor, lost: torch.Tensor, clips: Any) -> _To
 
 
 def training_ends(trainer: L.Trainer) -> bool:
-    """Whether no epoch follows on the one that ends."""
+    """Returns whether the ending epoch is the last."""
     epochs, most = trainer.fit_loop.epoch_progress.current.processed, trainer.max_epochs
     by_epochs = most not in (None, -1) and epochs >= most
     return by_epochs or trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
 
 
 def _most(values: list[float], trainer: L.Trainer) -> list[float]:
-    """The maximum of each value over all processes, which wait for each other."""
+    """Returns the maximum of each value over all ranks."""
     tensor = torch.tensor(values, dtype=torch.float32, device=trainer.strategy.root_device)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
@@ -284,7 +283,7 @@ def _most(values: list[float], trainer: L.Trainer) -> list[float]:
 
 
 def finite_weights(module: nn.Module) -> bool:
-    """Whether all trained weights, or this process's share of them, are finite numbers."""
+    """Returns whether all trainable parameters, or this rank's shard of them, are finite."""
     trained = (parameter.detach() for parameter in module.parameters() if parameter.requires_grad)
     local = (getattr(weight, "to_local", lambda weight=weight: weight)() for weight in trained)
     checks = [torch.isfinite(weight).all() for weight in local]
@@ -292,7 +291,7 @@ def finite_weights(module: nn.Module) -> bool:
 
 
 def clip_names(trainer: L.Trainer, told: _Told) -> list[str]:
-    """What the clips of a batch are called; their numbers where the data module has no table."""
+    """Returns the names of a batch's clips, or their indices if the data module has no table."""
     if told.clips is None:
         return []
     if isinstance(told.clips, list):

@@ -1,7 +1,7 @@
-"""Checkpoint files that are whole or not there: written beside, then renamed, the one before kept meanwhile.
+"""Atomic checkpoint files: written to a temporary file, then renamed; the previous checkpoint is kept meanwhile.
 
-torch.save writes a zip archive with a CRC-32 of each record. torch.load does not look at it (PyTorch builds its reader
-without the check), but Python's zipfile does: a cut or altered file is found without a second file beside it.
+torch.save writes a zip archive with a CRC-32 of each record. torch.load ignores it (PyTorch builds its reader without
+the check), but Python's zipfile checks it, so a truncated or altered file is detected without a separate checksum.
 """
 
 import os
@@ -17,16 +17,16 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from ...errors import UserError, first_line
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
-UNFINISHED = ".tmp"  # ends the name of a file that is being written
+UNFINISHED = ".tmp"  # suffix of a file that is being written
 
 
 @dataclass
 class CheckpointSettings:
-    """When last.ckpt is written, besides the ends of epochs and a stop by a signal.
+    """When last.ckpt is written within an epoch; it is always written at the end of epochs and on a signal.
 
     Args:
-        every_minutes: Minutes between two; null leaves them out.
-        every_n_steps: Optimiser steps between two; null leaves them out.
+        every_minutes: Minutes between checkpoints; null disables them.
+        every_n_steps: Optimiser steps between checkpoints; null disables them.
     """
 
     every_minutes: float | None = 15.0
@@ -39,16 +39,16 @@ class CheckpointSettings:
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Writes a file beside, brings it to the disk and renames it; what was last.ckpt becomes previous.ckpt.
+    """Writes checkpoints atomically, with fsync; the old last.ckpt becomes previous.ckpt.
 
-    At no moment is there no whole checkpoint, whenever the process or the machine ends.
+    There is an intact checkpoint at every moment, even if the process or the machine dies.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Writes a checkpoint.
 
         Raises:
-            UserError: If it cannot be written; the ones before stay.
+            UserError: If it cannot be written; earlier checkpoints are kept.
         """
         path = Path(path)
         beside = path.with_name(path.name + UNFINISHED)
@@ -62,14 +62,14 @@ class SafeCheckpointIO(TorchCheckpointIO):
                 os.replace(path, path.with_name(PREVIOUS))
             os.replace(beside, path)
             _sync_folder(path.parent)
-        except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of a full disk
+        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError when the disk is full
             beside.unlink(missing_ok=True)
             raise UserError(
-                f"{path}: cannot be written ({first_line(error)}); make room, then go on by the same command"
+                f"{path}: cannot be written ({first_line(error)}); make room, then resume with the same command"
             ) from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True) -> dict:
-        """Reads a checkpoint, and runs nothing that it might hold: `weights_only` is true whatever is asked."""
+        """Reads a checkpoint, always with `weights_only`: a checkpoint must not run code."""
         return super().load_checkpoint(path, map_location=map_location, weights_only=True)
 
 
@@ -85,9 +85,9 @@ def _sync_folder(folder: Path) -> None:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint file; None if it is whole.
+    """Describes what is wrong with a checkpoint file; None if it is intact.
 
-    A folder is a checkpoint in the form of a strategy, such as DeepSpeed's, and is not looked into.
+    A folder is a strategy's own format, such as DeepSpeed's, and is not checked.
     """
     if path.is_dir():
         return None
@@ -96,16 +96,16 @@ def damage(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             altered = archive.testzip()
-    except Exception as error:  # zipfile raises whatever it stumbles over
+    except Exception as error:  # zipfile may raise anything on damaged files
         return f"is cut or altered ({first_line(error)})"
     return f"is altered ({altered})" if altered else None
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a whole checkpoint, mapped into memory; tensors are read when they are looked at.
+    """Reads an intact checkpoint, memory-mapped: tensors are loaded on access.
 
     Raises:
-        UserError: If it is damaged or no run's checkpoint; the message has no file name.
+        UserError: If it is damaged or not a run's checkpoint; the message has no file name.
     """
     if cause := damage(path):
         raise UserError(cause)
@@ -114,15 +114,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         content["optimizer_states"], content["loops"]
-    except Exception as error:  # torch.load raises whatever its unpickler meets
-        raise UserError(f"is no run's checkpoint ({type(error).__name__})") from error
+    except Exception as error:  # torch.load may raise anything on foreign files
+        raise UserError(f"is not a run's checkpoint ({type(error).__name__})") from error
     return content
 
 
 class KeptCheckpoint(ModelCheckpoint):
-    """A ModelCheckpoint whose run may be moved: what it knows of its files holds for its folder, wherever that is.
+    """A ModelCheckpoint that still finds its files after the run's folder has been moved.
 
-    If the best one is not there any more, as where a branch begins before it, the next one is.
+    If the best checkpoint is gone, for example because the run resumed from an earlier one, the next takes its place.
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,9 +1,9 @@
-"""How a run begins: anew, or from the last checkpoint of its folder; and what a checkpoint needs for that.
+"""Decides whether a run starts fresh or resumes, and prepares checkpoints for an exact resume.
 
-The same command typed again goes on where it was stopped, whatever its `resume`: a checkpoint holds the one that its
-run, or branch of it, was begun with. A checkpoint is written between two batches; it holds where
-in the epoch that was (VideoDataModule.state_dict), Lightning's counters as they have to be for the next batch to follow
-(`settle_progress`), and the states of all random generators.
+Repeating a command resumes where it stopped, whatever its `resume`: checkpoints store the `resume` that their run, or
+branch of it, started with. A checkpoint is written between two batches. It stores the position in the epoch
+(VideoDataModule.state_dict), Lightning's counters, adjusted so that the next batch follows (`settle_progress`), and the
+states of all random generators.
 """
 
 import hashlib
@@ -28,11 +28,11 @@ from ...util import preview
 from .files import BEST, LAST, PREVIOUS, UNFINISHED, read_checkpoint
 
 IDENTITY = re.compile(r"# Run (\w+)$", re.MULTILINE)
-METRICS = "metrics.json"  # written last: it tells that a run is finished
+METRICS = "metrics.json"  # written last: marks a finished run
 AUTO, NONE = "auto", "none"
-ASIDE = "aside"  # in the checkpoints' folder: those of the branch that was left last
+ASIDE = "aside"  # in the checkpoints' folder: checkpoints of the last abandoned branch
 
-# Settings without which the training would be the same; of the trainer, those that make it another one.
+# Settings of model and data that do not change the training, and settings of the trainer that do.
 HARMLESS = {
     "model": {"gradient_checkpointing"},
     "data": {
@@ -48,15 +48,15 @@ OF_THE_TRAINER = {
 
 @dataclass(frozen=True)
 class Start:
-    """How a run begins.
+    """How a run starts.
 
     Attributes:
-        checkpoint: What it goes on from; None begins anew.
-        begun: The `resume` that the run, or its present branch, begins with: "auto", "none" or a file's name. Its
-            checkpoints hold it, and so the same command typed again goes on. None is what the checkpoint says.
-        data: State of the data module in it.
-        run: The run's identity, which config.yaml and each of its checkpoints have: a hash of the settings that it was
-            first started with, whatever later ones changed.
+        checkpoint: Checkpoint to resume from; None starts fresh.
+        begun: The `resume` that the run, or its current branch, started with: "auto", "none" or a file name. It is
+            stored in checkpoints, so that repeating the command resumes. None takes the checkpoint's.
+        data: The data module's state in the checkpoint.
+        run: The run's identity, stored in config.yaml and in every checkpoint: a hash of the settings it was first
+            started with.
     """
 
     checkpoint: str | None = None
@@ -66,15 +66,15 @@ class Start:
 
 
 def begin(output: Path, resume: str, settings: dict[str, Any]) -> Start:
-    """Decides how a run begins, says so, and makes its folder ready. For the first process alone.
+    """Decides how a run starts, prints the decision, and prepares the run's folder. Call it on rank 0 only.
 
     Args:
         output: The run's folder.
-        resume: "auto", "none", or a checkpoint of the folder.
+        resume: "auto", "none", or a checkpoint in the folder.
         settings: All settings of the run.
 
     Raises:
-        UserError: If the folder cannot be used, or the run in it cannot or should not be gone on with.
+        UserError: If the folder cannot be used, or its run cannot or should not be resumed.
     """
     try:
         if resume not in (AUTO, NONE):
@@ -87,7 +87,7 @@ def begin(output: Path, resume: str, settings: dict[str, Any]) -> Start:
             raise UserError(f"output {output}: exists and is not a run's folder; choose another one")
         if had_just_begun(output) and not changed_settings(output, settings):
             _sweep(output)
-            print(f"The run in {output} was stopped before its first checkpoint; it begins again", flush=True)
+            print(f"The run in {output} was stopped before its first checkpoint; it starts again", flush=True)
             return Start(begun=resume)
         return _anew(output, settings) if resume == NONE else _go_on(output, settings)
     except OSError as error:
@@ -95,57 +95,57 @@ def begin(output: Path, resume: str, settings: dict[str, Any]) -> Start:
 
 
 def _go_on(output: Path, settings: dict[str, Any]) -> Start:
-    """With the run in the folder, if there is something to go on with."""
+    """Resumes the run in the folder if it has a checkpoint."""
     if (output / METRICS).is_file():
         return _keep(output, AUTO, "it is finished")
     if (found := last_good(output / "checkpoints")) is None:
         return _keep(output, AUTO, "it has no checkpoint")
     if changes := changed_settings(output, settings):
         raise UserError(
-            f"output {output}: its run was stopped, and had other settings ({preview(changes, 9, '; ')}); type them "
-            f"again, or go on with the new ones by --resume {found[0]}, or begin anew by --resume none, which keeps "
+            f"output {output}: its run was stopped and had different settings ({preview(changes, 9, '; ')}); repeat "
+            f"them, or resume with the new ones by --resume {found[0]}, or start fresh by --resume none, which keeps "
             "the folder"
         )
     return _start(output, *found)
 
 
 def _anew(output: Path, settings: dict[str, Any]) -> Start:
-    """Without the run in the folder, unless this command has begun it."""
+    """Starts a fresh run, or resumes the one in the folder if this same command started it."""
     checkpoints = output / "checkpoints"
     same = not (output / METRICS).is_file() and has_begun(checkpoints, NONE) and not changed_settings(output, settings)
     if not same:
         return _keep(output, NONE, "asked for")
-    print(f"--resume {NONE} has begun this run already; to begin once more, rename {output} first", flush=True)
+    print(f"--resume {NONE} already started this run; to start another one, rename {output} first", flush=True)
     return _start(output, *last_good(checkpoints))
 
 
 def _keep(output: Path, begun: str, why: str) -> Start:
-    """Renames the folder."""
+    """Renames the folder and starts fresh."""
     kept, here = free_name(output), Path.cwd()
     if output.resolve() in (here, *here.parents):
         raise UserError(
-            f"output {output}: its run would be kept as {kept} ({why}), and the current folder with it; call from "
-            "elsewhere, or choose another output"
+            f"output {output}: its run would be renamed to {kept} ({why}), and the current folder with it; run the "
+            "command from elsewhere, or choose another output"
         )
     try:
         output.rename(kept)
     except OSError as error:
         raise UserError(
-            f"output {output}: its run cannot be kept as {kept} ({why}, and {error.strerror}); choose another output"
+            f"output {output}: its run cannot be renamed to {kept} ({why}; {error.strerror}); choose another output"
         ) from error
-    print(f"The earlier run in {output} is kept as {kept} ({why}); a new one begins", flush=True)
+    print(f"The earlier run in {output} is kept as {kept} ({why}); a new one starts", flush=True)
     return Start(begun=begun)
 
 
 def _from_checkpoint(output: Path, checkpoint: Path, settings: dict[str, Any]) -> Start:
-    """From a checkpoint that was named, or with the branch that this command has begun there."""
+    """Resumes from a named checkpoint, or continues the branch that this same command started there."""
     checkpoints = output / "checkpoints"
     ours = checkpoint.resolve().parent == checkpoints.resolve() and (output / "config.yaml").is_file()
     changes = changed_settings(output, settings) if ours else []
     if ours and not changes and has_begun(checkpoints, checkpoint.name):
         if checkpoint.name != LAST:
             print(
-                f"--resume {checkpoint} has begun this branch already; to begin from there once more, move {LAST} and "
+                f"--resume {checkpoint} already started this branch; to start from there again, move {LAST} and "
                 f"{PREVIOUS} away first",
                 flush=True,
             )
@@ -154,19 +154,19 @@ def _from_checkpoint(output: Path, checkpoint: Path, settings: dict[str, Any]) -
         content = read_checkpoint(checkpoint)
     except UserError as error:
         raise UserError(
-            f"resume {checkpoint}: {error}; --resume auto finds the last good one, none begins anew"
+            f"resume {checkpoint}: {error}; --resume auto finds the last good one, none starts fresh"
         ) from error
     if not ours:
         raise UserError(f"resume {checkpoint}: not in {checkpoints}; set output to the folder of its run")
     done, most = epochs_done(content), settings["trainer"].get("max_epochs")
     if most is not None and 0 <= most < done:
-        raise UserError(f"trainer.max_epochs={most}: {checkpoint} has had {done} epochs; set it to more")
+        raise UserError(f"trainer.max_epochs={most}: {checkpoint} is already at {done} epochs; set it to more")
     identity(output, checkpoint, content)  # before anything is moved
     if changes:
-        print(f"With other settings than before: {preview(changes, 9, '; ')}", flush=True)
+        print(f"Changed settings: {preview(changes, 9, '; ')}", flush=True)
     if left := later(checkpoints, checkpoint.name, content):
         set_aside(left, checkpoints / ASIDE)
-        print(f"What came after {checkpoint.name} is moved to {checkpoints / ASIDE}", flush=True)
+        print(f"Checkpoints after {checkpoint.name} are moved to {checkpoints / ASIDE}", flush=True)
     return _start(output, checkpoint, content, checkpoint.name)
 
 
@@ -175,74 +175,73 @@ def _start(output: Path, checkpoint: Path, content: dict[str, Any], begun: str |
     _sweep(output)
     last = checkpoint.with_name(LAST)
     if checkpoint.name != LAST and last.exists():
-        # The next one would make it previous.ckpt, which may be the one that is gone on from.
+        # The next save would rename it to previous.ckpt, which may be the checkpoint resumed from.
         os.replace(last, last.with_name(f"{LAST}.damaged"))
-    (output / METRICS).unlink(missing_ok=True)  # the run is not finished any more
+    (output / METRICS).unlink(missing_ok=True)  # the run is no longer finished
     where = f"step {content['global_step']}, epoch {epochs_done(content) + 1}" if content else "its last step"
     print(f"Going on with the run in {output} from {where} ({checkpoint.name})", flush=True)
     return Start(str(checkpoint), begun, dict(content.get("VideoDataModule", {})), run)
 
 
 def identity(output: Path, checkpoint: Path, content: dict[str, Any]) -> str | None:
-    """The identity of a run that goes on from a checkpoint. Where one of the two has none, the other's counts;
-    None where neither has.
+    """Returns the identity of a resumed run, from config.yaml or the checkpoint; None if neither has one.
 
     Raises:
-        UserError: If the checkpoint is another run's.
+        UserError: If the checkpoint belongs to another run.
     """
     with open(output / "config.yaml", encoding="utf-8", errors="replace") as file:
         found = IDENTITY.match(file.readline())
     known, its_own = found and found[1], content.get("callbacks", {}).get("Safeguard", {}).get("run")
     if known and its_own and known != its_own:
         raise UserError(
-            f"{checkpoint}: is of another run than {output / 'config.yaml'}; put the run's own there, or begin anew by "
-            f"--resume {NONE}, which keeps the folder"
+            f"{checkpoint}: belongs to another run than {output / 'config.yaml'}; restore the run's own, or start "
+            f"fresh by --resume {NONE}, which keeps the folder"
         )
     return known or its_own
 
 
 def settings_hash(settings: dict[str, Any]) -> str:
-    """A hash of the settings that make a training what it is: the identity of a run that they start."""
+    """Hashes the settings that determine a training: the identity of a run."""
     return hashlib.sha256(json.dumps(list(_leaves(settings)), sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def identified(run: str, settings: str) -> str:
-    """The text of config.yaml: a run's settings, and its identity above them."""
+    """Returns the text of config.yaml: a run's identity and settings."""
     return f"# Run {run}\n{settings}"
 
 
 def epochs_done(content: dict[str, Any]) -> int:
-    """How many epochs a checkpoint has behind it; 0 where it does not tell."""
+    """Returns the number of finished epochs of a checkpoint; 0 if unknown."""
     return content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"] if content else 0
 
 
 def _sweep(output: Path) -> None:
-    """Removes what a kill has left half-written."""
+    """Removes temporary files left by a killed process."""
     for unfinished in (*output.glob(f"*{UNFINISHED}"), *(output / "checkpoints").glob(f"*{UNFINISHED}")):
         unfinished.unlink()
 
 
 def had_just_begun(output: Path) -> bool:
-    """Whether the run in a folder has left nothing that could be gone on from, or kept."""
+    """Returns whether the run in a folder has no checkpoint and no result yet."""
     return not (output / METRICS).is_file() and not any((output / "checkpoints").glob("*.ckpt"))
 
 
 def last_good(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The last whole checkpoint of a run and its content, None if there is none; damaged ones are told.
+    """Returns the last intact checkpoint of a run and its content; None if there is none. Prints damaged ones.
 
     Raises:
-        UserError: If there are checkpoints, but none is whole.
+        UserError: If there are checkpoints, but all are damaged.
     """
     found, damaged = _last_whole(folder, (LAST, PREVIOUS, BEST))
     if damaged and found is None:
-        raise UserError(f"{'; '.join(damaged)}: there is no other; --resume none begins anew and keeps the folder")
+        raise UserError(f"{'; '.join(damaged)}: there is no other; --resume none starts fresh and keeps the folder")
     for line in damaged:
-        print(f"{line}: going on from the one before", flush=True)
+        print(f"{line}: resuming from the one before", flush=True)
     return found
 
 
 def _last_whole(folder: Path, names: tuple[str, ...]) -> tuple[tuple[Path, dict[str, Any]] | None, list[str]]:
-    """The first whole checkpoint of some, and what is wrong with those before it."""
+    """Returns the first intact checkpoint among some names, and a description of each damaged one before it."""
     damaged = []
     for path in (folder / name for name in names):
         if not path.exists():
@@ -255,15 +254,15 @@ def _last_whole(folder: Path, names: tuple[str, ...]) -> tuple[tuple[Path, dict[
 
 
 def has_begun(folder: Path, resume: str) -> bool:
-    """Whether the run in whose checkpoints' folder this is, or its present branch, was begun by that `resume`."""
+    """Returns whether the run of a checkpoints' folder, or its current branch, started with this `resume`."""
     found, _ = _last_whole(folder, (LAST, PREVIOUS))
     return found is not None and found[1].get("callbacks", {}).get("Safeguard", {}).get("begun") == resume
 
 
 def later(folder: Path, name: str, content: dict[str, Any]) -> list[Path]:
-    """A run's own checkpoints that came after one of them, with their exports, the last one last.
+    """Returns the run's checkpoints that are later than the named one, with their exports, last.ckpt at the end.
 
-    last.ckpt and previous.ckpt are among them where that cannot be told; nothing comes after last.ckpt.
+    last.ckpt and previous.ckpt are included when that is unknown; nothing is later than last.ckpt.
     """
     found, step = [], content.get("global_step")
     for other in () if name == LAST else (BEST, PREVIOUS, LAST):
@@ -281,7 +280,7 @@ def later(folder: Path, name: str, content: dict[str, Any]) -> list[Path]:
 
 
 def set_aside(paths: list[Path], folder: Path) -> None:
-    """Moves files to a folder, in the place of all that is in it."""
+    """Replaces a folder's content by these files, moved there."""
     beside = folder.with_name(f"{folder.name}.new")
     beside.mkdir(exist_ok=True)
     for path in paths:
@@ -291,7 +290,7 @@ def set_aside(paths: list[Path], folder: Path) -> None:
 
 
 def changed_settings(output: Path, settings: dict[str, Any]) -> list[str]:
-    """What of a run's settings was otherwise when it was started, as far as it makes another training of it."""
+    """Lists settings that differ from the ones the run was started with and that change the training."""
     before = read_mapping(output / "config.yaml")
     found = []
     for section, key, value in _leaves(settings):
@@ -313,16 +312,16 @@ def _leaves(settings: dict[str, Any]):
 
 
 def agreed(trainer: L.Trainer, module: L.LightningModule, start: Start | None) -> Start:
-    """The first process's decision, on all processes: the others may look at the folder when it has changed.
+    """Broadcasts rank 0's decision to all ranks; the folder may change before the others read it.
 
-    Processes that Lightning is to launch are launched here, and connected; Lightning does it again for what follows.
+    Launches and connects the processes that Lightning has to launch; Lightning does so again afterwards.
     """
     launcher = trainer.strategy.launcher
     if trainer.world_size == 1 or isinstance(launcher, _MultiProcessingLauncher):
-        return start  # there is one process so far
+        return start  # only one process so far
 
     def tell() -> Start:
-        trainer.strategy.connect(module)  # FSDP2 gives it the mesh of devices
+        trainer.strategy.connect(module)  # FSDP2 sets the module's device mesh
         trainer.strategy.setup_environment()
         return trainer.strategy.broadcast(start)
 
@@ -330,10 +329,10 @@ def agreed(trainer: L.Trainer, module: L.LightningModule, start: Start | None) -
 
 
 def check_writable(output: Path) -> None:
-    """Makes a folder if it is not there.
+    """Creates a folder if needed and checks that it is writable.
 
     Raises:
-        UserError: If that cannot be done, or nothing can be written to it.
+        UserError: If it is not.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -345,7 +344,7 @@ def check_writable(output: Path) -> None:
 
 
 def free_name(path: Path) -> Path:
-    """The path, or the first of `<path>.1`, `<path>.2`, ... that is not there yet."""
+    """Returns the first of `<path>`, `<path>.1`, `<path>.2`, ... that does not exist."""
     number, free = 0, path
     while free.exists():
         number += 1
@@ -353,20 +352,20 @@ def free_name(path: Path) -> Path:
     return free
 
 
-# What a checkpoint holds for it
+# Checkpoint contents for an exact resume
 
 
 def settle_progress(checkpoint: dict[str, Any], validating: bool) -> None:
-    """Makes Lightning's counters in a checkpoint such that exactly the next batch follows.
+    """Adjusts Lightning's counters in a checkpoint so that a resumed run starts with exactly the next batch.
 
-    Lightning guesses from them where a checkpoint was written, and takes some places for others: a validation would
-    be left out, a step logged under another's number. There are three places, and for each the counters that it does
-    understand: between two epochs (as at the start of the next), within a validation (which is done again from its
-    start), and between two batches (as its own at the end of a batch, where validation is over).
+    Lightning infers from them where a checkpoint was written and sometimes gets it wrong: it would skip a validation,
+    or log a step under a wrong number. This sets counters that it understands for each of the three cases: between two
+    epochs (as at the start of the next), within a validation (which restarts), and between two batches (as after a
+    batch whose validation is over).
 
     Args:
-        checkpoint: As Lightning is about to write it.
-        validating: Whether a validation of the training is under way.
+        checkpoint: The checkpoint that Lightning is about to write.
+        validating: Whether a validation is in progress.
     """
     loops = checkpoint["loops"]["fit_loop"]
     epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
@@ -388,14 +387,14 @@ def settle_progress(checkpoint: dict[str, Any], validating: bool) -> None:
 
 
 def settle_loops(trainer: L.Trainer) -> None:
-    """Lets an epoch begin that was not begun before: with `max_steps`, Lightning would count a step for going on."""
+    """Starts an epoch normally if it was not started before; with `max_steps`, resuming would count an extra step."""
     epochs = trainer.fit_loop.epoch_progress.current
     if epochs.started == epochs.processed:
         trainer.fit_loop.epoch_loop.restarting = False
 
 
 def random_states() -> dict[str, Any]:
-    """The states of this process's random generators, as plain numbers."""
+    """Returns the states of this rank's random generators as plain numbers."""
     kind, keys, *rest = np.random.get_state()
     states = {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest)}
     states["torch"] = torch.get_rng_state().tolist()
@@ -405,7 +404,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Sets the states that `random_states` gave."""
+    """Restores the states returned by `random_states`."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
