@@ -104,9 +104,7 @@ def test_recipe_and_split_of_an_export(run, motion_clips, tmp_path):
     assert str(motion_clips.parent) not in (run / "export" / "recipe.yaml").read_text()
     manifest = json.loads((run / "export" / "split.json").read_text())
     assert (manifest["train"]["clips"], manifest["val"]["clips"]) == (8, 4)
-    (listed,) = re.findall(
-        r"\| sha256 of the training list \| `(\w{64})` \|", (run / "export" / "README.md").read_text()
-    )
+    (listed,) = re.findall(r"\| sha256 of the training list \| (\w{64}) \|", (run / "export" / "README.md").read_text())
     assert manifest["train"]["sha256"] == listed != manifest["val"]["sha256"]
     # It is a recipe: a run by it gives the same weights.
     again = ["finetune", "--config", str(run / "export" / "recipe.yaml"), f"--data.source={motion_clips}"]

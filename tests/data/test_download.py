@@ -145,5 +145,5 @@ def test_a_fetched_file_has_the_mode_of_a_new_file(tmp_path):
     (tmp_path / "web").mkdir()
     (tmp_path / "web" / "a").write_bytes(b"a")
     with serve_folder(tmp_path / "web") as site, umask(0o027):
-        fetch_file(f"{site.url}/a", tmp_path / "new" / "a", show_progress=False)
+        fetch_file(f"{site.url}/a", tmp_path / "new" / "a")
     assert modes(tmp_path / "new") == {"": 0o750, "a": 0o640}

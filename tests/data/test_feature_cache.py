@@ -390,7 +390,8 @@ KILLED = """
 import os, signal, sys
 sys.path[:0] = {tests!r}
 import test_feature_cache as test
-from vidprism_hf.data import FileTable, feature_cache
+from vidprism_hf.data import FileTable
+from vidprism_hf.data.features import cache as feature_cache
 
 feature_cache.SHARD_SECONDS = 0.0
 replace, count = os.replace, 0

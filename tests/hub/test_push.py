@@ -11,6 +11,7 @@ from huggingface_hub import HfApi
 from push_helpers import QUICK, as_published, brisk, first_commit, push, pushed_once, repo_of, with_bytes
 from small import complaint, files_of, tiny_export
 
+import vidprism_cli
 from vidprism_hf.cli.push import main
 from vidprism_hf.errors import UserError
 from vidprism_hf.hub.errors import PushError
@@ -412,8 +413,6 @@ def test_an_export_of_a_run_is_one(hub, api, tmp_path):
 
 
 def test_a_complaint_is_one_line(command, exported, capsys, monkeypatch):
-    from vidprism_hf.cli import main as cli
-
-    monkeypatch.setitem(cli.VERBS, "push", command)
-    assert cli.main(["push", str(exported), "--repo", "org/m"]) == 1
+    monkeypatch.setattr("vidprism_hf.cli.push.main", command)
+    assert vidprism_cli.main(["push", str(exported), "--repo", "org/m"]) == 1
     assert "may not create" in complaint(capsys)

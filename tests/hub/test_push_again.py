@@ -100,8 +100,8 @@ def test_a_persons_words_go_up_where_the_hub_has_none(hub, api, folder, newer):
     ],
 )
 def test_what_stays_on_the_hub_in_spite_of_the_local_readme_is_told(hub, api, folder, tmp_path, there, here, told):
-    hub.add_model("alice/m", shutil.copytree(folder, tmp_path / "there"))
-    edit(tmp_path / "there", **there)
+    edit(shutil.copytree(folder, tmp_path / "there"), **there)
+    hub.add_model("alice/m", tmp_path / "there")
     edit(folder, **here)
     notes = push(hub, api.token, folder).notes
     assert notes == ([DIFFERS.format(told)] if told else [])

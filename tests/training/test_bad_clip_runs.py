@@ -46,7 +46,7 @@ def test_a_run_goes_on_and_lists_them(source, tmp_path, capsys):
     card = (output / "export" / "README.md").read_text()
     assert "| training clips | 7 of 8 (1 undecodable) |" in card
     assert "| held-out clips | 3 of 4 (1 undecodable) |" in card
-    assert f"- val: `{BAD_VAL}`: " in card
+    assert f"- val: {BAD_VAL}: " in card
     # The bad clip counts: of four clips at most three are right.
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["top1"] in (0.0, 0.25, 0.5, 0.75)

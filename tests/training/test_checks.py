@@ -7,7 +7,7 @@ from small import complaint, run_arguments
 
 from vidprism_cli import main
 from vidprism_hf.evaluation.intervals import wilson_interval
-from vidprism_hf.training.run import FEW_CLIPS
+from vidprism_hf.training.run import FEW_VIDEOS
 
 
 def callback(name: str, **settings) -> list[str]:
@@ -88,7 +88,7 @@ def test_a_run_on_few_clips_ends_with_a_caution(motion_clips, tmp_path, capsys):
 
 
 def test_few_clips_are_those_with_a_wide_interval():
-    low, high = wilson_interval(0.5, FEW_CLIPS)
+    low, high = wilson_interval(0.5, FEW_VIDEOS)
     assert 0.25 < high - low <= 0.3
 
 

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from small import complaint, run_arguments
 
 from vidprism_cli import main
-from vidprism_hf.cli.recipe import parse
+from vidprism_hf.cli.recipe import parse, trainer_settings
 from vidprism_hf.stalls import StallWatch
+from vidprism_hf.training.trainer import training_trainer
 from vidprism_hf.workers import CONTEXT
 
 ROOT = Path(__file__).parents[2]
@@ -87,7 +88,8 @@ def test_a_run_of_two_processes_one_of_which_hangs_in_its_data(motion_clips, tmp
 def test_the_limit_of_the_process_group(motion_clips, tmp_path):
     words = run_arguments(motion_clips, tmp_path, "--trainer.devices=2", "--collective_timeout=100")[1:]
     for name in ("auto", "ddp", "fsdp"):
-        trainer = parse([*words, f"--trainer.strategy={name}"]).instantiate_trainer(logger=False)
+        settings = trainer_settings(parse([*words, f"--trainer.strategy={name}"]))
+        trainer = training_trainer(settings, collective_timeout=100, logger=False)
         assert trainer.strategy._timeout.total_seconds() == 200
 
 

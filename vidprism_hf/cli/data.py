@@ -147,7 +147,7 @@ def show_verb(argv: list[str]) -> int:
     picture = _writable(Path(options.picture))
     if picture.suffix.lower() not in Image.registered_extensions():
         raise UserError(f"{picture}: unknown kind of picture; name a .png or .jpg file")
-    processor = load_processor(settings["processor"], SHEET_FRAMES)
+    processor = load_processor(settings["processor"] or "b16", SHEET_FRAMES)
     splits, parts = open_parts(settings)
     _print_classes(parts, splits)
 

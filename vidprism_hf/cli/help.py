@@ -39,7 +39,8 @@ run that was stopped.
   --collective_timeout N      seconds that a rank waits for another one in a step before all end (900)
   --help=trainer              the keys of Lightning's Trainer: devices, strategy, precision, callbacks, ...
 
-A recipe is code: it can name any class that is installed. Run those of people you trust.
+A recipe may name classes of Lightning and of this package. With --trust-recipe it may name any that is installed: then
+it is code, so run those of people you trust.
 """
 
 

@@ -44,15 +44,12 @@ from .checks import lightnings_complaints
 from .exporting import TRAIN_LIST, ExportSettings, export_best, export_run
 from .module import VidPrismLightningModule
 from .plan import RunPlan
-from .trainer import build_trainer, training_trainer
+from .trainer import build_trainer, tower_ensemble, training_trainer
 
 # On fewer videos the 95 % interval (Wilson) of a top-1 of one half is 0.3 wide or more: it says little.
 FEW_VIDEOS = 40
 
 Classifier = VidPrismForVideoClassification | VidPrismLightningModule
-
-# On fewer clips Wilson's 95 % interval of a top-1 of one half is some 0.3 wide, or more: it says little.
-FEW_CLIPS = 40
 
 
 @dataclass(frozen=True)
@@ -184,6 +181,7 @@ def run(plan: RunPlan) -> Run:
     """
     check_license("export.license", plan.export.license)
     check_start(plan)
+    tower_ensemble(plan)
     # What this machine cannot give shows before the run has a folder.
     with quiet_lightning():
         training_trainer({**plan.trainer, "callbacks": None}, logger=False, enable_checkpointing=False)
@@ -335,9 +333,6 @@ def print_usage(export: Path, evaluation: Evaluation) -> None:
     if evaluation.is_partial:
         clips += f" (only {evaluation.evaluated} were evaluated)"
     if evaluation.evaluated < FEW_VIDEOS:
-        low, high = evaluation.intervals["top1"]
-        clips += f" (caution: so few say little, the 95 % interval is {low:.2f} to {high:.2f})"
-    if evaluation.evaluated < FEW_CLIPS:
         low, high = evaluation.intervals["top1"]
         clips += f" (caution: so few say little, the 95 % interval is {low:.2f} to {high:.2f})"
     print_once(f"Held-out top-1 {top1:.4f} on {clips}; exported to {export}")

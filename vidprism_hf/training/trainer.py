@@ -54,6 +54,16 @@ def build_trainer(plan: RunPlan) -> Trainer:
     return trainer
 
 
+def tower_ensemble(plan: RunPlan) -> list[Callback]:
+    """Returns what averages the tower for the final test, if that is asked for.
+
+    Raises:
+        UserError: If the run has no tower to average with.
+    """
+    alpha, start = plan.export.wise_ft_alpha, plan.module.hparams
+    return [] if alpha is None else [WiseFT(alpha, start.backbone, start.checkpoint)]
+
+
 def training_trainer(
     settings: Mapping[str, Any],
     callbacks: Sequence[Callback] = (),
@@ -74,11 +84,7 @@ def training_trainer(
 
 
 def run_callbacks(plan: RunPlan) -> list[Callback]:
-    """Returns the run's own callbacks.
-
-    Raises:
-        UserError: If WiSE-FT is asked for and the run has no tower to average with.
-    """
+    """Returns the run's own callbacks."""
     checkpoints, exported = plan.output / "checkpoints", plan.export.checkpoints
     keep = partial(ExportedCheckpoint, partial(export_kept, plan)) if exported else KeptCheckpoint
     export_last = partial(export_or_warn, partial(export_kept, plan, chosen=False))
@@ -89,14 +95,13 @@ def run_callbacks(plan: RunPlan) -> list[Callback]:
         mode="max",
         enable_version_counter=False,
     )
-    alpha, start = plan.export.wise_ft_alpha, plan.module.hparams
     return [
         best,
         Safeguard(checkpoints, plan.checkpoint, export_last if exported else None),
         BadClipReport(plan.output),
         CardRecorder(),
         ScoreRecorder(plan.evaluation.average_clips),
-        *([] if alpha is None else [WiseFT(alpha, start.backbone, start.checkpoint)]),
+        *tower_ensemble(plan),
         *progress_bars(plan.trainer.get("enable_progress_bar")),
         StallWatch(plan.collective_timeout),
     ]
