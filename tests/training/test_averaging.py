@@ -1,7 +1,6 @@
 """Averaged weights: by hand, in validation, checkpoints, tests and exports; the tower between tuned and base."""
 
 import json
-import logging
 import re
 from collections.abc import Iterable
 from types import SimpleNamespace
@@ -235,9 +234,8 @@ def pretrained(tmp_path_factory):
     return folder
 
 
-def test_a_run_with_all_of_it(pretrained, motion_clips, tmp_path, capsys, caplog):
+def test_a_run_with_all_of_it(pretrained, motion_clips, tmp_path, capsys):
     """What is reported is what is exported: the average of the steps, its tower half way back to the base."""
-    caplog.set_level(logging.INFO, "lightning.pytorch.utilities.rank_zero")
     run = tmp_path / "run"
     settings = {
         "model.backbone": pretrained,
@@ -255,7 +253,7 @@ def test_a_run_with_all_of_it(pretrained, motion_clips, tmp_path, capsys, caplog
     }
     more = [f"--{name}={value}" for name, value in settings.items()]
     assert main(run_arguments(motion_clips, run, *more)) == 0
-    assert "Learning rate: 0.02 = 0.01 x sqrt(8 / 2 clips per step)" in caplog.text
+    assert "Learning rate: 0.02 = 0.01 x sqrt(8 / 2 clips per step)" in capsys.readouterr().out
 
     for name in ("last", "best"):
         average = load_file(run / "checkpoints" / name / "model.safetensors")

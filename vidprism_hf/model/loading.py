@@ -140,7 +140,7 @@ def check_shapes(place: str, wanted: Mapping[str, tuple[int, ...]], found: Mappi
     if not any(name.startswith(prefix) for name in found):  # a VidPrismModel's
         found = {prefix + name: shape for name, shape in found.items()}
     if missing := sorted(wanted.keys() - found.keys()):
-        raise UserError(f"{place}: not a whole classifier, {len(missing)} weights are missing ({missing[0]})")
+        raise UserError(f"{place}: incomplete classifier, {len(missing)} weights are missing ({missing[0]})")
     if unknown := sorted(found.keys() - wanted.keys()):
         raise UserError(
             f"{place}: not the weights of its config.json, which has no place for {len(unknown)} of them ({unknown[0]})"

@@ -267,7 +267,7 @@ class VidPrismLightningModule(L.LightningModule):
         if hparams.reference_batch_size is not None:
             clips = clips_per_step(self.trainer)
             rate = scaled_learning_rate(rate, clips, hparams.reference_batch_size)
-            said = f"{hparams.learning_rate:g} x sqrt({clips} / {hparams.reference_batch_size} clips a step)"
+            said = f"{hparams.learning_rate:g} x sqrt({clips} / {hparams.reference_batch_size} clips per step)"
             print_once(f"Learning rate: {rate:.4g} = {said}")
         if hparams.layer_decay != 1 and hparams.freeze_backbone:
             rank_zero_warn(f"model.layer_decay={hparams.layer_decay:g} has no effect: the tower is frozen")
