@@ -276,7 +276,7 @@ def test_processor_of_a_saved_checkpoint(folder, tmp_path, shared):
         ({"augment": False, "horizontal_flip": True}, r"data\.horizontal_flip=True: has no effect"),
         ({"augment": False, "rand_augment": 0}, r"data\.rand_augment=0: has no effect"),
         ({"augment": False, "random_erasing": 0.2}, r"data\.random_erasing=0\.2: has no effect"),
-        ({"feature_cache_limit": "50 hours"}, r"data\.feature_cache_limit=50 hours: is no size; write one like 50GB"),
+        ({"feature_cache_limit": "50 hours"}, r"data\.feature_cache_limit=50 hours: is not a size; write one such as 50GB"),
         ({"source": "ucf101", "val_fraction": 0.2}, r"data\.val_fraction: data\.source ucf101 is read as a benchmark"),
         ({"source": "here", "streaming": True}, r"data\.streaming: data\.source here is read as class folders"),
         ({"grayscale": 1.5}, r"data\.grayscale=1\.5"),
@@ -291,7 +291,7 @@ def test_bad_arguments(settings, message):
 def test_bad_source_and_processor(folder, tmp_path):
     with pytest.raises(DataError, match="nowhere: no such folder"):
         _ = module(tmp_path / "nowhere").id2label
-    with pytest.raises(DataError, match="no-model: no CLIP or VidPrism checkpoint"):
+    with pytest.raises(DataError, match="no-model: not a CLIP or VidPrism checkpoint"):
         module(folder, processor=str(tmp_path / "no-model")).setup("fit")
 
 
