@@ -554,7 +554,7 @@ def test_a_folder_that_is_none(table, folder, model):
 
 def test_clips_at_an_address(folder, model):
     table = FileTable.from_lists("https://example.org", ["a.mp4"], [0])
-    with pytest.raises(DataError, match="may change unseen; fetch the clips first"):
+    with pytest.raises(DataError, match="may change unnoticed; download it"):
         cached(folder, Tower(model), evaluation(table))
 
 
