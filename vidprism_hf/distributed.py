@@ -1,7 +1,7 @@
-"""The processes of a run: which one this is, and what they tell each other.
+"""The ranks of a run and their communication.
 
-`rank_and_world` and `gathered` are for what is told between two steps; `Ranks` is for work in which each process goes
-through its own share of the clips.
+Use `rank_and_world` and `gathered` between steps, and `Ranks` for long work in which each rank processes its own part
+of the videos.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,19 +15,19 @@ from lightning.pytorch.utilities import rank_zero_only
 from .errors import UserError
 
 T = TypeVar("T")
-# Shares take as long as their clips do: the usual limits of minutes are for steps of training.
+# A rank's part of the work may take hours; the usual timeouts of minutes are for training steps.
 PATIENCE = timedelta(days=2)
 
 
 def rank_and_world() -> tuple[int, int]:
-    """The number of this process, and how many there are."""
+    """Returns this process's rank and the world size."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def gathered(value: T, group: Any = None) -> list[T]:
-    """The value of each process, by rank; all have to call it."""
+    """Returns the value of each rank, in order; all ranks must call it."""
     world = rank_and_world()[1]
     if world == 1:
         return [value]
@@ -38,12 +38,12 @@ def gathered(value: T, group: Any = None) -> list[T]:
 
 @rank_zero_only
 def print_once(text: str) -> None:
-    """Prints on the first process alone."""
+    """Prints on rank 0 only."""
     print(text, flush=True)
 
 
 class Ranks:
-    """The processes of a run, which may be one. Use `running`, since waiting long needs connections of their own."""
+    """The ranks of a run, possibly one. Made by `running`, which opens a group with a long timeout."""
 
     def __init__(self, rank: int = 0, world: int = 1, group: Any = None):
         self.rank, self.world, self._group = rank, world, group
@@ -51,12 +51,12 @@ class Ranks:
     @classmethod
     @contextmanager
     def running(cls) -> Iterator["Ranks"]:
-        """The processes of this run."""
+        """Yields the ranks of this run."""
         rank, world = rank_and_world()
         if world == 1:
             yield cls()
             return
-        # gloo, which is on the CPU and notices at once when another process ends.
+        # gloo runs on the CPU and notices at once when another rank ends.
         group = dist.new_group(backend="gloo", timeout=PATIENCE)
         try:
             yield cls(rank, world, group)
@@ -64,20 +64,20 @@ class Ranks:
             dist.destroy_process_group(group)
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's items."""
+        """Returns this rank's items."""
         return items[self.rank :: self.world]
 
     def gather(self, work: Callable[[], T]) -> list[T]:
-        """What the work of each process comes to, in all of them; if one fails or wants to end, all raise.
+        """Runs work on each rank and returns all results on all ranks; if one fails or exits, all raise.
 
         Raises:
-            UserError: If it has failed in another process.
-            SystemExit: If another process ends.
+            UserError: If another rank failed.
+            SystemExit: If another rank exits.
         """
         result, error = None, None
         try:
             result = work()
-        except (Exception, SystemExit) as failure:  # a signal may end all of them, wherever each of them is
+        except (Exception, SystemExit) as failure:  # SystemExit: a signal may end all ranks at any point
             error = failure
         if self.world == 1:
             if error is not None:
@@ -91,5 +91,5 @@ class Ranks:
         return [result for result, _ in answers]
 
     def first(self, work: Callable[[], T]) -> T:
-        """What the work of the first process comes to, in all of them."""
+        """Runs work on rank 0 and returns its result on all ranks."""
         return self.gather(lambda: work() if self.rank == 0 else None)[0]

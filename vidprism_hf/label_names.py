@@ -1,4 +1,4 @@
-"""Files of label names, as `data.label_names` and `vidprism convert --labels` take them."""
+"""Reads the files of label names that `data.label_names` and `vidprism convert --labels` take."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ NUMBER = re.compile(r"-?[0-9]{1,18}")
 
 
 class LabelNames(NamedTuple):
-    """Class names in the order of their indices, and the index of each number that an annotation may use."""
+    """Class names by index, and the class index of each number that an annotation may use."""
 
     names: list[str]
     indices: dict[int, int]
@@ -27,13 +27,13 @@ class LabelNames(NamedTuple):
 def read_label_names(path: Path | str, field: str = "data.label_names") -> LabelNames:
     """Reads a file of label names.
 
-    Its forms: a CSV `id,name` with or without that header; `id name` a line (`classInd.txt` of UCF101); a name a
-    line, the first being number 0; a JSON object `{name: id}` (`labels.json` of SSv2) or `{id: name}`, or a JSON
-    list of names. Numbers count from 0 or from 1 without gaps.
+    Formats: CSV `id,name` with or without that header; one `id name` per line (`classInd.txt` of UCF101); one name per
+    line, starting at number 0; a JSON object `{name: id}` (`labels.json` of SSv2) or `{id: name}`; a JSON list of
+    names. Numbers start at 0 or 1 and have no gaps.
 
     Args:
         path: The file.
-        field: The setting that names it, for messages.
+        field: Name of the setting, for messages.
 
     Raises:
         DataError: If the file cannot be read, or its numbers or names are unclear.
@@ -49,9 +49,9 @@ def read_label_names(path: Path | str, field: str = "data.label_names") -> Label
     pairs = sorted((number, name.strip()) for number, name in pairs)
     numbers, names = [number for number, _ in pairs], [name for _, name in pairs]
     if not pairs:
-        raise DataError(f"{path}: has no label names; give one a line")
+        raise DataError(f"{path}: has no label names; give one per line")
     if numbers[0] not in (0, 1) or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
-        raise DataError(f"{path}: its label numbers do not count from 0 or 1 without gaps or repeats; number them so")
+        raise DataError(f"{path}: label numbers must count from 0 or 1 without gaps or repeats; renumber them")
     counts = Counter(names)
     bad = [name for name in names if not name or not is_text(name) or counts[name] > 1]
     if bad:
@@ -74,7 +74,7 @@ def _text_names(path: Path, lines: list[str]) -> list[tuple[int, str]]:
     if path.suffix.lower() in (".csv", ".tsv"):
         delimiter = "\t" if any("\t" in line for line in lines) else ","
         rows = [row for row in csv.reader(lines, delimiter=delimiter) if row]
-        # A name may contain commas that nobody quoted.
+        # A name may contain unquoted commas.
         pairs = [(row[0].strip(), delimiter.join(row[1:])) for row in rows]
         lines = [delimiter.join(row) for row in rows]
     else:
@@ -91,7 +91,7 @@ def _text_names(path: Path, lines: list[str]) -> list[tuple[int, str]]:
 
 
 def read_lines(path: Path, field: str) -> list[str]:
-    """Returns the lines of a text file, without empty ones at its end; bytes that are not UTF-8 become surrogates."""
+    """Returns the lines of a text file without trailing empty ones; bytes that are not UTF-8 become surrogates."""
     data = _read_bytes(path, field)
     if b"\0" in data:
         raise DataError(f"{field}={path}: is not UTF-8 text; save it as UTF-8")

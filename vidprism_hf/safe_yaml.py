@@ -1,8 +1,7 @@
-"""YAML that others may have written, read within bounds.
+"""Reads untrusted YAML within bounds.
 
-A few lines whose aliases name each other stand for billions of values, a few thousand brackets overflow the stack, and
-a pipe that is named as a recipe never ends. All three are found before a value is built: in the parser's events, which
-take no memory.
+A few lines of nested aliases can expand to billions of values, a few thousand brackets overflow the stack, and a pipe
+given as a recipe never ends. All three are detected before any value is built; the parser's events take no memory.
 """
 
 import os
@@ -17,47 +16,47 @@ import yaml
 from .errors import UserError
 
 MOST_BYTES = 2 * 2**20
-MOST_VALUES = 50_000  # aliases count as what they stand for
+MOST_VALUES = 50_000  # aliases count as the values that they expand to
 MOST_LEVELS = 50
-# As the Hub's client finds it in a card.
+# As huggingface_hub finds it in a card.
 FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class UnboundedYAML(yaml.YAMLError):
-    """YAML that is refused for its size or nesting."""
+    """Raised for YAML that is too large or too deeply nested."""
 
 
 def parse_yaml(text: str | bytes) -> Any:
-    """What YAML says, as plain values.
+    """Parses YAML to plain values.
 
     Raises:
-        YAMLError: If it is none, or is larger or nested deeper than anything that a person writes.
+        YAMLError: If it is invalid, or larger or more deeply nested than anything a person writes.
     """
     check_bounds(text)
     try:
         return yaml.load(text, Loader=LOADER)
-    except (ValueError, OverflowError) as error:  # of a date or a number that cannot be
+    except (ValueError, OverflowError) as error:  # an impossible date or number
         raise yaml.YAMLError(str(error)) from error
 
 
 def check_bounds(text: str | bytes) -> None:
-    """Counts what YAML stands for, without building it.
+    """Counts the values of YAML without building them.
 
     Raises:
-        YAMLError: If it is no YAML, or too much.
+        YAMLError: If it is invalid or exceeds the bounds.
     """
     if len(text) > MOST_BYTES:
         raise UnboundedYAML(f"is larger than {MOST_BYTES // 2**20} MB")
     try:
         _count(yaml.parse(text, Loader=LOADER))
-    except ValueError as error:  # bytes that are no text
+    except ValueError as error:  # bytes that are not text
         raise yaml.YAMLError(str(error)) from error
 
 
 def _count(events: Iterable[yaml.Event]) -> None:
-    sizes: dict[str, int] = {}  # of what each anchor names
-    above: list[tuple[str | None, list[int]]] = []  # the collections around the present event
+    sizes: dict[str, int] = {}  # values of each anchor
+    above: list[tuple[str | None, list[int]]] = []  # the collections around the current event
     for event in events:
         if isinstance(event, yaml.CollectionStartEvent):
             above.append((event.anchor, [1]))
@@ -69,7 +68,7 @@ def _count(events: Iterable[yaml.Event]) -> None:
         elif isinstance(event, yaml.ScalarEvent):
             anchor, size = event.anchor, 1
         elif isinstance(event, yaml.AliasEvent):
-            anchor, size = None, sizes.get(event.anchor, MOST_VALUES + 1)  # unknown yet: it names itself
+            anchor, size = None, sizes.get(event.anchor, MOST_VALUES + 1)  # unknown, so it refers to itself
         else:
             continue
         if anchor:
@@ -78,18 +77,18 @@ def _count(events: Iterable[yaml.Event]) -> None:
             above[-1][1][0] += size
             size = above[-1][1][0]
         if size > MOST_VALUES:
-            raise UnboundedYAML(f"stands for more than {MOST_VALUES} values (by its aliases, if it is short)")
+            raise UnboundedYAML(f"has more than {MOST_VALUES} values (counting expanded aliases)")
 
 
 def read_yaml(path: str | os.PathLike) -> Any:
-    """What a YAML file says, as plain values.
+    """Reads a YAML file to plain values.
 
     Raises:
-        UserError: If it is no file, cannot be read, or is no YAML within bounds; the message names it.
+        UserError: If it is not a file, cannot be read, or is not YAML within bounds; the message names it.
     """
     path = Path(path)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would block
             raise UserError(f"{path}: is not a file")
         with open(path, "rb") as file:
             return parse_yaml(file.read(MOST_BYTES + 1))
@@ -100,10 +99,10 @@ def read_yaml(path: str | os.PathLike) -> Any:
 
 
 def read_mapping(path: str | os.PathLike) -> dict[str, Any]:
-    """What a YAML file says of each of its keys; nothing where it is empty.
+    """Reads a YAML file whose top level is a mapping; an empty file gives an empty dict.
 
     Raises:
-        UserError: If it cannot be read, or has no keys; the message names it.
+        UserError: If it cannot be read, or is not a mapping; the message names it.
     """
     content = read_yaml(path)
     if not isinstance(content or {}, dict):
@@ -112,7 +111,7 @@ def read_mapping(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def card_metadata(card: Path) -> dict[str, Any]:
-    """The metadata of a card on disk; nothing where there is no card, or its authors have broken it."""
+    """Reads the metadata of a card on disk; an empty dict if the card is missing or its metadata is invalid."""
     try:
         front = FRONT_MATTER.search(card.read_text(encoding="utf-8"))
         found = parse_yaml(front[1]) if front else None

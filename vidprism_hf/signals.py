@@ -1,11 +1,11 @@
-"""Signals to a run: the first lets it finish its step and write a checkpoint, the second ends it at once.
+"""Signal handling: the first signal stops a run after its step with a checkpoint, the second ends it at once.
 
-The exit status is 128 + the signal's number: 130 after Ctrl-C (SIGINT), 143 after SIGTERM, 138 after SIGUSR1, by which
-SLURM warns of the end of a job's time (`#SBATCH --signal=USR1@120`). Under SLURM, SIGUSR1 also puts the job back into
-the queue, where its command goes on from the checkpoint.
+The exit status is 128 + the signal's number: 130 after Ctrl-C (SIGINT), 143 after SIGTERM, 138 after SIGUSR1, with
+which SLURM announces the end of a job's time (`#SBATCH --signal=USR1@120`). Under SLURM, SIGUSR1 also requeues the job,
+whose command then resumes from the checkpoint.
 
-Lightning's own handlers are replaced: they write checkpoints in the middle of a step, and do collective operations
-inside a signal handler.
+Lightning's own handlers are replaced, because they write checkpoints in the middle of a step and run collective
+operations inside a signal handler.
 """
 
 import os
@@ -24,12 +24,12 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from .errors import first_line
 
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
-WARNING = getattr(signal, "SIGUSR1", None)  # tells of an end to come: the one that follows is no second signal
-SAME_SIGNAL_SECONDS = 1.0  # launchers pass a signal on to processes that have it already
+WARNING = getattr(signal, "SIGUSR1", None)  # an early warning: the signal that follows does not count as the second
+SAME_SIGNAL_SECONDS = 1.0  # launchers forward a signal to processes that already have it
 
 
 class Stopped(SystemExit):
-    """The end of a run that a signal stopped, after its checkpoint was written.
+    """Exits a run that a signal stopped, after its checkpoint was written.
 
     Attributes:
         code: The exit status, 128 + the signal's number.
@@ -39,15 +39,15 @@ class Stopped(SystemExit):
         super().__init__(128 + signum)
         self.signum = signum
 
-    def __reduce__(self):  # to be handed to other processes
+    def __reduce__(self):  # so that it can be sent to other ranks
         return type(self), (self.signum,)
 
 
 class SignalWatch:
-    """Takes note of signals.
+    """Records signals that ask a run to stop.
 
     Attributes:
-        received: Number of the signal that asks for the end; 0 if none has come.
+        received: Number of the signal received; 0 if none.
     """
 
     def __init__(self):
@@ -56,14 +56,14 @@ class SignalWatch:
         self._multiple = False
         self._loud = True
         self._what = ""
-        self._before: dict[int, Any] = {}  # handlers to be given back
+        self._before: dict[int, Any] = {}  # handlers to restore
 
     def install(self, trainer: Trainer, what: str = "stopping after this step, with a checkpoint") -> None:
-        """Takes the signals over until `restore`.
+        """Installs the handlers until `restore`.
 
         Args:
-            trainer: Of the run.
-            what: What is said to happen when one comes.
+            trainer: The run's trainer.
+            what: The announced reaction to a signal.
         """
         if threading.current_thread() is not threading.main_thread():
             return
@@ -73,14 +73,14 @@ class SignalWatch:
             signal.signal(signum, self._note)
 
     def restore(self) -> None:
-        """Gives the signals back, as Lightning does only where it has taken them before."""
+        """Restores the previous handlers, which Lightning does only for handlers that it installed."""
         if threading.current_thread() is threading.main_thread():
             for signum, handler in self._before.items():
                 signal.signal(signum, handler)
             self._before = {}
 
     def leave_at_once(self, trainer: Trainer) -> None:
-        """From now on the first signal ends the process: there is nothing to save. Ctrl-C stays with Lightning."""
+        """Makes the first signal end the process, when there is nothing to save. Ctrl-C is left to Lightning."""
         if threading.current_thread() is not threading.main_thread():
             return
         for signum in set(STOPPING) - {signal.SIGINT}:
@@ -90,7 +90,7 @@ class SignalWatch:
         now, before = time.monotonic(), self._time
         if self.received in (0, WARNING) and signum != self.received:
             self.received, self._time = signum, now
-            if self._loud:  # not print: it may be what was interrupted
+            if self._loud:  # not print, which may be what was interrupted
                 name = signal.Signals(signum).name
                 text = f"\n{name}: {self._what}; a second signal ends at once\n"
                 os.write(2, text.encode())
@@ -99,7 +99,7 @@ class SignalWatch:
 
 
 def _end(signum: int) -> None:
-    """Ends the process as the signal would if nobody handled it."""
+    """Ends the process with the signal's default action."""
     signal.signal(signum, signal.SIG_DFL)
     os.kill(os.getpid(), signum)
 
@@ -110,7 +110,7 @@ def _requeue_and_end(trainer: Trainer, signum: int, frame: FrameType | None) -> 
 
 
 def requeue(trainer: Trainer) -> None:
-    """Puts the job of this run back into SLURM's queue, if it runs under SLURM and Lightning is not told otherwise."""
+    """Requeues this run's job, if it runs under SLURM and Lightning's `auto_requeue` is on."""
     environment = trainer._accelerator_connector.cluster_environment
     if not (trainer.is_global_zero and isinstance(environment, SLURMEnvironment) and environment.auto_requeue):
         return
@@ -119,6 +119,6 @@ def requeue(trainer: Trainer) -> None:
     try:
         subprocess.run(["scontrol", "requeue", job], stdin=subprocess.DEVNULL, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        print(f"Job {job} is not requeued: {first_line(error)}", file=sys.stderr, flush=True)
+        print(f"Job {job} could not be requeued: {first_line(error)}", file=sys.stderr, flush=True)
     else:
-        print(f"Job {job} is requeued", flush=True)
+        print(f"Job {job} was requeued", flush=True)

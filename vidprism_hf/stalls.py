@@ -1,9 +1,9 @@
-"""A run of several processes of which one waits too long for another: each says what it does, and all end.
+"""Ends a distributed run in which one rank waits too long for another, and reports what each rank was doing.
 
-In a collective operation a process waits for all others, without a word: the one that hangs may be any of them. So
-each has a thread that notes where it is in the store by which they have found each other. Where one has been at the
-same place for too long its thread says where all of them are, and ends the process; the others' threads see it and do
-the same, whatever their main threads wait for. Nothing is lost but the steps since the last checkpoint.
+In a collective operation a rank waits silently for all others, and any of them may be the one that hangs. So each rank
+has a thread that records its position in the process group's store. If a rank stays at one position for too long, its
+thread reports the positions of all ranks and ends the process; the other ranks' threads see this and do the same,
+whatever their main threads wait for. Only the steps since the last checkpoint are lost.
 """
 
 import json
@@ -20,27 +20,27 @@ from .errors import UserError, first_line
 
 COLLECTIVE_TIMEOUT = 900.0  # seconds
 LOOK_SECONDS = 2.0
-LONG = 2  # times the limit: to write checkpoints and exports, while the others wait
-FAILED_SECONDS = 10.0  # of another process: most errors are those of all, which end by themselves
+LONG = 2  # times the limit: while rank 0 writes checkpoints and exports and the others wait
+FAILED_SECONDS = 10.0  # after rank 0 has ended: most errors occur on all ranks, which then end by themselves
 GAVE_UP = "gave up"
 
 
 def check_timeout(seconds: float) -> None:
-    """Looks whether a limit can be one.
+    """Checks a timeout.
 
     Raises:
-        UserError: If it cannot.
+        UserError: If it is not a finite number of at least 1.
     """
     if not 1 <= seconds < float("inf"):
         raise UserError(f"collective_timeout={seconds}: must be a number of seconds, at least 1")
 
 
 class StallWatch(L.Callback):
-    """Ends a run of several processes that wait for each other.
+    """Ends a distributed run whose ranks wait for each other.
 
     Args:
-        seconds: How long a step of training, validation or test may take on one of them, with the data for the next;
-            twice as long what comes between epochs.
+        seconds: Limit for one step of training, validation or test on any rank, including loading the next batch;
+            between epochs twice as long.
     """
 
     def __init__(self, seconds: float):
@@ -49,16 +49,16 @@ class StallWatch(L.Callback):
         self._stop: threading.Event | None = None
 
     def note(self, place: str, limit: float | None = None) -> None:
-        """Says where this process is, and for how long it may be there at most."""
+        """Records what this rank is doing, and for how long at most."""
         self._place, self._since, self._limit = place, time.monotonic(), self.seconds if limit is None else limit
 
     def setup(self, trainer, pl_module, stage):
         if trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized()):
             return
-        # Caches are filled, and a stopped run's clips are passed over, before the first batch.
+        # Unlimited before the first batch, when caches are filled and a resumed stream is skipped forward.
         self.note("before its first batch", float("inf"))
         self._end()
-        # A connection of its own: the main thread may wait on the other one.
+        # A separate connection, since the main thread may be blocked on the other one.
         store = dist.PrefixStore("vidprism/places", dist.distributed_c10d._get_default_store().clone())
         self._stop = threading.Event()
         children = getattr(trainer.strategy.launcher, "procs", [])
@@ -117,18 +117,18 @@ class StallWatch(L.Callback):
                 elif other and other != str(rank) and place:
                     why = f"ends because rank {other} has waited too long; it was {place} for {waited:.0f} s"
                     self._leave(rank, why, look, children)
-            except (RuntimeError, OSError):  # the process that keeps the store is gone
+            except (RuntimeError, OSError):  # rank 0, which hosts the store, has ended
                 if waited > min(limit, FAILED_SECONDS + look) and not stop.is_set():
                     why = f"ends because rank 0 has ended; it was {place} for {waited:.0f} s"
                     self._leave(rank, why, 0.0, children)
 
     def _leave(self, rank: int, why: str, look: float, children: list) -> None:
         hint = (
-            f"collective_timeout is {self.seconds:g} s: raise it if that is how long it takes, else look at the rank "
-            "that waits for its data or has noted nothing; the same command resumes from the last checkpoint"
+            f"collective_timeout is {self.seconds:g} s: raise it if a step can take so long, else check the rank that "
+            "waits for its data or reported nothing; the same command resumes from the last checkpoint"
         )
         os.write(2, f"\nvidprism: rank {rank} {why}. {hint}\n".encode())
-        # The others must see that this one gave up; the first one keeps the store, and so is the last.
+        # The others must see that this rank gave up; rank 0 hosts the store and so ends last.
         time.sleep((4 if rank == 0 else 2) * look)
         for child in children:
             child.kill()
@@ -136,8 +136,8 @@ class StallWatch(L.Callback):
 
 
 def _told(store: Any, rank: int) -> str:
-    """What a process has last noted."""
+    """Returns what a rank last recorded."""
     if not store.check([str(rank)]):
-        return f"rank {rank} has noted nothing"
+        return f"rank {rank} reported nothing"
     place, since = json.loads(store.get(str(rank)))
     return f"rank {rank} was {place} for {time.time() - since:.0f} s"

@@ -1,4 +1,4 @@
-"""Small pieces that every room uses: files that appear whole, files that are files, and messages of bounded length."""
+"""Shared helpers: atomic writes, checks for regular files, and names shortened for messages."""
 
 import errno
 import os
@@ -9,24 +9,24 @@ from contextlib import contextmanager
 from pathlib import Path
 
 MOST_NAMES = 5  # in a message
-MOST_LETTERS = 160  # of a name in a message
+MOST_LETTERS = 160  # per name in a message
 _KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
 def preview(names: Sequence[object], most: int = MOST_NAMES, separator: str = ", ") -> str:
-    """The first names of a list, on one line: "a, b, c and 197 more"."""
+    """Lists the first names on one line: "a, b, c and 197 more"."""
     shown = separator.join(shorten(name) for name in names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def shorten(name: object, most: int = MOST_LETTERS) -> str:
-    """A name as one line of bounded length: what cannot be printed is escaped, the middle of a long one left out."""
+    """Returns a name as one line of bounded length: escapes unprintable characters and cuts out a long middle."""
     text = str(name)
     return cut(text if text.isprintable() else repr(text), most)
 
 
 def cut(text: str, most: int) -> str:
-    """A text of at most `most` letters: of a longer one the beginning and the end."""
+    """Shortens a text to at most `most` characters, keeping its beginning and end."""
     if len(text) <= most:
         return text
     head = (most - 5) * 2 // 3
@@ -35,10 +35,10 @@ def cut(text: str, most: int) -> str:
 
 @contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """A file beside `path` that takes its name when the block ends well, and goes when it does not.
+    """Yields a temporary file beside `path` that is renamed to it if the block succeeds, and removed if not.
 
-    Others see the file whole or not at all, whoever else writes it at the same time. Its mode is that of any new file
-    (0666 less the umask), also where a library makes its files private.
+    Readers see the complete file or none, even with concurrent writers. Its mode is the default for new files (0666
+    minus the umask), even if a library makes its files private.
     """
     path = Path(path)
     beside = path.with_name(f".{uuid.uuid4().hex}.tmp")
@@ -54,24 +54,24 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def atomic_write(path: str | os.PathLike, content: bytes) -> None:
-    """Writes a file that others see whole or not at all."""
+    """Writes a file atomically."""
     with atomic_path(path) as beside:
         beside.write_bytes(content)
 
 
 def special_kind(path: str | os.PathLike) -> str | None:
-    """What is there if it is neither a file nor a folder: "a FIFO", "a socket" or "a device".
+    """Returns "a FIFO", "a socket" or "a device" if that is what the path is, else None.
 
-    Opening such a thing may wait for ever, or do something; None where there is nothing.
+    Opening one may block forever or have side effects.
     """
     try:
         return _KINDS.get(stat.S_IFMT(os.stat(path).st_mode))
-    except (OSError, ValueError):  # ValueError: no file has such a name
+    except (OSError, ValueError):  # ValueError: an impossible file name
         return None
 
 
 def check_regular(path: str | os.PathLike) -> None:
-    """Lets pass what can be opened without waiting.
+    """Checks that a path can be opened without blocking.
 
     Raises:
         OSError: If it is a FIFO, a socket or a device. Its `strerror` completes "cannot be read (...)".

@@ -1,8 +1,8 @@
-"""Processes that read clips beside this one: how they start, what they make of signals, and what is said of lost ones.
+"""Loader processes: how they start, how they handle signals, and how their failures are reported.
 
-This process has threads (Arrow's, gloo's, the tokeniser's), any of which may hold a lock: a fork would copy the lock
-and not the thread, and hang. So a server, which imports once what a worker needs and has a single thread, forks
-instead; where it could not have one (macOS, Windows) each process imports anew.
+The training process has threads (Arrow's, gloo's, the tokeniser's) that may own a lock: a fork would copy the lock
+without the thread, and hang. So a single-threaded server, which imports once what workers need, forks them instead;
+on macOS and Windows, where that is impossible, each worker is spawned.
 """
 
 import errno
@@ -28,14 +28,14 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from .errors import UserError, first_line
 
-LOOK_SECONDS = 5.0  # between two looks at whether the training process is still there
+LOOK_SECONDS = 5.0  # between checks that the training process is alive
 FORKS = sys.platform not in ("darwin", "win32")  # Apple's libraries start threads when they are imported
 # With these no library starts a thread when the server imports it: OpenBLAS, MKL, OpenMP, Arrow's jemalloc.
 ONE_THREAD = {
     **dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"), "1"),
     "JE_ARROW_MALLOC_CONF": "background_thread:false",
 }
-# What workers import, as far as this process has imported it.
+# Modules that workers need; the server imports those that this process has imported.
 OF_WORKERS = (
     "vidprism_hf",
     *(
@@ -50,11 +50,11 @@ OF_WORKERS = (
     ),
 )
 SHARED_MEMORY_FULL = re.compile(r"shared memory|</torch_|torch_shm_manager")
-NO_BATCH = 77  # exit status of a worker that could not hand its batch over, having said why
+NO_BATCH = 77  # exit status of a worker that could not send its batch and has printed why
 
 
 class _Environment:
-    """The variables of this process, for the one that it is unpickled in: the server has those of its start."""
+    """Carries this process's environment to the worker that unpickles it; the server's is as old as the server."""
 
     def __reduce__(self) -> tuple:
         return _set_environment, (dict(os.environ),)
@@ -67,11 +67,11 @@ def _set_environment(variables: dict[str, str]) -> None:
 
 
 class _Process(context.ForkServerProcess if FORKS else context.SpawnProcess):
-    """A process that takes over the environment, and does not run a script again that would start all over."""
+    """A process that takes over the environment and does not rerun an unguarded main script."""
 
     @staticmethod
     def _Popen(process_obj: Any) -> Any:
-        # Pickled first, and so there before anything else is imported.
+        # First in the pickle, so that it is set before anything else is imported.
         process_obj.__dict__ = {"_environment": _Environment(), **process_obj.__dict__}
         start_server()
         with _importable_main():
@@ -86,15 +86,15 @@ CONTEXT = _Context()
 
 
 def start_server() -> None:
-    """Starts the server that forks workers, unless it runs; it imports what they need beside this process.
+    """Starts the server that forks workers, unless it runs already; it imports in parallel with this process.
 
-    Signals to a whole job leave it alone: it ends with this process.
+    It ignores signals to the whole job, and ends with this process.
     """
     if not FORKS:
         return
     signals = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
     with _blocked({signal.SIGUSR1}):
-        resource_tracker.ensure_running()  # unblocks the others when it starts
+        resource_tracker.ensure_running()  # it unblocks SIGINT and SIGTERM when it starts
     CONTEXT.set_forkserver_preload([name for name in OF_WORKERS if name in sys.modules])
     kept = {name: os.environ.get(name) for name in ONE_THREAD}
     with _blocked(signals):
@@ -117,7 +117,7 @@ def _blocked(signals: set[signal.Signals]) -> Iterator[None]:
 
 @contextmanager
 def _importable_main() -> Iterator[None]:
-    """Hides a script that cannot be imported without running it: workers would import it, to find its classes."""
+    """Hides a main script without a `__name__` guard, which workers would import, and so run, to find its classes."""
     main = sys.modules["__main__"]
     path = getattr(main, "__file__", None)
     if path is None or _is_guarded(Path(path)):
@@ -133,38 +133,38 @@ def _importable_main() -> Iterator[None]:
 def _is_guarded(script: Path) -> bool:
     with suppress(OSError):
         return re.search(rb"^if\b.*__name__", script.read_bytes(), re.MULTILINE) is not None
-    return False  # of standard input, or a file that is gone
+    return False  # standard input, or a deleted file
 
 
-# --- what a worker does
+# --- in the worker
 
 
 def shield_worker(worker_id: int) -> None:
-    """Lets a loader process live on when its job is told to stop, as `worker_init_fn` of a DataLoader.
+    """Makes a loader process ignore signals to its job; a DataLoader's `worker_init_fn`.
 
-    Clusters and terminals signal all processes of a job. The training process finishes its step, for which it needs
-    its loaders, and ends them itself.
+    Clusters and terminals signal all processes of a job. The training process needs its loaders to finish its step,
+    and then ends them itself.
     """
     queues.Queue._on_queue_feeder_error = staticmethod(_end_without_batch)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # Linux: it tells who sent the signal
-        # In this thread, and so in all that it starts: the one that waits gets each SIGTERM.
+    if hasattr(signal, "sigwaitinfo"):  # Linux: reports the sender
+        # Blocked in this thread and all threads it starts, so that the waiting one gets each SIGTERM.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey, args=(parent_process(),), daemon=True).start()
 
 
 def _obey(parent: Any) -> None:
     told = None
-    # Not by whose child this is: the server lives as long as any of its workers.
+    # The parent process ID is no use here: the server lives as long as any of its workers.
     while parent.is_alive() and (told is None or told.si_pid != parent.pid):
         told = signal.sigtimedwait({signal.SIGTERM}, LOOK_SECONDS)
     os._exit(0)
 
 
 def _end_without_batch(error: Exception, batch: Any) -> None:
-    """Ends a worker whose thread cannot hand a batch over, which would otherwise be waited for without end."""
+    """Ends a worker that cannot send a batch; the training process would wait for it forever."""
     full = (isinstance(error, OSError) and error.errno == errno.ENOSPC) or SHARED_MEMORY_FULL.search(str(error))
     if not full:
         traceback.print_exception(error)
@@ -173,7 +173,7 @@ def _end_without_batch(error: Exception, batch: Any) -> None:
 
 
 class _Collate:
-    """Batches items, in shared memory as soon as they are batched: here an error reaches the process that waits."""
+    """Collates items and moves the batch to shared memory at once, so that an error reaches the training process."""
 
     def __init__(self, collate: Callable[[list], Any]):
         self.collate = collate
@@ -187,29 +187,29 @@ class _Collate:
         return batch
 
 
-# --- the process that waits for them
+# --- in the training process
 
 
 class LostWorkers(UserError):
-    """Loader processes that have ended, or give no batch."""
+    """Raised when loader processes have ended or deliver no batch."""
 
 
 class ClipLoader(DataLoader):
-    """A DataLoader whose lost workers end it with one line that says what to do. Made by `clip_loader`."""
+    """A DataLoader that reports lost workers as one line that says what to do. Made by `clip_loader`."""
 
-    setting = "data.num_workers"  # what their number is called where the user sets it
+    setting = "data.num_workers"  # the user's name for the number of workers
 
     def _get_iterator(self) -> Iterator[Any]:
         if not self.num_workers:
             return super()._get_iterator()
         try:
             return _Workers(self)
-        except (pickle.PicklingError, TypeError, AttributeError) as error:  # as the version of Python will have it
+        except (pickle.PicklingError, TypeError, AttributeError) as error:  # depends on the Python version
             if "pickle" not in str(error):
                 raise
             raise UserError(
-                f"clips cannot be handed to loader processes ({first_line(error)}): define what they need in a module, "
-                f"or put what the script runs below `if __name__ == '__main__':`, or set {self.setting} to 0"
+                f"clips cannot be sent to loader processes ({first_line(error)}): define what they need in a module, "
+                f"or move the script's code below `if __name__ == '__main__':`, or set {self.setting} to 0"
             ) from error
         except OSError as error:
             if said := lost(error, [], self.setting):
@@ -218,14 +218,14 @@ class ClipLoader(DataLoader):
 
 
 class _Workers(_MultiProcessingDataLoaderIter):
-    """The batches of worker processes."""
+    """Iterates over the batches of worker processes."""
 
     def __init__(self, loader: ClipLoader):
         self._setting = loader.setting
         super().__init__(loader)
 
     def _try_get_data(self, timeout: float = MP_STATUS_CHECK_INTERVAL) -> tuple[bool, Any]:
-        # torch looks whether workers are alive at the end of the time limit alone.
+        # torch checks whether workers are alive only at the end of the timeout.
         end = time.monotonic() + timeout
         while not (got := super()._try_get_data(min(timeout, MP_STATUS_CHECK_INTERVAL)))[0]:
             if time.monotonic() >= end:
@@ -254,14 +254,14 @@ class _Workers(_MultiProcessingDataLoaderIter):
 def clip_loader(
     dataset: Dataset, num_workers: int, collate_fn: Callable[[list], Any], timeout: float | None = None, **settings: Any
 ) -> ClipLoader:
-    """A loader of clips; its workers, if it has any, are started as this module says.
+    """Returns a loader whose workers, if any, are started as this module describes.
 
     Args:
-        dataset: The clips; it is pickled for each worker.
-        num_workers: Processes; 0 loads in this one.
-        collate_fn: Makes a batch, a dict or a tuple of tensors and others.
-        timeout: Seconds to wait for a batch; None is no limit.
-        settings: Those of DataLoader.
+        dataset: The dataset; pickled for each worker.
+        num_workers: Number of processes; 0 loads in this one.
+        collate_fn: Makes a batch: a dict or tuple of tensors and other values.
+        timeout: Seconds to wait for a batch; None is unlimited.
+        settings: Further arguments of DataLoader.
     """
     if num_workers:
         settings |= {"multiprocessing_context": CONTEXT, "worker_init_fn": shield_worker, "timeout": timeout or 0}
@@ -269,12 +269,12 @@ def clip_loader(
 
 
 def lost(error: Exception, codes: list[int | None], setting: str) -> str | None:
-    """What to say of an error that a lost worker leads to, in a line; None of any other.
+    """Returns a one-line message for an error caused by a lost worker; None for any other error.
 
     Args:
-        error: What the loader raised.
+        error: The loader's error.
         codes: Exit statuses of its workers.
-        setting: What the number of workers is called.
+        setting: The user's name for the number of workers.
     """
     text, fewer = str(error), f"lower {setting}, or set it to 0 to load in the main process"
     ended = [code for code in codes if code is not None and code != 0]
@@ -284,7 +284,7 @@ def lost(error: Exception, codes: list[int | None], setting: str) -> str | None:
     if text.startswith("DataLoader timed out"):
         seconds = text.split()[4]
         return (
-            f"no batch came within {seconds} s: a loader process hangs, or the disk or network is that slow; raise "
+            f"no batch came within {seconds} s: a loader process hangs, or the disk or network is too slow; raise "
             "data.worker_timeout, or lower data.batch_size or data.clip_time_limit"
         )
     if (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)) or "ancdata" in text:
@@ -292,6 +292,6 @@ def lost(error: Exception, codes: list[int | None], setting: str) -> str | None:
     if not ended and "DataLoader worker (pid" not in text:
         return None
     if -getattr(signal, "SIGKILL", 0) in ended:
-        return f"a loader process was killed, most often for want of memory: give the job more, {fewer}"
+        return f"a loader process was killed, probably out of memory: give the job more memory, {fewer}"
     how = ", ".join(sorted({signal.strsignal(-code) if code < 0 else f"exit status {code}" for code in ended}))
-    return f"a loader process ended ({how or first_line(error)}); what it printed above says why; else {fewer}"
+    return f"a loader process ended ({how or first_line(error)}); see its output above for the cause, or {fewer}"

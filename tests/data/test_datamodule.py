@@ -240,7 +240,7 @@ def test_without_augmentation_training_clips_are_those_of_the_evaluation(folder,
     monkeypatch.setattr("vidprism_hf.data.datamodule.print_once", said.append)
     data = module(folder, augment=False, horizontal_flip=False, mixup_alpha=0.2)
     data.setup("fit")
-    assert "training clips are seen as in the evaluation" in said[0]
+    assert "training uses the evaluation view" in said[0]
     assert "flip" not in said[0]
     assert data.augmentation == {"view": "that of the evaluation", "mixup": 0.2, "cutmix": None}
     clips = data.train_dataloader().dataset
@@ -266,17 +266,17 @@ def test_processor_of_a_saved_checkpoint(folder, tmp_path, shared):
         ({"clip_time_limit": 0.0}, r"data\.clip_time_limit=0\.0: must be above 0, or null"),
         ({"max_bad_fraction": 2.0}, r"data\.max_bad_fraction=2\.0: must be between 0 and 1"),
         ({"feature_cache": "f"}, r"data\.feature_cache: needs data\.train_views"),
-        ({"feature_cache": "f", "train_views": 2, "mixup_alpha": 0.2}, r"data\.mixup_alpha: mixes pixels"),
+        ({"feature_cache": "f", "train_views": 2, "mixup_alpha": 0.2}, r"data\.mixup_alpha: needs pixels"),
         (
             {"feature_cache": "f", "source": "a/b", "streaming": True},
-            r"data\.feature_cache: needs a table of all clips",
+            r"data\.feature_cache: cannot be combined with data\.streaming; remove one",
         ),
         ({"augment": False, "source": "a/b", "streaming": True}, r"data\.augment: streamed training clips are always"),
-        ({"augment": False, "train_views": 1}, r"data\.train_views=1: is of random views, and data\.augment=false"),
-        ({"augment": False, "horizontal_flip": True}, r"data\.horizontal_flip=True: is of random views"),
-        ({"augment": False, "rand_augment": 0}, r"data\.rand_augment=0: is of random views"),
-        ({"augment": False, "random_erasing": 0.2}, r"data\.random_erasing=0\.2: is of random views"),
-        ({"feature_cache_limit": "50 hours"}, r"data\.feature_cache_limit=50 hours: is no size; write one like 50GB"),
+        ({"augment": False, "train_views": 1}, r"data\.train_views=1: has no effect with data\.augment=false"),
+        ({"augment": False, "horizontal_flip": True}, r"data\.horizontal_flip=True: has no effect"),
+        ({"augment": False, "rand_augment": 0}, r"data\.rand_augment=0: has no effect"),
+        ({"augment": False, "random_erasing": 0.2}, r"data\.random_erasing=0\.2: has no effect"),
+        ({"feature_cache_limit": "50 hours"}, r"data\.feature_cache_limit=50 hours: is not a size; write one such as"),
         ({"source": "ucf101", "val_fraction": 0.2}, r"data\.val_fraction: data\.source ucf101 is read as a benchmark"),
         ({"source": "here", "streaming": True}, r"data\.streaming: data\.source here is read as class folders"),
         ({"grayscale": 1.5}, r"data\.grayscale=1\.5"),
@@ -291,14 +291,14 @@ def test_bad_arguments(settings, message):
 def test_bad_source_and_processor(folder, tmp_path):
     with pytest.raises(DataError, match="nowhere: no such folder"):
         _ = module(tmp_path / "nowhere").id2label
-    with pytest.raises(DataError, match="no-model: no CLIP or VidPrism checkpoint"):
+    with pytest.raises(DataError, match="no-model: not a CLIP or VidPrism checkpoint"):
         module(folder, processor=str(tmp_path / "no-model")).setup("fit")
 
 
 def test_more_processes_than_clips(folder):
     data = module(folder)
     data.trainer = type("Trainer", (), {"world_size": 7})()
-    with pytest.raises(DataError, match="6 clips in a split for 7 processes"):
+    with pytest.raises(DataError, match="6 videos in a split for 7 processes"):
         data.val_dataloader()
 
 
@@ -313,5 +313,5 @@ def test_command_line_explains_every_argument():
     parser = ArgumentParser()
     parser.add_class_arguments(VideoDataModule, "data")
     text = parser.format_help()
-    for phrase in ("Clips per batch in each process", "^eli_ finds", "Smallest area of a training crop"):
+    for phrase in ("Videos per batch on each rank", "^eli_ finds", "Smallest area of a training crop"):
         assert phrase in " ".join(text.split())

@@ -279,7 +279,7 @@ def test_a_flipped_bit_is_found(table, folder, model, where, bit):
     content[int(where * len(content))] ^= 1 << bit
     shard.write_bytes(content)
     tower = Tower(model)
-    with pytest.warns(UserWarning, match=rf"{shard.name} is damaged; what it held is computed anew"):
+    with pytest.warns(UserWarning, match=rf"{shard.name} is damaged; its rows will be recomputed"):
         again = cached(folder, tower, evaluation(table))
     assert tower.clips == len(table) + 1
     assert torch.equal(rows(again, 1), first)
@@ -301,7 +301,7 @@ def test_a_shard_that_cannot_be_read_is_kept(table, folder, model, monkeypatch, 
     (shard,) = shards(folder)
     content = shard.read_bytes()
     monkeypatch.setattr(feature_shards, where, lambda path: fail(error))
-    with pytest.raises(DataError, match=rf"{shard}: cannot be read \({error.strerror}\); look at the disk"):
+    with pytest.raises(DataError, match=rf"{shard}: cannot be read \({error.strerror}\); check the disk"):
         cached(folder, Tower(model), evaluation(table))
     assert shard.read_bytes() == content
 
@@ -543,7 +543,7 @@ def test_the_size_is_told_and_bounded(table, folder, model):
 def test_the_disk_must_have_room(table, folder, model, monkeypatch):
     usage = module.shutil.disk_usage(table.origin)._replace(free=1000)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(DataError, match=r"and 1 KB of disk; make room"):
+    with pytest.raises(DataError, match=r"but 1 KB of disk free; make room"):
         cached(folder, Tower(model), training(table))
 
 
@@ -555,7 +555,7 @@ def test_a_folder_that_is_none(table, folder, model):
 
 def test_clips_at_an_address(folder, model):
     table = FileTable.from_lists("https://example.org", ["a.mp4"], [0])
-    with pytest.raises(DataError, match="may change unseen; fetch the clips first"):
+    with pytest.raises(DataError, match="may change unnoticed; download it"):
         cached(folder, Tower(model), evaluation(table))
 
 

@@ -484,7 +484,7 @@ def test_streamed_class_folders(hub, tmp_path):
     ]
     loader = DataLoader(streams.val, batch_size=None, num_workers=2, collate_fn=tuple, multiprocessing_context=CONTEXT)
     assert sorted(row[0] for row in loader) == [name for name in sorted(names) if "test" in name]
-    with pytest.raises(DataError, match="it has test, train"):
+    with pytest.raises(DataError, match="found test, train"):
         hub_streams("org/folders", train_split="all")
 
 

@@ -303,7 +303,7 @@ def test_show(work, capsys, known):
         assert row in rows
     assert "4 of 4 clips decode\n" in captured.out
     assert "Resolution: 64x48 (3), 48x64 (1)\n" in captured.out
-    assert "Frames a second: 10 (2), 12 (1), 25 (1)\n" in captured.out
+    assert "Frames per second: 10 (2), 12 (1), 25 (1)\n" in captured.out
     assert ["no held-out clip" in line for line in captured.err.splitlines()] == [False, True]
     with Image.open("contact_sheet.png") as picture:
         assert picture.size == (LABEL_WIDTH + SHEET_FRAMES * (TILE_HEIGHT + 2), 4 * (TILE_HEIGHT + 2))
@@ -314,7 +314,7 @@ def test_show_of_a_sample(work, capsys, motion_clips):
     arguments = [str(motion_clips), "--sample=5", "--seed=3", "--sheet_clips=2", "--processor=tiny"]
     assert main(["data", "show", *arguments, "--picture=sheet.jpg"]) == 0
     printed = capsys.readouterr().out
-    assert "5 of 5 clips decode; they are a sample of 12, drawn by seed 3\n" in printed
+    assert "5 of 5 clips decode (random sample of 12, seed 3)\n" in printed
     with Image.open("sheet.jpg") as picture:
         assert picture.format == "JPEG"
         assert picture.height == 2 * (TILE_HEIGHT + 2)
@@ -412,7 +412,7 @@ def test_lengths_without_a_rate():
         (["check", "CLIPS", "--output=nowhere/bad.csv"], "nowhere/bad.csv: cannot be written"),
         (["check", "CLIPS", "--output=."], ".: cannot be written (is a folder)"),
         (["check", "--config=nowhere.yaml"], "nowhere.yaml: cannot be read"),
-        (["check", "--config=list.yaml"], "list.yaml: has no data part"),
+        (["check", "--config=list.yaml"], "list.yaml: has no data section"),
         (["check", "--config=unknown.yaml"], "unknown.yaml: "),
         (["show", "CLIPS", "--picture=sheet.xyz"], "sheet.xyz: unknown kind of picture"),
         (["show", "CLIPS", "--processor=nowhere/at_all"], "nowhere/at_all"),
@@ -434,9 +434,9 @@ def test_bad_usage(work, capsys, monkeypatch, motion_clips, arguments, message):
 
 def test_usage(capsys):
     assert main(["data"]) == main(["data", "--help"]) == 0
-    assert capsys.readouterr().out.count("usage: vidprism data VERB") == 2
+    assert capsys.readouterr().out.count("usage: vidprism data COMMAND") == 2
     assert main(["data", "chek"]) == 2
-    assert capsys.readouterr().err == "vidprism data: no verb 'chek'; there are prepare, check, show\n"
+    assert capsys.readouterr().err == "vidprism data: no command 'chek'; choose from prepare, check, show\n"
 
 
 def test_help_lists_the_keys_of_the_source(capsys):

@@ -53,7 +53,7 @@ def test_another_order_is_said():
     before, now = {"processes": 1, "batch_size": 2, "seed": 0}, {"processes": 1, "batch_size": 2, "seed": 3}
     batches, said, exact = go_on(2, before, now, 10, ("processes", "batch_size"))
     assert (batches, exact) == (2, False)
-    assert "after 4 of the epoch's 10 clips, but in another order" in said
+    assert "after 4 of the epoch's 10 videos, but in another order" in said
     assert said.endswith("(data.seed 0, now 3)")
     assert go_on(0, before, now, 10, ()) == (0, "", True)
 
@@ -103,8 +103,8 @@ def order() -> list[int]:
 @pytest.mark.parametrize(
     ("batch_size", "begins", "words"),
     [
-        (1, 4, "Going on after 4 of the epoch's 10 clips, which it shares out otherwise (data.batch_size 2, now 1)"),
-        (3, 3, "Going on after 3 of the epoch's 10 clips, so that 1 of them come again (data.batch_size 2, now 3)"),
+        (1, 4, "Resuming after 4 of the epoch's 10 videos, divided differently (data.batch_size 2, now 1)"),
+        (3, 3, "Resuming after 3 of the epoch's 10 videos, so that 1 of them are repeated (data.batch_size 2, now 3)"),
     ],
     ids=["smaller", "larger"],
 )
@@ -129,19 +129,19 @@ def test_other_batches_go_on_at_the_same_clip(stopped, seen, caplog, recwarn, ba
 def test_other_clips_and_labels_are_one_line(stopped, capsys):
     words = arguments(stopped / "clips", stopped / "run", f"--resume={stopped / 'run' / 'checkpoints' / 'last.ckpt'}")
     growing, source = stopped / "clips" / "train" / "growing", f"data.source {stopped / 'clips'}: "
-    advice = "bring those back to go on with it, or begin anew by --resume none, which keeps the folder"
+    advice = "restore them to resume, or start fresh with --resume none, which keeps the folder"
     (growing / "0.mp4").rename(growing / "new.mp4")
     assert main(words) == 1
     line = complaint(capsys)
-    assert f"{source}the training clips (as many, but others) are not those of the stopped run; {advice}" in line
+    assert f"{source}the training videos (the same number) have changed since the run stopped; {advice}" in line
     shutil.copy(growing / "new.mp4", growing / "0.mp4")
     assert main(words) == 1
-    assert f"{source}the training clips (10, now 11) are not those" in complaint(capsys)
+    assert f"{source}the training videos (10, now 11) have changed" in complaint(capsys)
     (growing / "new.mp4").unlink()
     for split in ("train", "val"):
         shutil.copytree(stopped / "clips" / split / "growing", stopped / "clips" / split / "waving")
     assert main(words) == 1
-    assert f"{source}the labels (new: waving) are not those" in complaint(capsys)
+    assert f"{source}the labels (new: waving) have changed" in complaint(capsys)
 
 
 def test_the_place_in_a_stream():

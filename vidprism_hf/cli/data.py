@@ -1,4 +1,4 @@
-"""`vidprism data`: fetch a benchmark, decode every clip once, look at what a source holds."""
+"""`vidprism data`: downloads a benchmark, decodes every video once, summarises a source."""
 
 import argparse
 import inspect
@@ -46,17 +46,17 @@ from ..data.tables import ClipSplits
 from ..errors import UserError, printable
 from ..safe_yaml import read_yaml
 
-USAGE = """usage: vidprism data VERB ...
+USAGE = """usage: vidprism data COMMAND ...
 
-  prepare NAME [--root DIR]    fetch, unpack and verify a benchmark
-  check SOURCE                 decode every clip once, list the bad ones with causes
+  prepare NAME [--root DIR]    download, unpack and verify a benchmark
+  check SOURCE                 decode every video once, list the bad ones with causes
   show SOURCE                  classes, counts, lengths, resolutions and a contact sheet
 
-SOURCE and its options are those of a recipe's data part; --config RECIPE reads that part.
-`vidprism data VERB --help` tells a verb's options.
+SOURCE and its options are the data section of a recipe; --config RECIPE reads that section.
+`vidprism data COMMAND --help` lists a command's options.
 """
 
-# What the data part says of training, and what a look at the clips does without.
+# Training settings of the data section that these commands do not need.
 OF_TRAINING = {
     *("processor", "num_frames", "batch_size", "num_workers", "train_views", "frame_stride", "test_clips"),
     *(
@@ -76,10 +76,10 @@ PARAMETERS = inspect.signature(VideoDataModule).parameters
 
 
 def main(argv: list[str]) -> int:
-    """Runs `vidprism data VERB`.
+    """Runs `vidprism data COMMAND`.
 
     Returns:
-        The exit status: 0, 1 where clips are bad, 2 for wrong usage, 130 after Ctrl-C.
+        The exit status: 0, 1 if videos are bad, 2 for wrong usage, 130 after Ctrl-C.
 
     Raises:
         UserError: If an option or the source cannot be used.
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
         print(USAGE, end="")
         return 0
     if argv[0] not in VERBS:
-        print(f"vidprism data: no verb {argv[0]!r}; there are {', '.join(VERBS)}", file=sys.stderr)
+        print(f"vidprism data: no command {argv[0]!r}; choose from {', '.join(VERBS)}", file=sys.stderr)
         return 2
     try:
         return VERBS[argv[0]](argv[1:])
@@ -98,10 +98,10 @@ def main(argv: list[str]) -> int:
 
 
 def prepare_verb(argv: list[str]) -> int:
-    """Fetches a benchmark, unpacks it and compares it with its official lists; what is there already is used."""
+    """Downloads a benchmark, unpacks it and verifies it against its official annotations; reuses existing files."""
     parser = _parser("prepare", prepare_verb)
     parser.add_argument("NAME", type=str, help=f"One of {', '.join(BENCHMARKS)}.")
-    parser.add_argument("--root", type=str, default=PARAMETERS["root"].default, help="Folder to fetch it into.")
+    parser.add_argument("--root", type=str, default=PARAMETERS["root"].default, help="Folder to download it to.")
     parser.add_argument("--split", type=PositiveInt, default=1, help="Official split, 1 to 3 (ucf101, hmdb51).")
     options = _parse(parser, argv)
     if options.NAME not in BENCHMARKS:
@@ -111,9 +111,9 @@ def prepare_verb(argv: list[str]) -> int:
 
 
 def check_verb(argv: list[str]) -> int:
-    """Decodes every clip of both splits once, to its end, and lists those that do not decode with their causes."""
+    """Decodes every video of both splits completely, and lists those that fail with their causes."""
     parser = _parser("check", check_verb)
-    parser.add_argument("--output", type=str, default=FILE_NAME, help="CSV file of bad clips: split,name,label,cause.")
+    parser.add_argument("--output", type=str, default=FILE_NAME, help="CSV file of bad videos: split,name,label,cause.")
     options, settings = _parse_source(parser, argv)
     output = _writable(Path(options.output))
     splits, parts = open_parts(settings)
@@ -133,15 +133,15 @@ def check_verb(argv: list[str]) -> int:
 
 
 def show_verb(argv: list[str]) -> int:
-    """Prints classes and counts, measures a sample of the clips, and saves a contact sheet of some of them."""
+    """Prints classes and counts, measures a sample of the videos, and saves a contact sheet of some of them."""
     parser = _parser("show", show_verb)
     parser.add_argument("--picture", type=str, default="contact_sheet.png", help="File for the contact sheet.")
-    parser.add_argument("--sample", type=PositiveInt, default=500, help="Most clips to decode, drawn by seed.")
+    parser.add_argument("--sample", type=PositiveInt, default=500, help="Maximum videos to decode, drawn by seed.")
     parser.add_argument(
         "--sheet_clips",
         type=NonNegativeInt,
         default=32,
-        help="Most clips on the contact sheet, of as many classes as possible; 0 saves none.",
+        help="Maximum videos on the contact sheet, from as many classes as possible; 0 saves none.",
     )
     options, settings = _parse_source(parser, argv, "processor")
     picture = _writable(Path(options.picture))
@@ -166,7 +166,7 @@ def show_verb(argv: list[str]) -> int:
         print(bad_clip_table(bad))
     if tiles:
         rows = [(*_label_and_name(clip, parts, splits), tiles[clip]) for clip in shown if clip in tiles]
-        rows = [(label, os.path.basename(name), row) for label, name, row in rows]  # the label is in the path too
+        rows = [(label, os.path.basename(name), row) for label, name, row in rows]  # the path repeats the label
         save_picture(contact_sheet(rows), picture)
         print(f"Contact sheet: {picture}, {len(rows)} clips with {SHEET_FRAMES} frames of each")
     return 0
@@ -195,23 +195,23 @@ def _parse_source(parser: ArgumentParser, argv: list[str], *of_training: str) ->
     """Adds the options of a source, and parses.
 
     Args:
-        parser: Has the verb's own options.
-        argv: The command line. Keys may be written as in a recipe's overrides, `--data.val_fraction`.
-        of_training: Keys of the data part that concern training and that this verb uses all the same.
+        parser: The parser with the command's own options.
+        argv: The command line. Keys may have the prefix of recipe overrides, `--data.val_fraction`.
+        of_training: Training settings that this command uses nevertheless.
 
     Returns:
         The options, and the arguments of VideoDataModule.
     """
     skip = OF_TRAINING.difference(of_training)
     default_limit = PARAMETERS["clip_time_limit"].default
-    parser.add_argument("SOURCE", nargs="?", type=str, help="As data.source of a recipe.")
-    parser.add_argument("--config", type=str | None, help="Recipe whose data part to use; options override it.")
-    parser.add_argument("--workers", type=PositiveInt, default=_num_cores(), help="Processes that decode.")
+    parser.add_argument("SOURCE", nargs="?", type=str, help="Same as data.source in a recipe.")
+    parser.add_argument("--config", type=str | None, help="Recipe whose data section to use; options override it.")
+    parser.add_argument("--workers", type=PositiveInt, default=_num_cores(), help="Number of decoding processes.")
     parser.add_argument(
         "--time_limit",
         type=PositiveFloat | None,
         default=default_limit,
-        help="Seconds that one clip may take, null is no limit; a recipe's clip_time_limit sets it too.",
+        help="Seconds that one video may take, null: no limit; the default is the recipe's clip_time_limit.",
     )
     parser.add_class_arguments(VideoDataModule, skip=skip)
     argv = [re.sub(r"^--data\.", "--", argument) for argument in argv]
@@ -240,12 +240,12 @@ def _data_part(recipe: Path) -> dict[str, Any]:
     content = read_yaml(recipe)
     data = content.get("data") if isinstance(content, dict) else None
     if not isinstance(data, dict):
-        raise UserError(f"{recipe}: has no data part; give a recipe such as recipes/folder.yaml")
+        raise UserError(f"{recipe}: has no data section; give a recipe such as recipes/folder.yaml")
     return data
 
 
 def open_parts(settings: dict[str, Any]) -> tuple[ClipSplits, Parts]:
-    """Opens a source, and prints what it has to say on stderr.
+    """Opens a source, and prints its notes to stderr.
 
     Raises:
         DataError: If the source cannot be used.
@@ -269,7 +269,7 @@ def _num_cores() -> int:
 
 
 def _writable(path: Path) -> Path:
-    """The path, if a file can be written there: better to know before an hour of decoding."""
+    """Checks, before an hour of decoding, that a file can be written, and returns its path."""
     try:
         if path.is_dir():
             raise IsADirectoryError(None, "is a folder")
@@ -281,11 +281,11 @@ def _writable(path: Path) -> Path:
     return path
 
 
-# --- what is printed
+# --- output
 
 
 def _watched(outcomes: Iterator[Outcome], total: int, what: str) -> Iterator[Outcome]:
-    """The outcomes, with a progress bar on a terminal; the processes behind them end with the loop."""
+    """Yields the outcomes with a progress bar on a terminal; the worker processes end with the loop."""
     console = Console(stderr=True)
     with closing(outcomes):
         yield from track(outcomes, what, total, console=console, transient=True, disable=not console.is_terminal)
@@ -325,14 +325,14 @@ def _print_classes(parts: Parts, splits: ClipSplits) -> None:
 
 def _print_figures(figures: list[ClipFigures], asked: int, parts: Parts, settings: dict[str, Any]) -> None:
     total = sum(_clips_by_split(parts).values())
-    sample = "" if asked == total else f"; they are a sample of {total}, drawn by seed {settings['seed']}"
+    sample = "" if asked == total else f" (random sample of {total}, seed {settings['seed']})"
     print(f"{len(figures)} of {asked} clips decode{sample}")
     if not figures:
         return
-    table = Table("", "least", "median", "most")
+    table = Table("", "min", "median", "max")
     for row in length_rows(figures):
         table.add_row(*row)
     Console().print(table)
     rates = (f"{clip.fps:.4g}" if clip.fps else "unknown" for clip in figures)
     print(f"Resolution: {commonest(f'{clip.width}x{clip.height}' for clip in figures)}")
-    print(f"Frames a second: {commonest(rates)}")
+    print(f"Frames per second: {commonest(rates)}")

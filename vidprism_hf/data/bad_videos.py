@@ -1,4 +1,4 @@
-"""Clips that cannot be decoded: which they are, why, and when there are too many of them."""
+"""Records videos that cannot be decoded, with causes, and stops a run that meets too many."""
 
 import csv
 import io
@@ -16,18 +16,18 @@ from .tables import DataError
 FILE_NAME = "bad_clips.csv"
 
 
-# What is known of a bad clip where it is met: its name, its class index and the cause.
+# Name, class index and cause.
 Note = tuple[str, int, str]
 
 
 @dataclass(frozen=True, order=True)
 class BadClip:
-    """One clip that cannot be decoded.
+    """One video that cannot be decoded.
 
     Attributes:
         split: `train` or `val`.
-        name: What its table calls it.
-        label: Its label's name.
+        name: Its name in the table.
+        label: The name of its label.
         cause: Why it cannot be decoded.
     """
 
@@ -39,10 +39,10 @@ class BadClip:
 
 @dataclass
 class BadClipLog:
-    """The bad clips met so far, each once.
+    """The bad videos found so far, each once.
 
     Attributes:
-        notes: By split and name, the class index and the cause.
+        notes: Class index and cause, by split and name.
     """
 
     notes: dict[str, dict[str, tuple[int, str]]] = field(default_factory=lambda: {"train": {}, "val": {}})
@@ -51,7 +51,7 @@ class BadClipLog:
         return sum(map(len, self.notes.values()))
 
     def add(self, split: str, met: Iterable[Note]) -> list[Note]:
-        """Takes notes and returns those that are new."""
+        """Adds notes and returns the new ones."""
         known, new = self.notes[split], []
         for name, label, cause in met:
             if name not in known:
@@ -60,12 +60,12 @@ class BadClipLog:
         return new
 
     def merge(self, other: dict[str, dict[str, tuple[int, str]]]) -> None:
-        """Adds the notes of another process."""
+        """Adds the notes of another rank."""
         for split, notes in other.items():
             self.add(split, ((name, *note) for name, note in notes.items()))
 
     def clips(self, id2label: dict[int, str], split: str | None = None) -> list[BadClip]:
-        """The bad clips of one split or both, sorted."""
+        """Returns the bad videos of one split or both, sorted."""
         return sorted(
             BadClip(kind, name, id2label[label], cause)
             for kind, notes in self.notes.items()
@@ -76,12 +76,12 @@ class BadClipLog:
 
 @dataclass(frozen=True)
 class ClipCounts:
-    """What became of the clips of a split.
+    """Counts of the videos of a split.
 
     Attributes:
-        expected: Clips that the source lists.
-        missing: Of these, clips that are not on disk, and were left out.
-        undecodable: Of the others, clips that cannot be decoded; in evaluation they count as wrong.
+        expected: Videos that the source lists.
+        missing: Listed videos that are not on disk and were skipped.
+        undecodable: Videos on disk that cannot be decoded; in evaluation they count as wrong.
     """
 
     expected: int
@@ -89,11 +89,11 @@ class ClipCounts:
     undecodable: int = 0
 
     def __str__(self) -> str:
-        """`160`, or `157 of 160 (2 missing, 1 undecodable)`."""
+        """Returns `160`, or `157 of 160 (2 missing, 1 undecodable)`."""
         return self.phrase("")
 
     def phrase(self, noun: str) -> str:
-        """The same with a noun: `160 clips`, or `157 of 160 clips (2 missing, 1 undecodable)`."""
+        """Returns the same with a noun: `160 clips`, or `157 of 160 clips (2 missing, 1 undecodable)`."""
         lost = {"missing": self.missing, "undecodable": self.undecodable}
         reasons = ", ".join(f"{count} {what}" for what, count in lost.items() if count)
         used = self.expected - self.missing - self.undecodable
@@ -102,22 +102,22 @@ class ClipCounts:
 
 
 def write_bad_clips(clips: Iterable[BadClip], path: Path) -> None:
-    """Writes the list as CSV: split, name, label, cause."""
+    """Writes the bad videos as CSV: split, name, label, cause."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(("split", "name", "label", "cause"))
     writer.writerows((clip.split, clip.name, clip.label, clip.cause) for clip in clips)
-    # File names may hold bytes that are no text.
+    # File names may contain bytes that are not valid text.
     atomic_write(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def bad_clip_table(clips: list[BadClip], most: int = 20) -> str:
-    """The first bad clips as a text table."""
+    """Returns the first bad videos as a text table."""
     table = Table(
         "split", "clip", "label", "cause", title=f"{len(clips)} bad clips" if len(clips) > 1 else "1 bad clip"
     )
     for clip in clips[:most]:
-        # As Text: file names may look like rich's markup.
+        # As Text, since file names may look like rich markup.
         table.add_row(*(Text(shorten(part)) for part in (clip.split, clip.name, clip.label, clip.cause)))
     if len(clips) > most:
         table.add_row("", f"and {len(clips) - most} more", "", "")
@@ -127,10 +127,10 @@ def bad_clip_table(clips: list[BadClip], most: int = 20) -> str:
 
 
 class TooManyBadClips(DataError):
-    """A run that stops since too many of its training clips cannot be decoded.
+    """Raised when too many training videos cannot be decoded.
 
     Attributes:
-        clips: The bad clips of the training split.
+        clips: The bad videos of the training split.
     """
 
     def __init__(self, message: str, clips: list[BadClip]):
@@ -139,13 +139,13 @@ class TooManyBadClips(DataError):
 
 
 def check_bad_clips(clips: list[BadClip], num_clips: int, max_fraction: float, num_unreadable: int = 0) -> None:
-    """Looks whether training can go on.
+    """Checks whether training can continue.
 
     Args:
-        clips: Bad clips of the training split.
-        num_clips: Clips of the training split.
-        max_fraction: Share of them that may be bad.
-        num_unreadable: Examples for which no other clip of the class could be decoded either.
+        clips: Bad videos of the training split.
+        num_clips: Size of the training split.
+        max_fraction: Fraction of it that may be bad.
+        num_unreadable: Examples for which no other video of the class could be decoded either.
 
     Raises:
         TooManyBadClips: If it cannot.
@@ -156,11 +156,11 @@ def check_bad_clips(clips: list[BadClip], num_clips: int, max_fraction: float, n
     if len(clips) > max_fraction * num_clips:
         raise TooManyBadClips(
             f"{len(clips)} of {num_clips} training clips cannot be decoded, more than data.max_bad_fraction="
-            f"{max_fraction:g} {first}; `vidprism data check` finds them all: mend or remove them, or allow more",
+            f"{max_fraction:g} {first}; `vidprism data check` lists them all: fix or remove them, or raise the limit",
             clips,
         )
     if num_unreadable:
         raise TooManyBadClips(
-            f"{num_unreadable} training examples have no clip of their class that decodes {first}; mend or remove them",
+            f"{num_unreadable} training examples have no clip of their class that decodes {first}; fix or remove them",
             clips,
         )

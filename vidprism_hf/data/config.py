@@ -1,6 +1,6 @@
-"""The arguments of the data module: values that cannot be, and those that do not go together.
+"""Checks the data module's arguments for invalid values and conflicting settings.
 
-What the kind of source has to do with it is in sources.py.
+Settings that a kind of source does not use are checked in open.py.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import Any
 from .features.cache import parse_size
 from .tables import DataError
 
-# Least and greatest value of each number; None is no bound. A value that is null is not looked at.
+# Minimum and maximum of each number; None is unbounded. Settings that are null are not checked.
 BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "batch_size": (1, None),
     "num_frames": (1, None),
@@ -29,7 +29,7 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "max_bad_fraction": (0, 1),
 }
 
-# What makes the random views of training, and the values that ask for none.
+# Settings of the random training views, with the values that disable each.
 VIEW_SETTINGS: dict[str, tuple[Any, ...]] = {
     "train_views": (None,),
     "horizontal_flip": (None, False),
@@ -37,7 +37,7 @@ VIEW_SETTINGS: dict[str, tuple[Any, ...]] = {
     "random_erasing": (0,),
 }
 
-# What needs a table of all clips.
+# Settings that need a table of all videos.
 TABLE_SETTINGS = (
     *("train_views", "feature_cache"),
     *("shots", "val_fraction", "val_list", "val_pattern", "train_list", "allow_missing"),
@@ -45,13 +45,13 @@ TABLE_SETTINGS = (
 
 
 def check_arguments(settings: dict[str, Any]) -> None:
-    """Looks for values that cannot be, and for settings that do not go together.
+    """Checks for invalid values and conflicting settings.
 
     Args:
         settings: The arguments of `VideoDataModule`.
 
     Raises:
-        DataError: If there is one.
+        DataError: If there are any.
     """
     _check_values(settings)
     _check_views(settings)
@@ -83,15 +83,15 @@ def _check_views(settings: dict[str, Any]) -> None:
     for name, unused in VIEW_SETTINGS.items():
         if not settings["augment"] and settings[name] not in unused:
             raise DataError(
-                f"data.{name}={settings[name]}: is of random views, and data.augment=false trains on the evaluation's; "
-                "leave one out"
+                f"data.{name}={settings[name]}: has no effect with data.augment=false, which trains on the evaluation "
+                "view; remove one of the two"
             )
 
 
 def _check_streaming(settings: dict[str, Any]) -> None:
     for name in TABLE_SETTINGS:
         if settings[name]:
-            raise DataError(f"data.{name}: needs a table of all clips, which data.streaming has not; remove one")
+            raise DataError(f"data.{name}: cannot be combined with data.streaming; remove one of the two")
     if not settings["augment"]:
         raise DataError("data.augment: streamed training clips are always augmented; set it to true")
 
@@ -101,4 +101,4 @@ def _check_feature_cache(settings: dict[str, Any]) -> None:
         raise DataError("data.feature_cache: needs data.train_views, the number of random views of each clip")
     for name in ("mixup_alpha", "cutmix_alpha"):
         if settings[name]:
-            raise DataError(f"data.{name}: mixes pixels, which data.feature_cache replaces; use one of them")
+            raise DataError(f"data.{name}: needs pixels, which data.feature_cache replaces; remove one of the two")

@@ -1,4 +1,4 @@
-"""The Lightning data module: from a source of clips to batches of normalised pixels on the device."""
+"""The Lightning data module: turns a source of videos into batches of normalised pixels on the device."""
 
 import inspect
 from functools import cached_property
@@ -32,68 +32,73 @@ if TYPE_CHECKING:
 
 
 class VideoDataModule(L.LightningDataModule):
-    """Clips of any source as batches for training and evaluation.
+    """Loads labelled videos from any source as batches for training and evaluation.
 
-    Batches are dicts of `pixel_values_videos` (B, T, 3, H, W), `labels` (B,), `clip_index` (B,), `readable` (B,),
-    `bad_clips`, a list of notes, and two numbers, of clips that count and of unreadable ones: see ClipDataset and
-    collate. Pixels are uint8 until they are on the device and become normalised floats there. In testing with several
-    views pixels are (B, views, T, 3, H, W). With mixup or cutmix training batches also hold `soft_labels` (B, K).
+    Use it with a Lightning Trainer, or take `examples` for a training loop of your own:
+
+        model = VidPrismForVideoClassification(VidPrismConfig.from_preset("tiny"))
+        data = VideoDataModule("path/to/folder", val_fraction=0.2)
+        data.take_model(model)
+        dataset = data.examples("train")
+
+    Batches are dicts of `pixel_values_videos` (B, T, 3, H, W), `labels` (B,), `clip_index` (B,), `readable` (B,) and
+    the entries that `collate` adds. Pixels are uint8 until they are on the device, where they become normalised floats.
+    With several test views they are (B, views, T, 3, H, W). Mixup and cutmix add `soft_labels` (B, K) in training.
 
     Args:
-        source: Folder with train/<class>/ and val/<class>/, or with <class>/ and a rule that holds clips out; the
-            folder that list files speak of; a benchmark (ucf101, hmdb51, k400, ssv2); a dataset of the Hub
-            (org/name); or demo, clips that are rendered on first use (write ./demo for a folder of that name).
-        root: Folder that benchmarks and archives are fetched into and demo clips are rendered into.
-        processor: What defines the evaluation input: a VidPrism or CLIP checkpoint (folder or Hub id) or a
-            preset (b32, b16, l14, tiny). None takes frames, size and pixel statistics from the model: see
-            `take_model`.
-        num_frames: Frames per clip, beside a named processor; None takes the model's (32 of a preset).
-        batch_size: Clips per batch in each process.
-        num_workers: Loader processes beside each training process; 0 loads in the training process.
-        worker_timeout: Seconds to wait for a batch of the loader processes before the run ends; null is no limit.
-        split: Which of a benchmark's official splits, 1 to 3 (ucf101, hmdb51).
-        verify_counts: Whether a benchmark must have as many clips as its official lists say.
-        train_list: List file of the training clips, with labels (lists.py tells the forms).
-        val_list: With train_list the list file of the held-out clips; else a rule: text file with one held-out
-            clip a line, relative to the source.
-        label_names: File with the names of the class indices in list files, such as CSV rows id,name.
-        allow_missing: Whether clips that list files name may be missing on disk; they are counted and left out.
-        val_fraction: Rule: share of each class to hold out, drawn by seed and file name.
-        val_pattern: Rule: regular expression; clips in which it is found are held out. It is searched in the
-            path below the class folder, so ^eli_ finds run/eli_run.avi.
+        source: Folder with train/<class>/ and val/<class>/, or with <class>/ and a split rule; the folder that
+            annotation files refer to; a benchmark (ucf101, hmdb51, k400, ssv2); a Hub dataset (org/name); or demo,
+            videos rendered on first use (write ./demo for a folder of that name).
+        root: Folder for downloaded benchmarks and archives and for the rendered demo.
+        processor: Defines the evaluation input: a VidPrism or CLIP checkpoint (folder or Hub id) or a preset (b32,
+            b16, l14, tiny). None takes frames, size and pixel statistics from the model: see `take_model`.
+        num_frames: Frames per clip, with a named processor; None takes the model's (32 for a preset).
+        batch_size: Videos per batch on each rank.
+        num_workers: Loader processes per rank; 0 loads in the training process.
+        worker_timeout: Seconds to wait for a batch from the loader processes before the run ends; null: no limit.
+        split: Official split of a benchmark, 1 to 3 (ucf101, hmdb51).
+        verify_counts: Whether to require as many videos as the benchmark's official annotations list.
+        train_list: Annotation file of the training split, with labels (formats: sources/annotation_formats.py).
+        val_list: With train_list, the annotation file of the validation split; otherwise a split rule: a text file
+            with one validation video per line, relative to the source.
+        label_names: File with the names of the class indices in annotation files, such as CSV rows id,name.
+        allow_missing: Whether annotated videos may be missing on disk; they are counted and skipped.
+        val_fraction: Split rule: fraction of each class for validation, drawn by seed and file name.
+        val_pattern: Split rule: regular expression; matching videos go to the validation split. It is searched in
+            the path below the class folder, so ^eli_ finds run/eli_run.avi.
         hub_config: Configuration of a Hub dataset.
         hub_revision: Branch, tag or commit of a Hub dataset.
-        train_split: Name of the split of a Hub dataset to train on.
-        val_split: Name of its held-out split; null takes validation, val or test, the first that there is.
-        video_column: Column of a Hub dataset with the videos; null finds it.
-        label_column: Column of a Hub dataset with the labels; null finds it.
-        streaming: Whether a Hub dataset is read as it comes instead of being fetched first.
-        shots: Few-shot: so many training clips of each class, drawn by seed and clip name; null takes all.
-        seed: Seed of the demo clips, of val_fraction and shots, of the order and of the augmentation.
-        train_views: Random views of each training clip, gone through in turn, one an epoch; null draws a new view
-            each epoch.
-        feature_cache: Folder in which the frame features of a frozen backbone are kept: those of each training view
-            and of the evaluation are computed once, and the head is trained from them. Runs may share it.
-        feature_cache_limit: Size that the folder may come to, such as 50GB; above it the run does not start.
-        frame_stride: Frames between those of a clip (dense sampling); null takes one frame from each of num_frames
-            equal segments of the whole video: at random in training, the middle one in evaluation.
-        test_clips: Clips taken from each video in the final evaluation and by evaluate; what they say is averaged.
+        train_split: Split of a Hub dataset to train on.
+        val_split: Its validation split; null takes the first of validation, val and test that exists.
+        video_column: Column of a Hub dataset with the videos; null detects it.
+        label_column: Column of a Hub dataset with the labels; null detects it.
+        streaming: Whether a Hub dataset is streamed instead of downloaded.
+        shots: Training videos per class (few-shot), drawn by seed and name; null uses all.
+        seed: Seed of the demo, val_fraction, shots, the order and the augmentation.
+        train_views: Number of fixed random views of each training video, one per epoch in turn; null draws a new
+            view each epoch.
+        feature_cache: Folder for the frame features of a frozen backbone: each view is computed once, and the head
+            is trained on them. Several runs may use one folder.
+        feature_cache_limit: Maximum size of that folder, such as 50GB; a run that would exceed it does not start.
+        frame_stride: Step between the frames of a clip (dense sampling); null takes one frame from each of
+            num_frames equal segments of the video: a random one in training, the middle one in evaluation.
+        test_clips: Clips per video in the final evaluation and in evaluate; their scores are averaged.
         test_crops: Crops of each such clip, 1 (centre) or 3 along the longer side.
-        augment: Whether training clips are seen in random views; false trains on the view of the evaluation, which
-            serves heads on frozen towers best where clips are few, and leaves min_crop_scale and grayscale unused.
-        min_crop_scale: Smallest area of a training crop as a share of the picture, above 0 and at most 1.
-        horizontal_flip: Whether to mirror half of the training clips; null does unless a label speaks of
-            left, right or (counter-)clockwise.
-        grayscale: Share of training clips that lose their colour, from 0 to 1.
-        rand_augment: Magnitude of RandAugment, 0 to 30; null leaves it out.
-        random_erasing: Share of training clips in which a random rectangle is blanked.
-        mixup_alpha: Parameter of mixup's Beta distribution; 0 is off.
-        cutmix_alpha: Parameter of cutmix's; 0 is off. With both, each batch takes one of them at random.
-        max_bad_fraction: Share of training clips that may be undecodable before the run stops.
-        clip_time_limit: Seconds that decoding one clip may take before it counts as undecodable; null is no limit.
+        augment: Whether to train on random views; false trains on the evaluation view, which suits heads on frozen
+            towers with little data, and ignores min_crop_scale and grayscale.
+        min_crop_scale: Smallest area of a training crop as a fraction of the frame, above 0 and at most 1.
+        horizontal_flip: Whether to flip half of the training clips; null does unless a label names left, right or
+            (counter-)clockwise.
+        grayscale: Fraction of training clips converted to grayscale, from 0 to 1.
+        rand_augment: Magnitude of RandAugment, 0 to 30; null disables it.
+        random_erasing: Fraction of training clips with a random rectangle erased.
+        mixup_alpha: Parameter of mixup's Beta distribution; 0 disables it.
+        cutmix_alpha: Parameter of cutmix's Beta distribution; 0 disables it. With both, each batch draws one.
+        max_bad_fraction: Fraction of training videos that may be undecodable before the run stops.
+        clip_time_limit: Seconds that decoding one video may take before it counts as undecodable; null: no limit.
 
     Raises:
-        DataError: If an argument or, as soon as labels or clips are needed, the source cannot be used.
+        DataError: If an argument is invalid or, once labels or videos are needed, the source cannot be used.
     """
 
     def __init__(
@@ -148,30 +153,30 @@ class VideoDataModule(L.LightningDataModule):
         self._splits: ClipSplits | None = None
         self._video_processor: VidPrismVideoProcessor | None = None
         self._mixing: BatchMixing | None = None
-        self._cached: dict[tuple[str, str, str], CachedClips] = {}  # by digest and precision of the tower, and part
-        self._begin: dict[str, Any] | None = None  # where a stopped run goes on
-        self._bad_epoch = -1  # the last one of training in which a clip could not be decoded
+        self._cached: dict[tuple[str, str, str], CachedClips] = {}  # by tower digest, precision and part
+        self._begin: dict[str, Any] | None = None  # where to resume
+        self._bad_epoch = -1  # the last training epoch with an undecodable video
 
     @property
     def name(self) -> str:
-        """A short name of the source: `demo`, a benchmark, a Hub id, or the folder's own name."""
+        """Short name of the source: `demo`, a benchmark, a Hub id, or the folder's name."""
         return source_name(self.hparams.source)
 
     @property
     def split_description(self) -> str:
-        """How the held-out clips were chosen, in a phrase."""
+        """One phrase on how the validation split was chosen."""
         return describe_split(self.hparams, self._splits.description if self._splits else "")
 
     @property
     def id2label(self) -> dict[int, str]:
-        """Label name of each class index; known from construction on, before any clip is rendered or read."""
+        """Label name of each class index; available before any video is rendered or read."""
         if self.hparams.source == DEMO:
             return dict(enumerate(DEMO_CLASSES))
         return dict(self.splits.id2label)
 
     @property
     def splits(self) -> "ClipSplits | ClipStreams":
-        """The clips and labels of the source, which is fetched and listed on first use."""
+        """The videos and labels of the source, downloaded and listed on first use."""
         if self._splits is None:
             self._splits = open_source(self.hparams)
             for note in self._splits.notes:
@@ -180,29 +185,29 @@ class VideoDataModule(L.LightningDataModule):
 
     @property
     def num_clips(self) -> dict[str, int]:
-        """Numbers of training and held-out clips, as `train` and `val`."""
+        """Numbers of training and validation videos, as `train` and `val`."""
         if self.hparams.streaming:
             return {"train": self.splits.num_train, "val": self.splits.num_val}
         return {"train": len(self.splits.train), "val": len(self.splits.val)}
 
     @property
     def train_table(self) -> ClipTable:
-        """The clips to train on; streamed ones are in no table."""
+        """The training videos; not available with streaming."""
         return self._table("train")
 
     @property
     def val_table(self) -> ClipTable:
-        """The held-out clips; streamed ones are in no table."""
+        """The validation videos; not available with streaming."""
         return self._table("val")
 
     def _table(self, split: str) -> ClipTable:
         if self.hparams.streaming:
-            raise DataError("data.streaming: streamed clips are in no table; set it to false")
+            raise DataError("data.streaming: streamed videos have no table; set it to false")
         return getattr(self.splits, split)
 
     @property
     def video_processor(self) -> VidPrismVideoProcessor:
-        """What defines evaluation input."""
+        """The processor that defines the evaluation input."""
         if self._video_processor is None:
             name, frames = self.hparams.processor, self.hparams.num_frames
             module = self.trainer.lightning_module if self.trainer is not None else None
@@ -216,22 +221,22 @@ class VideoDataModule(L.LightningDataModule):
 
     @video_processor.setter
     def video_processor(self, processor: VidPrismVideoProcessor) -> None:
-        """Takes one of another model, which has to offer what is used of ours."""
+        """Sets another model's processor, which must have the attributes that are used here."""
         self._video_processor = processor
 
     def take_model(self, model: VidPrismForVideoClassification) -> None:
-        """Takes frames, size and pixel statistics from a model, unless `processor` names another one.
+        """Takes frames, size and pixel statistics from a model, unless `processor` is set.
 
-        A `VidPrismLightningModule` that a Trainer runs needs no call.
+        Not needed when a Trainer runs a `VidPrismLightningModule`.
         """
         if self.hparams.processor is None:
             self._video_processor = processor_for(model)
 
     def examples(self, split: str) -> PlainExamples:
-        """Returns the examples of a split for a training loop of one's own, such as transformers' Trainer.
+        """Returns the examples of a split for a training loop of your own, such as transformers' Trainer.
 
         Args:
-            split: `train`, in random views, or `val`, in the view of the evaluation.
+            split: `train` (random views) or `val` (evaluation view).
 
         Raises:
             DataError: If no model is known yet (see `take_model`), or the dataset is streamed.
@@ -239,18 +244,18 @@ class VideoDataModule(L.LightningDataModule):
         return PlainExamples(self._clips(split))
 
     def prepare_data(self) -> None:
-        """Renders the demo clips if they are needed and not there."""
+        """Renders the demo videos if they are needed and missing."""
         if self.hparams.source == DEMO:
             demo_folder(self.hparams.root, self.hparams.seed)
 
     def setup(self, stage: str | None = None) -> None:
-        """Lists the clips and loads the processor, so that bad names show before training starts."""
+        """Lists the videos and loads the processor, so that bad names fail before training starts."""
         splits = self.splits
-        if self.hparams.num_workers:  # while what follows is made ready
+        if self.hparams.num_workers:  # it starts in parallel with what follows
             start_server()
         _ = self.video_processor
         if stage in ("fit", None):
-            seen = "training clips are seen as in the evaluation"
+            seen = "training uses the evaluation view"
             if self.hparams.augment:
                 seen = mirrored(self.hparams.horizontal_flip, self.id2label.values())[1]
             print_once(
@@ -259,9 +264,10 @@ class VideoDataModule(L.LightningDataModule):
             )
 
     def train_dataloader(self) -> DataLoader:
-        """Augmented clips in random order; the last batch may be smaller.
+        """Returns training clips in random order; the last batch may be smaller.
 
-        Those of a resumed run begin where it was stopped: it asks for its clips before Lightning knows the epoch.
+        A resumed run starts where it stopped. It sets the position itself, because Lightning asks for the loader
+        before it knows the epoch.
         """
         loader = self._loader("train")
         epoch = self.trainer.fit_loop.epoch_progress.current.processed if self.trainer is not None else 0
@@ -273,7 +279,7 @@ class VideoDataModule(L.LightningDataModule):
             (print_once if exact else rank_zero_warn)(said)
         if self.hparams.streaming:
             loader.dataset.begin(begin["epoch"], batches, again=begin["bad"])
-            if batches:  # its workers come to the first one by way of those
+            if batches:  # its workers read past those first
                 loader.timeout = 0
             self._bad_epoch = begin["epoch"] if begin["bad"] else -1
         else:
@@ -281,9 +287,7 @@ class VideoDataModule(L.LightningDataModule):
         return loader
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the training is: the epoch, how many of its batches each process has had, and whether a clip was bad
-        among them; and by what a run finds out whether that is the same place for it.
-        """
+        """Returns the position in training (epoch, batches per rank, any bad videos) and what identifies the data."""
         loop = self.trainer.fit_loop
         epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current.processed
         within = epochs.started > epochs.processed
@@ -292,17 +296,17 @@ class VideoDataModule(L.LightningDataModule):
         return {**place, "divided": self._divided, **self._fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Lets the next training begin there; a test, which loads checkpoints too, changes nothing.
+        """Resumes the next training from a saved position; a test, which loads checkpoints too, ignores it.
 
         Raises:
-            DataError: If the labels or the training clips are others.
+            DataError: If the labels or the training videos have changed.
         """
         if self.trainer is None or self.trainer.state.fn == "fit":
             check_same_clips(self.hparams.source, state_dict, self._fingerprint)
             self._begin = state_dict
 
     def batches_had(self, state_dict: dict[str, Any]) -> int:
-        """How many batches, as this run makes them, each process leaves out of the epoch in which a run was stopped."""
+        """Returns how many batches of the interrupted epoch each rank skips, at this run's batch size."""
         return self._go_on(state_dict)[0]
 
     def _go_on(self, place: dict[str, Any]) -> tuple[int, str, bool]:
@@ -311,7 +315,7 @@ class VideoDataModule(L.LightningDataModule):
 
     @property
     def _divided(self) -> dict[str, int]:
-        """How an epoch is divided, and what its order depends on."""
+        """How an epoch is divided among ranks and batches, and what its order depends on."""
         world = self.trainer.world_size if self.trainer is not None else 1
         names = ("batch_size", "seed", *(["num_workers"] if self.hparams.streaming else []))
         return {"processes": world} | {name: self.hparams[name] for name in names}
@@ -321,17 +325,15 @@ class VideoDataModule(L.LightningDataModule):
         return fingerprint(self.splits)
 
     def val_dataloader(self) -> DataLoader:
-        """Every held-out clip once, in one view, as the processor makes it."""
+        """Returns every validation video once, in the evaluation view."""
         return self._loader("val")
 
     def test_dataloader(self) -> DataLoader:
-        """The held-out clips again, in all test views, for the final evaluation of the best checkpoint."""
+        """Returns the validation videos in all test views, for the final evaluation of the best checkpoint."""
         return self._loader("test")
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Draws the seed of a training batch's mixing while its clips are still known without asking the device; notes
-        that clips were bad.
-        """
+        """Records bad videos and draws the mixing seed of a training batch, before its indices are on the device."""
         if self.trainer is None or not self.trainer.training:
             return batch
         if batch.get("bad_clips"):
@@ -342,7 +344,7 @@ class VideoDataModule(L.LightningDataModule):
         return batch | {"mixing_seed": stable_hash("mixing", self.hparams.seed, self.trainer.current_epoch, *names)}
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Normalises the pixels where they are now, and mixes training clips if that is asked for."""
+        """Normalises the pixels on the device and applies mixup or cutmix to training batches."""
         if "frame_features" in batch:
             return batch
         pixels = normalize_clips(batch["pixel_values_videos"], self.video_processor)
@@ -355,7 +357,7 @@ class VideoDataModule(L.LightningDataModule):
 
     @property
     def augmentation(self) -> dict[str, Any]:
-        """What training clips go through, in words."""
+        """Description of the training augmentation."""
         return describe_training_views(self.hparams, self.video_processor, self.id2label.values())
 
     def _reader(self, part: str) -> ClipReader:
@@ -365,13 +367,13 @@ class VideoDataModule(L.LightningDataModule):
         return self.hparams.mixup_alpha > 0 or self.hparams.cutmix_alpha > 0
 
     def _loader(self, part: str) -> DataLoader:
-        """The loader of a part: train, val, or test, which is val in all test views."""
+        """Returns the loader of a part: train, val, or test (val in all test views)."""
         hparams, split = self.hparams, "train" if part == "train" else "val"
         world = self.trainer.world_size if self.trainer is not None else 1
         if self.num_clips[split] < world:
-            # A process without a clip would leave the others waiting for it.
+            # A rank without data would make the others hang in their next collective.
             count = self.num_clips[split]
-            raise DataError(f"{self.name}: {count} clips in a split for {world} processes; use fewer devices")
+            raise DataError(f"{self.name}: {count} videos in a split for {world} processes; use fewer devices")
         workers = hparams.num_workers
         if hparams.streaming:
             clips, sampler = StreamedClips(getattr(self.splits, split), self._reader(part)), None
@@ -379,18 +381,18 @@ class VideoDataModule(L.LightningDataModule):
             clips = self._clips(part)
             sampler = ClipSampler(len(clips), split == "train", hparams.seed, hparams.batch_size)
         if hparams.feature_cache:
-            clips, workers = self._cached_clips(part), 0  # to hand features over would take longer than to read them
+            clips, workers = self._cached_clips(part), 0  # passing features between processes is slower than reading
         return clip_loader(
             clips,
             workers,
             collate,
             hparams.worker_timeout,
-            # Several views of a clip take the place of as many clips.
+            # Each test view takes one place in the batch.
             batch_size=max(1, hparams.batch_size // (clips.reader.num_clips * clips.reader.num_crops)),
             sampler=sampler,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
-            # Its own: the loader draws from it each epoch, and the run's random states go on without.
+            # The loader draws a seed each epoch; its own generator leaves the run's random state untouched.
             generator=torch.Generator(),
         )
 
@@ -399,17 +401,17 @@ class VideoDataModule(L.LightningDataModule):
         return ClipDataset(table, self._reader(part), self.hparams.train_views, training=part == "train")
 
     def _cached_clips(self, part: str) -> CachedClips:
-        """The clips of a part with frame features; before a training those of all its parts are computed."""
+        """Returns the cached features of a part; before training, computes those of all its parts."""
         hparams, several = self.hparams, self.hparams.test_clips * self.hparams.test_crops > 1
         if self.trainer is None or not hasattr(self.trainer.lightning_module, "frame_encoder"):
-            raise DataError("data.feature_cache: needs the tower; let a Trainer run VidPrismLightningModule")
+            raise DataError("data.feature_cache: needs the tower; run a VidPrismLightningModule with a Trainer")
         encoder = self.trainer.lightning_module.frame_encoder()
         part = "val" if part == "test" and not several else part
         key = (encoder.digest, encoder.precision)
         if (*key, part) not in self._cached:
             parts = ("train", "val", "test")[: 2 + several] if self.trainer.state.fn == "fit" else (part,)
             settings = hparams.feature_cache_limit, encoder, hparams.batch_size, hparams.num_workers
-            # A callback that takes note of signals may end the run in between.
+            # A callback that handles signals may end the run between shards.
             callbacks = (getattr(callback, "between_shards", None) for callback in self.trainer.callbacks)
             between = next(filter(None, callbacks), None)
             cache = FeatureCache(hparams.feature_cache, *settings, between, hparams.worker_timeout)

@@ -1,7 +1,7 @@
-"""A look at clips before a training: which of them decode, what they measure, and a picture of some.
+"""Inspects videos before training: which of them decode, their dimensions, and a contact sheet.
 
-Clips are read in processes of their own, which a clip may hang or crash: that process is ended, the clip is noted
-with the cause, and the others go on.
+Videos are read in separate processes. One that hangs or crashes its process is recorded with the cause, the process is
+replaced, and the others continue.
 """
 
 import math
@@ -31,16 +31,16 @@ from .tables import ClipTable, stable_hash
 SHEET_FRAMES = 8
 TILE_HEIGHT, LABEL_WIDTH, GAP = 112, 220, 2  # pixels of a contact sheet
 
-Parts = Sequence[tuple[str, ClipTable]]  # tables with the name of the split that each belongs to
+Parts = Sequence[tuple[str, ClipTable]]  # split name and table of each part
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one clip.
+    """The result of reading one video.
 
     Attributes:
-        part: Which of the tables it is in.
-        index: Its row there.
+        part: Index of its table.
+        index: Its row in the table.
         result: What the reading function returned.
         cause: Why there is no result; None if there is one.
     """
@@ -53,14 +53,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class ClipFigures:
-    """What a clip measures.
+    """Measurements of a video.
 
     Attributes:
         num_frames: Frames that decode.
-        fps: Frames per second, None where the file declares none.
+        fps: Frames per second; None if the file declares none.
         width: Pixels, upright.
         height: Pixels, upright.
-        num_bytes: Size of the file, None of what is not a local file.
+        num_bytes: Size of the file; None if it is not local.
     """
 
     num_frames: int
@@ -71,7 +71,7 @@ class ClipFigures:
 
 
 def clip_figures(video: str | bytes) -> ClipFigures:
-    """Decodes a whole clip and measures it.
+    """Decodes a whole video and measures it.
 
     Raises:
         VideoDecodeError: If it does not decode.
@@ -83,19 +83,19 @@ def clip_figures(video: str | bytes) -> ClipFigures:
 
 
 def all_clips(parts: Parts) -> Iterator[tuple[int, int]]:
-    """Every clip as (part, row), in order."""
+    """Yields every video as (part, row), in order."""
     return ((part, index) for part, (_, table) in enumerate(parts) for index in range(len(table)))
 
 
 def draw_clips(parts: Parts, count: int, seed: int) -> list[tuple[int, int]]:
-    """At most `count` clips as (part, row), drawn at random, in the order of the draw."""
+    """Draws at most `count` random videos as (part, row), in random order."""
     ends = np.cumsum([len(table) for _, table in parts])
     order = np.random.default_rng(stable_hash("inspection", seed)).permutation(ends[-1])[:count]
     chosen = np.searchsorted(ends, order, side="right")
     return [(int(part), int(row - ends[part] + len(parts[part][1]))) for part, row in zip(chosen, order, strict=True)]
 
 
-# --- processes that read clips
+# --- processes that read videos
 
 
 def read_clips(
@@ -105,17 +105,17 @@ def read_clips(
     num_workers: int,
     time_limit: float | None = None,
 ) -> Iterator[Outcome]:
-    """Reads clips in processes beside this one, and survives what they do to those.
+    """Reads videos in worker processes, and survives videos that hang or crash them.
 
     Args:
         parts: The tables.
-        clips: Which clips to read, as (part, row).
-        read: Called with each clip's path, URL or bytes; it and what it returns must pickle.
-        num_workers: Processes.
-        time_limit: Seconds that one clip may take; None is no limit.
+        clips: Videos to read, as (part, row).
+        read: Called with each video's path, URL or bytes; must be picklable, as must its result.
+        num_workers: Number of processes.
+        time_limit: Seconds that one video may take; None is unlimited.
 
     Yields:
-        One outcome for each clip, in the order in which they are done.
+        One outcome per video, in order of completion.
 
     Raises:
         UserError: If the processes do not start.
@@ -131,7 +131,7 @@ def read_clips(
             wait([worker.connection for worker in workers], None if patience == math.inf else patience)
             for place in reversed(range(len(workers))):
                 worker = workers[place]
-                # Asked here, not above: an answer may come while this process is busy with another one's.
+                # Polled here, not above, since an answer may arrive while another outcome is processed.
                 answered = worker.connection.poll()
                 if not answered and time.monotonic() < worker.deadline:
                     continue
@@ -151,25 +151,25 @@ def read_clips(
 
 
 class _Worker:
-    """A process that reads clips one by one, until it is ended from here."""
+    """A process that reads videos one at a time until `end` is called."""
 
     def __init__(self, parts: Parts, read: Callable[[str | bytes], Any]):
         self.connection, theirs = CONTEXT.Pipe()
         self.process = CONTEXT.Process(target=_serve, args=(theirs, parts, read), daemon=True)
         self.process.start()
-        theirs.close()  # so that the end of the process shows here as the end of the connection
-        self.clip: tuple[int, int] | None = None  # none until it says that it has started
+        theirs.close()  # so that this end sees EOF when the process dies
+        self.clip: tuple[int, int] | None = None  # None until the process reports that it has started
         self.deadline = math.inf
         self.alive = True
 
     def give(self, clip: tuple[int, int], limit: float) -> None:
-        """Hands over the next clip."""
+        """Sends the next video."""
         self.clip, self.deadline = clip, time.monotonic() + limit
-        with suppress(OSError):  # a process that is gone shows when its answer is awaited
+        with suppress(OSError):  # a dead process is noticed when its answer is read
             self.connection.send(clip)
 
     def outcome(self, answered: bool, limit: float) -> Outcome | None:
-        """What became of the clip; None if there was none yet. Ends a process that has not answered in time."""
+        """Returns the outcome of the video; None if there was none yet. Ends a process that timed out."""
         if not answered:
             self.end()
             return Outcome(*self.clip, cause=f"took longer than {limit:g} s")
@@ -181,12 +181,12 @@ class _Worker:
             self.end()
             how = signal.strsignal(-code) if code < 0 else f"exit status {code}"
             if self.clip is None:
-                raise UserError(f"processes to read clips in do not start ({how}); free some memory") from None
+                raise UserError(f"cannot start processes to read videos ({how}); free some memory") from None
             return Outcome(*self.clip, cause=f"crashed the decoder ({how})")
         return None if self.clip is None else Outcome(*self.clip, *answer)
 
     def end(self) -> None:
-        """Ends the process, whatever it does."""
+        """Kills the process."""
         if self.alive:
             self.alive = False
             self.process.kill()
@@ -195,11 +195,11 @@ class _Worker:
 
 
 def _serve(connection: Connection, parts: Parts, read: Callable[[str | bytes], Any]) -> None:
-    """What a worker does: says that it has started, then answers each (part, row) with (result, cause)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
-    if hasattr(signal, "pthread_sigmask"):  # the server that has forked this process blocks it
+    """Runs in a worker: reports the start, then answers each (part, row) with (result, cause)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one ends the others
+    if hasattr(signal, "pthread_sigmask"):  # the fork server blocks SIGTERM
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    with suppress(EOFError, BrokenPipeError):  # the first process is gone
+    with suppress(EOFError, BrokenPipeError):  # the main process has ended
         connection.send(None)
         while True:
             part, index = connection.recv()
@@ -211,15 +211,15 @@ def _read(table: ClipTable, index: int, read: Callable[[str | bytes], Any]) -> t
         return read(table.video(index)), None
     except VideoDecodeError as error:
         return None, error.cause or str(error)
-    except Exception as error:  # whatever it is belongs to the clip
+    except Exception as error:  # any error is attributed to the video
         return None, f"{type(error).__name__}: {first_line(error)}"
 
 
-# --- figures and picture
+# --- figures and contact sheet
 
 
 def length_rows(figures: Sequence[ClipFigures]) -> list[tuple[str, str, str, str]]:
-    """Rows of (what, smallest, median, largest) of frames, seconds and file sizes, as text."""
+    """Returns text rows of (quantity, minimum, median, maximum) for frames, seconds and file sizes."""
     columns = (
         ("frames", "{:g}", [clip.num_frames for clip in figures]),
         ("seconds", "{:.2f}", [clip.num_frames / clip.fps for clip in figures if clip.fps]),
@@ -233,15 +233,15 @@ def length_rows(figures: Sequence[ClipFigures]) -> list[tuple[str, str, str, str
 
 
 def commonest(values: Iterable[str], most: int = 5) -> str:
-    """The commonest values with their counts, as text."""
+    """Formats the most common values with their counts."""
     counts = Counter(values)
-    # Of equal counts the smaller value first, so that the order of reading does not show.
+    # Ties are broken by value, so that the result does not depend on the reading order.
     ordered = sorted(counts, key=lambda value: (-counts[value], value))
     return preview([f"{value} ({counts[value]})" for value in ordered], most)
 
 
 def spread_over_classes(parts: Parts, clips: Iterable[tuple[int, int]], count: int) -> list[tuple[int, int]]:
-    """Some of the clips, of as many classes as possible, ordered by class; earlier ones are preferred."""
+    """Chooses `count` videos from as many classes as possible, earlier ones first, ordered by class."""
     seen: Counter[int] = Counter()
     ranked = []
     for place, (part, index) in enumerate(clips):
@@ -253,10 +253,10 @@ def spread_over_classes(parts: Parts, clips: Iterable[tuple[int, int]], count: i
 
 @dataclass(frozen=True)
 class SheetTiles:
-    """Reads a clip as a row of a contact sheet: uint8 (frames, height, width, 3).
+    """Reads a video as a row of a contact sheet: uint8 (frames, height, width, 3).
 
     Attributes:
-        reader: Makes evaluation input.
+        reader: Makes the evaluation input.
     """
 
     reader: ClipReader
@@ -270,10 +270,10 @@ class SheetTiles:
 
 
 def contact_sheet(rows: Sequence[tuple[str, str, np.ndarray]]) -> Image.Image:
-    """A picture of clips: one a row, its frames from left to right.
+    """Draws a contact sheet: one video per row, its frames from left to right.
 
     Args:
-        rows: Label, name and tiles (frames, height, width, 3) of each clip; all tiles have one shape.
+        rows: Label, name and tiles (frames, height, width, 3) of each video; all tiles have the same shape.
     """
     frames, height, width = rows[0][2].shape[:3]
     sheet = Image.new("RGB", (LABEL_WIDTH + frames * (width + GAP), len(rows) * (height + GAP)), "white")
@@ -288,6 +288,6 @@ def contact_sheet(rows: Sequence[tuple[str, str, np.ndarray]]) -> Image.Image:
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Writes a picture whole or not at all."""
+    """Writes a picture atomically."""
     with atomic_path(path) as beside:
         picture.save(beside, format=Image.registered_extensions()[path.suffix.lower()])

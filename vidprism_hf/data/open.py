@@ -1,11 +1,11 @@
-"""What `data.source` names: the demo, a benchmark, a folder, list files, or a dataset of the Hub; one way into all.
+"""Opens whatever `data.source` names.
 
 | `data.source`                  | what it is                                                            |
 | ------------------------------ | --------------------------------------------------------------------- |
-| `demo`                         | rendered clips (demo.py)                                              |
-| `ucf101 hmdb51 k400 ssv2`      | a benchmark below `data.root`, fetched if it is not there             |
-| a folder                       | class folders (folder.py), or list files with `data.train_list`       |
-| `org/name`                     | a dataset of the Hub, unless there is a folder of that name           |
+| `demo`                         | rendered videos (demo.py)                                             |
+| `ucf101 hmdb51 k400 ssv2`      | a benchmark below `data.root`, downloaded if missing                  |
+| a folder                       | class folders (folder.py), or annotations with `data.train_list`      |
+| `org/name`                     | a Hub dataset, unless there is a folder of that name                  |
 """
 
 import re
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 DEMO = "demo"
 RULES = ("val_fraction", "val_list", "val_pattern")
 KINDS = {"benchmark": "a benchmark", "folder": "class folders", "lists": "list files", "hub": "a dataset of the Hub"}
-# Settings that have a meaning for some kinds of source only.
+# Settings that only some kinds of source use.
 SETTINGS = {
     "demo": (),
     "benchmark": ("split", "verify_counts"),
@@ -42,7 +42,7 @@ SETTINGS = {
 
 
 def source_kind(source: str, train_list: str | None = None) -> str:
-    """What a source is: `demo`, `benchmark`, `folder`, `lists` or `hub`."""
+    """Returns the kind of a source: `demo`, `benchmark`, `folder`, `lists` or `hub`."""
     if source == DEMO:
         return "demo"
     if source in BENCHMARKS:
@@ -53,7 +53,7 @@ def source_kind(source: str, train_list: str | None = None) -> str:
 
 
 def open_source(settings: dict[str, Any]) -> "ClipSplits | ClipStreams":
-    """Lists the clips of a source, fetching it first where it has to be fetched, unless it is streamed.
+    """Lists the videos of a source, downloading it first if necessary and not streamed.
 
     Args:
         settings: The arguments of `VideoDataModule`.
@@ -97,20 +97,20 @@ def _hub_splits(settings: dict[str, Any]) -> ClipSplits:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"data.root {root}: cannot be written ({error.strerror}); choose another folder") from error
-    # Processes that start together would fetch and unpack the same files side by side.
+    # Ranks that start together would otherwise download and unpack the same files at the same time.
     with FileLock(root / f".{source.replace('/', '--')}.lock"):
         return hub_splits(source, root=root, seed=settings["seed"], **given)
 
 
 def check_source(settings: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """Looks for settings that this kind of source would ignore.
+    """Checks for settings that this kind of source would ignore.
 
     Args:
         settings: The arguments of `VideoDataModule`.
         defaults: Their defaults.
 
     Raises:
-        DataError: If there is one.
+        DataError: If there are any.
     """
     kind = source_kind(settings["source"], settings["train_list"])
     for name in sorted({name for names in SETTINGS.values() for name in names} - set(SETTINGS[kind])):
@@ -124,16 +124,16 @@ def check_source(settings: dict[str, Any], defaults: dict[str, Any]) -> None:
 
 
 def source_name(source: str) -> str:
-    """A short name of a source: of a folder its own name."""
+    """Returns the short name of a source; for a folder, its own name."""
     return source if source_kind(source) in ("demo", "benchmark", "hub") else Path(source).resolve().name
 
 
 def describe_split(settings: dict[str, Any], read: str = "") -> str:
-    """How training and held-out clips were told apart, in a phrase.
+    """Returns one phrase on how the training and validation splits were made.
 
     Args:
         settings: The arguments of `VideoDataModule`.
-        read: What the source says of itself (`ClipSplits.description`).
+        read: The source's own description (`ClipSplits.description`).
     """
     seed, kind = settings["seed"], source_kind(settings["source"], settings["train_list"])
     if kind == "demo":
@@ -162,7 +162,7 @@ def describe_split(settings: dict[str, Any], read: str = "") -> str:
 
 
 def dataset_facts(settings: dict[str, Any]) -> dict[str, str]:
-    """Returns name, Hub id and terms of a source, as far as they are known.
+    """Returns the name, Hub id and license of a source, as far as they are known.
 
     Args:
         settings: The arguments of `VideoDataModule`.

@@ -1,7 +1,7 @@
-"""Tables of clips: which clips a split has, and the class index of each.
+"""Tables of videos: the videos of a split and the class index of each.
 
-A table lives in Arrow buffers and NumPy arrays, never in Python lists: objects would be copied into every loader
-process as their reference counts are touched, and its memory would grow with each epoch.
+A table is stored in Arrow buffers and NumPy arrays, never in Python lists: loader processes would copy those objects
+as they touch their reference counts, and memory would grow with each epoch.
 """
 
 import hashlib
@@ -24,28 +24,28 @@ VIDEO_EXTENSIONS = frozenset({
 
 
 def is_video(name: str) -> bool:
-    """Tells a video by the extension of its name."""
+    """Checks whether a file name has a video's extension."""
     return os.path.splitext(name)[1].lower() in VIDEO_EXTENSIONS
 
 
 def stable_hash(*parts: object) -> int:
-    """A number in [0, 2**63) that depends on nothing but the parts: the same in every process and version."""
+    """Hashes the parts to a number in [0, 2**63) that is the same in every process and Python version."""
     digest = hashlib.blake2b("\0".join(map(str, parts)).encode("utf-8", "surrogateescape"), digest_size=8)
     return int.from_bytes(digest.digest(), "big") >> 1
 
 
 def rows_by_label(labels: np.ndarray) -> dict[int, list[int]]:
-    """The rows of each label, in their order. It looks at each row once, however many labels there are."""
+    """Returns the rows of each label, in order, in one pass over the rows."""
     order = np.argsort(labels, kind="stable")
     known, starts = np.unique(labels[order], return_index=True)
     return {int(label): rows.tolist() for label, rows in zip(known, np.split(order, starts)[1:], strict=True)}
 
 
 class ClipTable(Protocol):
-    """The clips of one split.
+    """The videos of one split.
 
     Attributes:
-        origin: What the clips belong to, for messages: a folder, or a dataset's id and split.
+        origin: Where the videos come from, for messages: a folder, or a dataset's id and split.
         labels: Class indices, (N,), int64.
     """
 
@@ -55,22 +55,22 @@ class ClipTable(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What a clip is called in messages, lists and seeds; no two clips of a table share a name."""
+        """Returns the name of a video in messages, annotations and seeds; it is unique within the table."""
 
     def video(self, index: int) -> str | bytes:
-        """A clip as `decode_video` takes it: a path, a URL or the bytes of the file."""
+        """Returns a video as `decode_video` takes it: a path, a URL or the bytes of the file."""
 
     def select(self, indices: Sequence[int]) -> "ClipTable":
-        """The table of some clips, in the order given."""
+        """Returns a table of the given rows, in the order given."""
 
 
 @dataclass(frozen=True, eq=False)
 class FileTable:
-    """Clips that are files below one folder: a `ClipTable`.
+    """A `ClipTable` of files below one folder.
 
     Attributes:
         origin: The folder that the names are relative to.
-        names: File names below it, (N,), as file-system bytes: they need not be valid text.
+        names: File names below it, (N,), as file-system bytes, since they may not be valid text.
         labels: Class indices, (N,), int64.
     """
 
@@ -100,16 +100,16 @@ class FileTable:
 
 @dataclass(frozen=True, eq=False)
 class ClipSplits:
-    """What a source of clips comes to.
+    """The training and validation splits of a source.
 
     Attributes:
-        train: The clips to train on.
-        val: The held-out clips.
+        train: The training videos.
+        val: The validation videos.
         id2label: Class index to label name.
-        ignored: Files below the source that are not clips, sorted; hidden ones are not listed.
-        notes: Sentences about the source that its user should see once.
-        missing: Split ("train" or "val") to the clips that its list names and the disk lacks.
-        description: What was read, in a phrase, where the settings do not tell: a commit, a split that was found.
+        ignored: Files below the source that are not videos, sorted; hidden files are not listed.
+        notes: Sentences about the source to show the user once.
+        missing: Split ("train" or "val") to its annotated videos that are not on disk.
+        description: One phrase on what was read that the settings do not say, such as a commit or a detected split.
     """
 
     train: ClipTable

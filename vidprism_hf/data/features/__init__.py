@@ -1,1 +1,1 @@
-"""Frame features of a frozen tower, computed once and kept."""
+"""Caches the frame features of a frozen tower."""

@@ -1,20 +1,18 @@
-"""Frame features of a frozen tower (`data.feature_cache`): computed once for each clip and view, kept, and read back.
+"""Caches the frame features of a frozen tower, one row per video and view (`data.feature_cache`).
 
-A row is kept under a hash of all that it follows from: the clip's content; the tower's weights, settings and
-precision; the processor; frames and stride; in training the augmentation and, since they decide what is drawn, the
-seed, the view's number and the clip's name; in evaluation clips and crops; and `FORMAT`. What changes is computed
-anew, and the old rows stay for whoever still has use for them:
+A row's key is a hash of everything that it depends on: the video's content; the tower's weights, settings and
+precision; the processor; frames and stride; in training the augmentation, seed, view number and video name; in
+evaluation clips and crops; and `FORMAT`. A change means new rows; old rows stay for runs that still use them:
 
-    <folder>/contents.json               hashes of files, remembered (clip_contents.py)
-    <folder>/train-<hash>/about.json     what its rows have in common, to be read by people
-    <folder>/train-<hash>/*.safetensors  rows (feature_shards.py)
-    <folder>/train-<hash>/bad.json       clips that cannot be decoded (feature_part.py)
+    <folder>/contents.json               hashes of files (fetch/contents.py)
+    <folder>/train-<hash>/about.json     what its rows have in common, for people to read
+    <folder>/train-<hash>/*.safetensors  rows (shards.py)
+    <folder>/train-<hash>/bad.json       videos that cannot be decoded (split.py)
     <folder>/test-<hash>/...
 
-Runs may use one folder at the same time: one fills it while others wait. The processes of a run fill it together,
-shard by shard, and may be stopped after each. Clips whose content cannot be decoded are known from then on; those that
-took too long, or could not be read, are tried once more by each run. A clip of which one view cannot be decoded counts
-as bad in all.
+Several runs may use one folder: one fills it while the others wait. The ranks of a run fill it together, shard by
+shard, and can stop after each. Undecodable content is remembered; videos that timed out or could not be read are
+retried by each run. A video with one undecodable view counts as bad in all views.
 """
 
 import json
@@ -43,40 +41,40 @@ from .encoder import FrameEncoder
 from .shards import SUFFIX, ShardFolder
 from .split import BLANK, CHANGES, CachedClips, Part, Pixels, row_hash
 
-# To be raised by whoever changes what the tower sees of a clip: decoding, sampling of frames, transforms.
+# Increase it whenever decoding, frame sampling or transforms change the tower's input.
 FORMAT = 2
-# A shard is written when it has come to this size or age.
+# A shard is written when it reaches this size or age.
 SHARD_BYTES = 64 * 2**20
-SHARD_SECONDS = 20.0  # no more: clusters give a job 30 seconds to leave
-WAIT_SECONDS = 5.0  # for another run, before the signals are looked at
+SHARD_SECONDS = 20.0  # at most: clusters give a job 30 seconds to exit
+WAIT_SECONDS = 5.0  # for another run, between checks for signals
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes of a size such as `50GB`; units are powers of 1000.
+    """Parses a size such as `50GB` into bytes; units are powers of 1000.
 
     Raises:
-        DataError: If it is none.
+        DataError: If it is not a size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B|)", str(text).strip(), re.IGNORECASE)
     if match is None:
-        raise DataError(f"data.feature_cache_limit={text}: is no size; write one like 50GB")
+        raise DataError(f"data.feature_cache_limit={text}: is not a size; write one such as 50GB")
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
 def size_text(size: int) -> str:
-    """A number of bytes, in the unit that suits it."""
+    """Formats a number of bytes in a suitable unit."""
     unit = next(unit for unit in ("TB", "GB", "MB", "KB", "B") if size >= UNITS[unit] or unit == "B")
     return f"{size / UNITS[unit]:.4g} {unit}"
 
 
 class Computed(NamedTuple):
-    """What a process has computed.
+    """Result of one rank.
 
     Attributes:
-        shard: Where the rows are; None if there are none.
-        causes: Why clips are bad, by index.
-        lasting: The causes that lie in what clips hold, by the keys of the rows.
+        shard: Name of the shard with the rows; None if there are none.
+        causes: Why videos are bad, by index.
+        lasting: The causes that lie in a video's content, by row key.
     """
 
     shard: str | None
@@ -88,14 +86,14 @@ class FeatureCache:
     """A folder of frame features.
 
     Args:
-        folder: The folder, which runs may share.
-        limit: Bytes that it may come to hold, such as `50GB`.
+        folder: The folder; several runs may use it.
+        limit: Maximum size, such as `50GB`.
         encoder: The tower.
-        batch_size: Videos of one view that go through the tower together.
+        batch_size: Single-view videos per forward pass of the tower.
         num_workers: Processes that decode.
-        between_shards: Called on each process when all have written a shard, and on the first now and then while
-            another run fills the folder. It may raise SystemExit, which ends all processes and leaves the folder whole.
-        worker_timeout: Seconds to wait for a batch of the decoding processes; None is no limit.
+        between_shards: Called on each rank when all have written a shard, and on rank 0 regularly while another run
+            fills the folder. It may raise SystemExit, which ends all ranks and leaves the folder consistent.
+        worker_timeout: Seconds to wait for a batch from the decoding processes; None is unlimited.
     """
 
     def __init__(
@@ -113,16 +111,16 @@ class FeatureCache:
         self._between_shards = between_shards or (lambda: None)
 
     def cached(self, wanted: dict[str, ClipDataset]) -> dict[str, CachedClips]:
-        """The examples of some parts of a run with features; those that are not there are computed.
+        """Returns the examples of each part with features, computing those that are missing.
 
-        All processes of a run have to call it.
+        All ranks must call it.
 
         Args:
-            wanted: The clips of each part, by its name.
+            wanted: The dataset of each part, by name.
 
         Raises:
-            DataError: If the folder cannot be used, or would outgrow its limit.
-            SystemExit: If `between_shards` does.
+            DataError: If the folder cannot be used, or would exceed its limit.
+            SystemExit: If `between_shards` raises it.
         """
         try:
             with Ranks.running() as ranks:
@@ -154,7 +152,7 @@ class FeatureCache:
         return Part(clips, about, ShardFolder(folder), contents, causes)
 
     def _about(self, clips: ClipDataset) -> dict[str, Any]:
-        """All that decides about features but the clips and what is drawn for each."""
+        """Returns everything that determines the features except the videos and their random draws."""
         reader, every = clips.reader, clips.reader.processor.to_dict()
         names = ("size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std")
         switches = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
@@ -170,13 +168,13 @@ class FeatureCache:
         }
 
     def _complete(self, parts: dict[str, Part], ranks: Ranks) -> bool:
-        """Opens what is there and whole, and tells whether nothing is missing."""
+        """Opens the existing intact shards and checks whether nothing is missing."""
         for part in parts.values():
             self._open(part, ranks)
         return all(BLANK in part.places and not part.missing() for part in parts.values())
 
     def _open(self, part: Part, ranks: Ranks) -> None:
-        """Opens the new shards with rows that are needed, and removes those of them that are damaged."""
+        """Opens new shards that have needed rows, and removes damaged ones."""
         part.learn(ranks.first(part.known_causes))
         names = [name for name in ranks.first(part.shards.names) if name not in part.seen]
         share, needed = ranks.share(names), part.needed()
@@ -185,13 +183,13 @@ class FeatureCache:
             checks |= told
         damaged = sorted(name for name, whole in checks.items() if whole is False)
         for name in damaged:
-            rank_zero_warn(f"Feature cache: {part.shards.folder / name} is damaged; what it held is computed anew")
+            rank_zero_warn(f"Feature cache: {part.shards.folder / name} is damaged; its rows will be recomputed")
         ranks.first(lambda: part.shards.remove(damaged))
         part.places |= part.shards.open(sorted(name for name, whole in checks.items() if whole))
         part.seen |= checks.keys() - set(damaged)
 
     def _fill(self, parts: dict[str, Part], ranks: Ranks) -> None:
-        """Computes what is missing, while no other run does."""
+        """Computes what is missing, under a lock that keeps other runs waiting."""
         lock = FileLock(self.folder / ".lock")
         try:
             ranks.first(lambda: self._acquire(lock))
@@ -220,20 +218,20 @@ class FeatureCache:
         return self._features(torch.zeros((1, *part.clips.reader.shape), dtype=torch.uint8))[0]
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Features (B, T', D) of pixels (B, T, 3, H, W), both on the CPU, or the same with views, (B, views, ...)."""
+        """Encodes pixels (B, T, 3, H, W) to features (B, T', D), both on the CPU; either may be (B, views, ...)."""
         features = self.encoder.encode(pixels.flatten(0, -5)).cpu()
         if not torch.isfinite(features).all():
             raise DataError(
-                "data.feature_cache: the tower gives features that are not finite numbers; its weights or its "
-                "processor's settings are damaged, or it needs a wider trainer.precision"
+                "data.feature_cache: the tower's features are not finite; check its weights and its processor's "
+                "settings, or use a higher trainer.precision"
             )
         return features.unflatten(0, pixels.shape[:-4])
 
     def _check_room(self, parts: dict[str, Part], blanks: dict[str, torch.Tensor]) -> None:
-        """Reports what the features come to, before they are computed.
+        """Reports the size of the features before they are computed.
 
         Raises:
-            DataError: If that is too much for the limit or the disk.
+            DataError: If it exceeds the limit or the free disk space.
         """
         there = sum(path.stat().st_size for path in self.folder.rglob(f"*{SUFFIX}"))
         new, lines = 0, []
@@ -250,14 +248,14 @@ class FeatureCache:
         if there + new > parse_size(self.limit):
             raise DataError(
                 f"data.feature_cache_limit={self.limit}: too little for {text}; raise it, lower data.train_views or "
-                f"remove what is no longer needed in {self.folder}"
+                f"remove old folders in {self.folder}"
             )
         free = shutil.disk_usage(self.folder).free
         if new > free:
-            raise DataError(f"data.feature_cache {self.folder}: {text}, and {size_text(free)} of disk; make room")
+            raise DataError(f"data.feature_cache {self.folder}: {text}, but {size_text(free)} of disk free; make room")
 
     def _fill_part(self, name: str, part: Part, blank: torch.Tensor, ranks: Ranks) -> None:
-        """Computes the rows that a part lacks, each process its share."""
+        """Computes a part's missing rows, divided among the ranks."""
         ranks.first(lambda: self._prepare(part))
         new = {BLANK: blank} if ranks.rank == 0 and BLANK not in part.places else {}
         with closing(self._compute(name, part, ranks.share(part.missing()), new)) as shards:
@@ -277,7 +275,7 @@ class FeatureCache:
     def _compute(
         self, name: str, part: Part, rows: list[tuple[int, int]], new: dict[str, torch.Tensor]
     ) -> Iterator[Computed]:
-        """Computes rows and writes them, and tells each shard."""
+        """Computes and writes rows, and yields after each shard."""
         causes, lasting, done, since = {}, {}, 0, time.monotonic()
         views = part.clips.reader.num_clips * part.clips.reader.num_crops
         loader = clip_loader(
@@ -286,7 +284,7 @@ class FeatureCache:
             collate,
             self.worker_timeout,
             batch_size=max(1, self.batch_size // views),
-            generator=torch.Generator(),  # what the head draws later must not depend on how much is computed here
+            generator=torch.Generator(),  # keeps the run's random state independent of how much is computed
         )
         order = iter(rows)
         for batch in loader:
@@ -313,7 +311,7 @@ class FeatureCache:
 
 
 def _why_unread(clips: ClipDataset, index: int) -> str:
-    """Why a clip has no hash, in the words of a run without the cache."""
+    """Returns why a video has no hash, with the same cause as a run without the cache."""
     bad: list[Note] = []
     clips.read(index, 0, bad)
     return bad[0][2] if bad else CHANGES

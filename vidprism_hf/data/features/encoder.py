@@ -1,4 +1,4 @@
-"""A frozen tower as the feature cache sees it: what its features follow from, and how they are computed."""
+"""The feature cache's view of a frozen tower: what identifies its features, and how to compute them."""
 
 import dataclasses
 import hashlib
@@ -19,12 +19,12 @@ from ..tables import DataError
 
 @dataclass(frozen=True)
 class FrameEncoder:
-    """A frozen tower, as the cache needs it.
+    """A frozen tower for the feature cache.
 
     Attributes:
         digest: Hash of its weights and settings (`tower_digest`).
-        precision: That of the run, such as `bf16-mixed`.
-        encode: uint8 pixels on the CPU, (B, T, 3, H, W), to frame features, (B, T', D).
+        precision: The trainer's precision, such as `bf16-mixed`.
+        encode: Maps uint8 pixels on the CPU, (B, T, 3, H, W), to frame features, (B, T', D).
     """
 
     digest: str
@@ -33,10 +33,10 @@ class FrameEncoder:
 
 
 def tower_digest(tower: nn.Module, config: PreTrainedConfig) -> str:
-    """A hash of a tower's weights, their names and types, and of what the configuration says of its architecture.
+    """Hashes a tower's weights, their names and dtypes, and the architecture settings of its configuration.
 
     Raises:
-        DataError: If this process has only a part of the weights.
+        DataError: If the weights are sharded.
     """
     inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     own = {field.name for field in dataclasses.fields(config)} - inherited
@@ -45,8 +45,8 @@ def tower_digest(tower: nn.Module, config: PreTrainedConfig) -> str:
     for name, tensor in sorted(tower.state_dict().items()):
         if isinstance(tensor, DTensor) or tensor.numel() == 0:
             raise DataError(
-                "data.feature_cache: trainer.strategy divides the tower's weights among processes; use ddp, since a "
-                "tower whose features are kept does not run"
+                "data.feature_cache: trainer.strategy shards the tower's weights; use ddp, since a tower with cached "
+                "features does not run in training"
             )
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -54,7 +54,7 @@ def tower_digest(tower: nn.Module, config: PreTrainedConfig) -> str:
 
 
 def encoder_of(model: VidPrismForVideoClassification, trainer: Trainer) -> FrameEncoder:
-    """Returns the tower of a model as the cache needs it, in a trainer's precision."""
+    """Returns a model's tower as a `FrameEncoder` in the trainer's precision."""
 
     @torch.no_grad()
     def encode(pixels: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""A folder of tensors by key, in safetensors files ("shards") that are written once and never changed.
+"""A folder of tensors by key, in write-once safetensors files ("shards").
 
-A shard holds one tensor `features`, (rows, ...), and the keys of its rows in its metadata. Its name is the SHA-256
-of its bytes: that is what it is checked against, and what keeps writers apart. A shard is written beside and
-renamed, so that a process that dies loses the one that it was writing, and two processes never meet in a file.
+A shard has one tensor `features`, (rows, ...), and its row keys in the metadata. Its name is the SHA-256 of its bytes,
+which verifies it and avoids name clashes. Shards are written atomically: a process that dies loses only the one that it
+was writing.
 """
 
 import hashlib
@@ -22,14 +22,14 @@ from ..fetch.contents import file_hash
 from ..tables import DataError
 
 SUFFIX = ".safetensors"
-ABANDONED = 3600  # seconds after which a file that was never renamed is taken for a dead process's
+ABANDONED = 3600  # seconds after which a temporary file is assumed to be left by a dead process
 
 
 class ShardFolder:
     """Rows by key in one folder.
 
     Args:
-        folder: It is made with the first shard.
+        folder: Created with the first shard.
     """
 
     def __init__(self, folder: Path):
@@ -37,16 +37,16 @@ class ShardFolder:
         self._shards: list[torch.Tensor] = []
 
     def names(self) -> list[str]:
-        """The shards that are there."""
+        """Returns the names of the existing shards."""
         return sorted(path.name for path in self.folder.glob(f"[!.]*{SUFFIX}"))
 
     def check(self, name: str, needed: Set[str]) -> bool | None:
-        """Whether a shard with rows that are needed is as it was written; None where it has none, or is gone.
+        """Checks whether a shard with needed rows is intact; None if it has none or no longer exists.
 
-        Of a shard without such rows only the header is read.
+        Reads only the header of a shard without needed rows.
 
         Raises:
-            DataError: If it cannot be read, which does not tell whether it is damaged.
+            DataError: If it cannot be read, so that it may or may not be damaged.
         """
         path = self.folder / name
         try:
@@ -58,21 +58,21 @@ class ShardFolder:
             return None
         except OSError as error:
             raise DataError(
-                f"data.feature_cache {path}: cannot be read ({error.strerror or error}); look at the disk and the "
-                "file's permissions, or remove it, and what it holds is computed anew"
+                f"data.feature_cache {path}: cannot be read ({error.strerror or error}); check the disk and the file's "
+                "permissions, or remove it to have its rows recomputed"
             ) from error
 
     def open(self, names: Iterable[str]) -> dict[str, tuple[int, int]]:
-        """Maps shards into memory; what is read of them is read from the disk when it is used.
+        """Memory-maps shards; rows are read from disk when used.
 
         Args:
-            names: Whole shards.
+            names: Intact shards.
 
         Returns:
-            For each key the number of its shard and its row in it, for `row`.
+            Shard number and row of each key, for `row`.
 
         Raises:
-            OSError: If one is not there.
+            OSError: If one does not exist.
         """
         places = {}
         for name in names:
@@ -83,11 +83,11 @@ class ShardFolder:
         return places
 
     def row(self, shard: int, row: int) -> torch.Tensor:
-        """The row at a place that `open` has told."""
+        """Returns the row at a place that `open` returned."""
         return self._shards[shard][row]
 
     def write(self, rows: dict[str, torch.Tensor]) -> str:
-        """Writes a shard and returns its name; rows have one shape and type.
+        """Writes a shard and returns its name; all rows have the same shape and dtype.
 
         Raises:
             OSError: If the folder cannot be written.
@@ -99,20 +99,20 @@ class ShardFolder:
         return name
 
     def remove(self, names: Iterable[str]) -> None:
-        """Removes shards."""
+        """Removes shards by name."""
         for name in names:
             (self.folder / name).unlink(missing_ok=True)
 
     def sweep(self) -> None:
-        """Removes what dead processes have left."""
+        """Removes temporary files of dead processes."""
         for path in self.folder.glob(".*.tmp"):
-            with suppress(FileNotFoundError):  # its process renames it just now
+            with suppress(FileNotFoundError):  # its process has just renamed it
                 if time.time() - path.stat().st_mtime > ABANDONED:
                     path.unlink()
 
 
 def _keys(path: Path) -> list[str] | None:
-    """The keys in a shard's header; None where that is damaged."""
+    """Returns the keys in a shard's header; None if it is damaged."""
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if size > os.fstat(file.fileno()).st_size:

@@ -1,7 +1,7 @@
-"""The clips of a run whose features are kept: which rows there are of them, and which of the clips are bad.
+"""One split of the feature cache: its rows and its bad videos.
 
-Beside the rows, `bad.json` holds why clips cannot be decoded, under the keys that their rows would have: what is bad
-about a clip's content stays so until the content, or the decoder, is another.
+`bad.json` records why videos cannot be decoded, under the keys that their rows would have. An entry is valid until the
+video's content or the decoder changes.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from ..fetch.contents import Signature, signature
 from ..loading.dataset import ClipDataset, example
 from .shards import ShardFolder
 
-# The key of a clip of zeros, whose features stand for those of a clip that cannot be decoded.
+# The key of an all-zero clip, whose features replace those of a video that cannot be decoded.
 BLANK = "blank"
 BAD = "bad.json"
 CHANGES = "changes while it is read"
@@ -29,15 +29,15 @@ DECODER = f"av {av.__version__}"
 
 
 class CachedClips(ClipDataset):
-    """The examples of a `ClipDataset`, with `frame_features` in the place of pixels: (T', D), or (views, T', D).
+    """A `ClipDataset` with `frame_features` instead of pixels: (T', D), or (views, T', D).
 
     Args:
-        clips: The examples with pixels.
-        shards: Where the features are.
-        places: Shard and row for each view and clip, (views, N, 2).
-        blank: Features of a clip of zeros.
-        causes: Why clips are bad, by index; they have no places.
-        digest: The hash of all that the features follow from: tower, precision, processor, views, clips in order.
+        clips: The dataset with pixels.
+        shards: The folder of features.
+        places: Shard and row of each view and video, (views, N, 2).
+        blank: Features of an all-zero clip.
+        causes: Why videos are bad, by index; those have no places.
+        digest: Hash of everything the features depend on: tower, precision, processor, views, ordered videos.
     """
 
     def __init__(
@@ -64,18 +64,18 @@ class CachedClips(ClipDataset):
 
 @dataclass
 class Part:
-    """Clips of a run, in the views that it takes of them.
+    """The videos of one part of a run, with the state of their rows.
 
     Attributes:
-        clips: The clips.
+        clips: The dataset with pixels.
         about: What all rows have in common.
-        shards: Where the rows are.
-        contents: Hash and signature of each clip; no hash where it cannot be read.
-        causes: Why clips are bad, by index: at first of those without a hash.
-        keys: Key of each clip's rows, one for each training view; the views of an evaluation are in one row. None
-            where the clip has no hash.
-        places: Shard and row of each key that is there.
-        seen: Shards that have been looked at: they are open, or have no row that is needed.
+        shards: The folder of rows.
+        contents: Hash and signature of each video; the hash is None if it cannot be read.
+        causes: Why videos are bad, by index; at first only those without a hash.
+        keys: Keys of each video's rows, one per training view; evaluation views share one row. None if the video has
+            no hash.
+        places: Shard and row of each existing key.
+        seen: Shards already checked: open, or without needed rows.
     """
 
     clips: ClipDataset
@@ -94,39 +94,39 @@ class Part:
         ]
 
     def _draws(self, index: int) -> list[tuple]:
-        """What tells the rows of a clip from each other."""
+        """Returns what distinguishes the rows of a video from each other."""
         reader = self.clips.reader
         if reader.augmentation is None:
             return [()]
         return [(reader.seed, view, self.clips.table.name(index)) for view in range(self.clips.train_views)]
 
     def known_causes(self) -> dict[str, str]:
-        """Why clips are bad, by the keys of their rows, as earlier runs have found."""
+        """Returns the causes that earlier runs recorded, by row key."""
         try:
             known = json.loads((self.shards.folder / BAD).read_text())
-        except (OSError, ValueError):  # what it held is found out anew
+        except (OSError, ValueError):  # the causes will be found again
             return {}
         return known["causes"] if isinstance(known, dict) and known.get("decoder") == DECODER else {}
 
     def keep_causes(self, new: dict[str, str]) -> None:
-        """Adds to them."""
+        """Records new causes."""
         if new:
             content = {"decoder": DECODER, "causes": self.known_causes() | new}
             atomic_write(self.shards.folder / BAD, json.dumps(content, allow_nan=False).encode())
 
     def learn(self, known: dict[str, str]) -> None:
-        """Takes the clips for bad of which a row is among the keys."""
+        """Marks videos as bad if the cause of one of their rows is known."""
         self.causes |= {
             index: known[key] for index, keys in enumerate(self.keys) if known for key in keys if key in known
         }
 
     def needed(self) -> set[str]:
-        """The keys of the rows that the run needs."""
+        """Returns the keys of the rows that the run needs."""
         good = (keys for index, keys in enumerate(self.keys) if index not in self.causes)
         return {BLANK}.union(*good)
 
     def missing(self) -> list[tuple[int, int]]:
-        """Clips and views to compute, the views of a clip one after the other."""
+        """Returns the (video, view) pairs to compute, grouped by video."""
         return [
             (index, view)
             for index, keys in enumerate(self.keys)
@@ -136,7 +136,7 @@ class Part:
         ]
 
     def cached(self) -> CachedClips:
-        """The clips with features, which must be there."""
+        """Returns the dataset with features; all of them must exist."""
         places = np.full((len(self.keys[0]), len(self.keys), 2), -1, dtype=np.int32)
         for index, keys in enumerate(self.keys):
             if index not in self.causes:
@@ -146,15 +146,15 @@ class Part:
 
 
 def row_hash(*parts: object) -> str:
-    """A key for what follows from the parts."""
+    """Hashes the parts to a key."""
     text = "\0".join(map(str, parts)).encode("utf-8", "surrogateescape")
     return hashlib.blake2b(text, digest_size=16).hexdigest()
 
 
 class Pixels(Dataset):
-    """Pixels of the clips and views whose features are to be computed, as a `ClipDataset` gives them.
+    """Pixels of the videos and views to compute, with the items of `ClipDataset`.
 
-    Where there are none, `lasting` tells whether they will be missing whenever these bytes are decoded.
+    `lasting` is True where decoding these bytes will always fail.
     """
 
     def __init__(self, part: Part, rows: Sequence[tuple[int, int]]):
@@ -168,7 +168,7 @@ class Pixels(Dataset):
         index, view, found = self.rows[number]
         table, bad = self.clips.table, list[Note]()
         pixels, label = self.clips.read(index, view, bad), int(table.labels[index])
-        # What was hashed must be what was decoded.
+        # The file must not have changed between hashing and decoding.
         same = found is None or signature(table.video(index)) == found
         if pixels is not None and not same:
             pixels, bad = None, [(table.name(index), label, CHANGES)]

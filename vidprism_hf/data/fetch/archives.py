@@ -1,11 +1,11 @@
-"""Unpack archives of clips: zip, tar with any compression, and tar in several parts, safely and all or nothing.
+"""Unpacks archives of videos safely and atomically: zip, compressed tar, and tar in several parts.
 
-Only files and folders are made, in a folder that is new and in which there is no link: a name without `..` cannot lead
-out of it. Links are refused whatever they point to, since no dataset needs them, and so is what an archive says twice,
-since the later would replace the earlier in silence. Files get the modes and times of new files.
+Only files and folders are created, in a new folder without links, so a name without `..` cannot lead out of it. Links
+are refused whatever they point to, since no dataset needs them, and so are duplicate members, since the later would
+silently replace the earlier. Files get the modes and times of new files.
 
-What is unpacked has bounds, so that a small file cannot fill a disk: see `RATIO`. A zip says all sizes at its
-beginning, and is checked before anything is written; a tar is checked member by member, and while it is decompressed.
+The unpacked size is limited, so that a small file cannot fill a disk: see `RATIO`. A zip declares all sizes up front
+and is checked before anything is written; a tar is checked member by member, and while it is decompressed.
 """
 
 import bz2
@@ -30,13 +30,13 @@ from ..tables import DataError
 from .download import gigabytes
 
 MARKER = ".unpacked.json"
-# An archive may unpack to FREE bytes, or to RATIO times its size if that is more: videos hardly pack, lists by 10.
+# An archive may unpack to FREE bytes, or to RATIO times its size if more: videos hardly compress, text about tenfold.
 FREE = 100 * 2**20
 RATIO = 100
-BLOCK = 4096  # bytes that a member takes on the disk besides its content
+BLOCK = 4096  # bytes of disk overhead per member
 MOST_MEMBERS = 500_000  # Something-Something v2, the largest set in one archive, has 220,847
-MOST_FOLDERS = 50  # one in the other
-MOST_HEADER = 2**16  # bytes of a tar member's extended header, which is read at once
+MOST_FOLDERS = 50  # of nesting
+MOST_HEADER = 2**16  # bytes of a tar member's extended header, which is read into memory
 _SUFFIX = re.compile(r"\.(zip|tar|tar\.gz|tgz|tar\.bz2|tbz2?|tar\.xz|txz|rar|7z)$", re.IGNORECASE)
 # Parts of one archive: x.tar.gz.part-aa, x.tar.gz.partaa, x.tar.gz.aa, x.tgz-00, x.tar.001; SSv2's x-00 has no suffix.
 _PART = re.compile(
@@ -61,7 +61,7 @@ def archive_groups(names: Iterable[str]) -> dict[str, list[str]]:
         names: File names, with `/` between folders.
 
     Returns:
-        For each archive its name without suffix and the files it consists of, parts in their order.
+        The files of each archive, parts in order, by its name without suffix.
 
     Raises:
         DataError: If a part between others is missing.
@@ -80,33 +80,33 @@ def archive_groups(names: Iterable[str]) -> dict[str, list[str]]:
             continue  # a file that happens to end in two digits
         order = sorted(numbered)
         if order[0] > 1 or order != list(range(order[0], order[0] + len(order))):
-            raise DataError(f"{whole}: {len(order)} of its parts are here, one before or between them is missing")
+            raise DataError(f"{whole}: found {len(order)} parts, but one before or between them is missing; add it")
         groups.setdefault(_SUFFIX.sub("", whole), []).extend(numbered[number] for number in order)
     clash = next((files for files in groups.values() if len(files) > 1 and _SUFFIX.search(files[0])), None)
     if clash:
-        raise DataError(f"{clash[0]}: {clash[1]} has the same name but for its suffix; keep one of them")
+        raise DataError(f"{clash[0]}: {clash[1]} has the same name except for its suffix; keep one of them")
     return groups
 
 
 def unpack(
     archive: str | os.PathLike | Sequence[str | os.PathLike], folder: str | os.PathLike, strip: bool = False
 ) -> Path:
-    """Unpacks an archive into a folder of its own, which appears only when it is complete.
+    """Unpacks an archive into a new folder, which appears only when it is complete.
 
-    It is unpacked beside the folder and then renamed. What a cut-off run left is removed first; a folder that
-    this archive was unpacked into before is left as it is. Two processes must not unpack into one folder at once.
+    Unpacks beside the folder, then renames. Leftovers of an interrupted run are removed; a folder already unpacked
+    from this archive is reused. Two processes must not unpack into the same folder at once.
 
     Args:
-        archive: The file, or the parts of a tar archive in their order.
-        folder: The folder to make.
-        strip: Whether a single top folder that is called like `folder` or like the archive becomes the folder itself.
+        archive: The file, or the parts of a tar archive in order.
+        folder: The folder to create.
+        strip: Whether to drop a single top folder named like `folder` or the archive.
 
     Returns:
         The folder.
 
     Raises:
-        DataError: If the archive is damaged, unsafe, too large or of another kind, or the folder has other content.
-            Nothing is left of what was unpacked then.
+        DataError: If the archive is damaged, unsafe, too large or unsupported, or the folder has other content. Nothing
+            unpacked is left behind.
     """
     files = [Path(archive)] if isinstance(archive, (str, os.PathLike)) else [Path(part) for part in archive]
     folder = Path(folder)
@@ -126,17 +126,17 @@ def unpack(
         os.replace(content, folder)
     except DataError:
         raise
-    except Exception as error:  # tarfile, zipfile and the decompressors raise whatever they stumble over
-        # Compression errors are OSErrors too, but no call of the system has given them a number.
+    except Exception as error:  # tarfile, zipfile and the decompressors raise many types
+        # Compression errors are OSErrors too, but without an errno.
         if isinstance(error, OSError) and error.errno is not None:
             name = shorten(error.filename or files[0])
-            raise DataError(f"{name}: unpacking failed ({error.strerror}); start again when that is solved") from error
+            raise DataError(f"{name}: unpacking failed ({error.strerror}); fix that and run it again") from error
         cause = shorten(" ".join(str(error).split()) or type(error).__name__)
-        raise DataError(f"{files[0]}: is damaged or cut off ({cause}); remove it and fetch it again") from error
+        raise DataError(f"{files[0]}: is damaged or truncated ({cause}); remove it and download it again") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
         for parent in new_parents:
-            with suppress(OSError):  # not empty: it is in use
+            with suppress(OSError):  # not empty
                 parent.rmdir()
     return folder
 
@@ -157,11 +157,11 @@ def _already_unpacked(files: list[Path], folder: Path) -> bool:
         known = json.loads((folder / MARKER).read_text(encoding="utf-8"))["archives"]
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(f"{folder}: was not unpacked from {files[0].name}; move it away") from None
-    # The archive itself may be gone by now: to free its space is a good reason to have unpacked it.
+    # The archive may have been deleted since, to free its space.
     pairs = zip(files, known, strict=False)
     sizes = [[path.name, path.stat().st_size if path.exists() else size] for path, (_, size) in pairs]
     if sizes != known or len(files) != len(known):
-        raise DataError(f"{folder}: was unpacked from another archive than {files[0]}; remove it")
+        raise DataError(f"{folder}: was not unpacked from {files[0]} but from another archive; remove it")
     return True
 
 
@@ -174,13 +174,13 @@ def _content(files: list[Path], folder: Path, unpacked: Path, strip: bool) -> Pa
 
 
 class _Target:
-    """The new folder that members are written into.
+    """The new folder that members are written to.
 
     Attributes:
-        archive: Named in messages.
+        archive: The archive's path, for messages.
         root: The folder.
-        size: Bytes of the archive.
-        limit: Bytes that it may unpack to.
+        size: Size of the archive in bytes.
+        limit: Maximum unpacked size in bytes.
     """
 
     def __init__(self, files: Sequence[Path], root: Path):
@@ -192,25 +192,25 @@ class _Target:
         self._members = self._bytes = 0
 
     def refused(self, what: str) -> DataError:
-        """The error of an archive that is not to be unpacked."""
+        """Returns the error for an archive that is refused."""
         return DataError(
-            f"{self.archive}: {what}; nothing was unpacked, do not trust this archive, or unpack it by hand and give "
-            "that folder as data.source"
+            f"{self.archive}: {what}; nothing was unpacked; if you trust this archive, unpack it by hand and give that "
+            "folder as data.source"
         )
 
     def unsafe(self, name: str, what: str) -> DataError:
-        """The error of an archive with a member that is not to be unpacked."""
+        """Returns the error for an archive with a refused member."""
         return self.refused(f"member {shorten(name)!r} {what}")
 
     def too_large(self, found: int) -> DataError:
-        """The error of an archive that unpacks to more than its limit."""
+        """Returns the error for an archive that exceeds its limit."""
         return self.refused(f"unpacks to {gigabytes(found)} or more from {gigabytes(self.size)}, too much for videos")
 
     def claim(self, size: int) -> None:
-        """Counts a member that the archive declares.
+        """Counts a declared member.
 
         Raises:
-            DataError: If there are too many, they are too large together, or the disk has no room for them.
+            DataError: If there are too many members, or they exceed the size limit or the free disk space.
         """
         if size < 0:
             raise ValueError("a size below 0")
@@ -227,19 +227,19 @@ class _Target:
             )
 
     def path(self, name: str) -> Path | None:
-        """Where a member goes; None if it is left out."""
+        """Returns the path of a member; None if it is skipped."""
         parts = PurePosixPath(name).parts
         pieces = re.split(r"[/\\]", name)  # backslashes separate folders on Windows
         if (pieces[0] == "" and name) or ".." in pieces or any(re.match("[A-Za-z]:", piece) for piece in pieces):
             raise self.unsafe(name, "would be written outside the folder")
         if "\0" in name or len(parts) > MOST_FOLDERS:
-            raise self.unsafe(name, f"has no name that can be used (NUL, or more than {MOST_FOLDERS} folders)")
+            raise self.unsafe(name, f"has an unusable name (NUL, or more than {MOST_FOLDERS} folders)")
         if parts and (parts[0] == _LEFT_OUT[0] or parts[-1] == _LEFT_OUT[1]):
             return None
         return self.root.joinpath(*parts)
 
     def add(self, name: str, size: int = 0, content: BinaryIO | None = None) -> None:
-        """Makes a file or, without content, a folder."""
+        """Creates a file or, without content, a folder."""
         path = self.path(name)
         if path is None:
             return
@@ -248,12 +248,12 @@ class _Target:
                 path.mkdir(parents=True, exist_ok=True)
                 return
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(path, "xb")  # noqa: SIM115 closed below; errors of the content are others
+            file = open(path, "xb")  # noqa: SIM115 closed below; errors in the content are handled elsewhere
         except OSError as error:
             if error.errno in (errno.EEXIST, errno.ENOTDIR):
                 raise self.unsafe(name, "is in it twice, or is both a file and a folder") from error
             if error.errno in (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ):
-                raise self.unsafe(name, f"has a name that this disk does not take ({error.strerror})") from error
+                raise self.unsafe(name, f"has a name that this disk does not support ({error.strerror})") from error
             raise
         with file:
             shutil.copyfileobj(content, file, 1 << 20)
@@ -266,14 +266,14 @@ def _unpack(files: list[Path], target: _Target) -> None:
     if suffix in (".rar", ".7z"):
         tool = "unrar x" if suffix == ".rar" else "7z x"
         raise DataError(
-            f"{files[0]}: {suffix[1:]} archives are not read here; unpack it with `{tool}` (or `bsdtar -xf`) into a "
+            f"{files[0]}: {suffix[1:]} archives are not supported; unpack it with `{tool}` (or `bsdtar -xf`) into a "
             "folder and give that folder as data.source"
         )
     with io.BufferedReader(_Joined(files), 1 << 20) as joined:
         if not joined.peek(2).startswith(b"PK"):
             return _unpack_tar(joined, target)
     if len(files) > 1:
-        raise DataError(f"{files[0]}: zip in several parts is not read; join it with `zip -s 0` first")
+        raise DataError(f"{files[0]}: split zip archives are not supported; join it with `zip -s 0` first")
     _unpack_zip(files[0], target)
 
 
@@ -305,7 +305,7 @@ def _zip_name(info: zipfile.ZipInfo) -> str:
     name = info.filename.replace("\\", "/")
     if info.flag_bits & 0x800:
         return name
-    # Without the flag names are cp437 by the standard and UTF-8 in practice.
+    # Without the flag, names are cp437 by the standard but UTF-8 in practice.
     try:
         return name.encode("cp437").decode("utf-8")
     except UnicodeError:
@@ -313,7 +313,7 @@ def _zip_name(info: zipfile.ZipInfo) -> str:
 
 
 class _TarInfo(tarfile.TarInfo):
-    """A tar header; of an extended one no more is read than a name or some attributes take."""
+    """A tar header that refuses extended headers larger than a name or some attributes need."""
 
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
@@ -324,11 +324,11 @@ class _TarInfo(tarfile.TarInfo):
 
 
 def _unpack_tar(joined: io.BufferedReader, target: _Target) -> None:
-    # Not tarfile's own way of reading a compressed stream, which skips the checksum at its end.
+    # Not tarfile's own decompression, which skips the checksum at the end of the stream.
     stream = _Bounded(_decompressed(joined), target)
     with tarfile.open(fileobj=stream, mode="r|", tarinfo=_TarInfo) as archive:
         while (member := archive.next()) is not None:
-            archive.members.clear()  # tarfile keeps each
+            archive.members.clear()  # otherwise tarfile keeps them all
             if not (member.isreg() or member.isdir()):
                 raise target.unsafe(member.name, "is a link or a device; only files and folders are unpacked")
             target.claim(member.size)
@@ -350,7 +350,7 @@ def _decompressed(joined: io.BufferedReader) -> BinaryIO:
 
 
 class _Bounded:
-    """A stream that counts what is read of it, and ends where that is more than its archive may unpack to."""
+    """A stream that counts the bytes read and raises beyond the archive's limit."""
 
     def __init__(self, stream: BinaryIO, target: _Target):
         self._stream, self._target = stream, target
@@ -365,7 +365,7 @@ class _Bounded:
 
 
 class _Joined(io.RawIOBase):
-    """Reads files one after the other as if they were one."""
+    """Reads several files as one stream."""
 
     def __init__(self, files: Sequence[Path]):
         super().__init__()
@@ -381,7 +381,7 @@ class _Joined(io.RawIOBase):
             if path is None:
                 return 0
             self._current.close()
-            self._current = open(path, "rb", buffering=0)  # noqa: SIM115 closed when it is read or with this object
+            self._current = open(path, "rb", buffering=0)  # noqa: SIM115 closed at its end or with this object
         return count
 
     def close(self) -> None:

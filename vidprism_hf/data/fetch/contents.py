@@ -1,10 +1,10 @@
-"""What clips hold, as SHA-256 of the file's or the row's bytes, so that nothing computed of a clip outlives a change.
+"""Hashes the content of videos (SHA-256 of the file's or row's bytes), so that cached results never outlive a change.
 
-The hash of a file is remembered with its size, inode, modification time and change time, and taken without reading
-the file as long as all four are the same. Programs may set the modification time; the change time is the kernel's
-own, and every change of a file moves it. A file changed in the last seconds is not remembered: the next change might
-fall into the same tick of the clock. What this trusts is a file system that keeps change times, which all usual ones
-do, and a clock that nobody sets back to that very nanosecond.
+A file's hash is cached with its size, inode, modification time and change time, and reused without reading the file
+while all four are unchanged. Programs can set the modification time, but the kernel updates the change time on every
+change. A file changed in the last seconds is not cached, since another change might fall into the same clock tick. This
+relies on a file system with change times, as all common ones have, and on a clock that is not set back to the same
+nanosecond.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from ...util import atomic_write, check_regular
 from ..reading.time_limit import TimeLimit
 from ..tables import DataError
 
-SETTLED_NS = 3 * 10**9  # a file whose last change is younger is not remembered
+SETTLED_NS = 3 * 10**9  # files changed more recently are not cached
 BLOCK = 2**20
 
 # Size, modification time, change time and inode of a file.
@@ -29,7 +29,7 @@ Signature = tuple[int, int, int, int]
 
 
 def signature(path: str) -> Signature | None:
-    """What changes when a file does; None where there is no file."""
+    """Returns a value that changes whenever the file does; None if there is no file."""
     try:
         stat = os.stat(path)
     except OSError:
@@ -38,7 +38,7 @@ def signature(path: str) -> Signature | None:
 
 
 def file_hash(path: str | os.PathLike) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
+    """Returns the SHA-256 of a file in hexadecimal."""
     check_regular(path)
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
@@ -48,11 +48,11 @@ def file_hash(path: str | os.PathLike) -> str:
 
 
 class ContentHashes:
-    """The hashes of clips, remembered in a file.
+    """Hashes of videos, cached in a file.
 
     Args:
-        memo: The file (JSON); one that cannot be read is written anew.
-        time_limit: Seconds that reading one clip may take; None is no limit.
+        memo: The cache file (JSON); an unreadable one is replaced.
+        time_limit: Seconds that reading one video may take; None is unlimited.
     """
 
     def __init__(self, memo: Path, time_limit: float | None = None):
@@ -62,21 +62,21 @@ class ContentHashes:
         self._new: dict[str, list] = {}
 
     def __call__(self, video: str | bytes) -> tuple[str | None, Signature | None]:
-        """The hash of a clip and, if it is a file, its signature; no hash where it cannot be read, or not in time.
+        """Returns the hash of a video, None if it cannot be read in time, and the signature if it is a file.
 
         Raises:
-            DataError: If it is at an address, whose content may change unseen.
+            DataError: If it is a URL, whose content may change unnoticed.
         """
         if isinstance(video, bytes):
             return hashlib.sha256(video).hexdigest(), None
         if "://" in video:
-            raise DataError(f"data.feature_cache: {video} may change unseen; fetch the clips first, or remove it")
+            raise DataError(f"data.feature_cache: {video} may change unnoticed; download it, or remove the setting")
         path, found = os.path.abspath(video), signature(video)
         entry = self._known.get(path)
         if found is not None and isinstance(entry, list) and entry[:-1] == list(found):
             return entry[-1], found
         now = time.time_ns()
-        if not os.path.isfile(path):  # a pipe would be waited for
+        if not os.path.isfile(path):  # reading a pipe would block
             return None, found
         try:
             content = self._within(file_hash, path)
@@ -89,7 +89,7 @@ class ContentHashes:
         return content, found
 
     def save(self) -> None:
-        """Writes what is new, beside what others have written; a folder that may not be written loses only time."""
+        """Merges new hashes into the file; without write permission they are recomputed next time."""
         if not self._new:
             return
         with suppress(OSError), FileLock(self.memo.with_name(f".{self.memo.name}.lock")):

@@ -1,1 +1,1 @@
-"""Clips become the batches of each rank: dataset, views, position in the epoch, workers."""
+"""Turns a table of videos into each rank's batches: dataset, views, position in the epoch, workers."""

@@ -1,7 +1,7 @@
-"""Clips as training and evaluation examples, and the order in which each process gets them.
+"""Training and evaluation examples, and the order in which each rank gets them.
 
-What an example looks like follows from the seed, the epoch and the clip's name alone, so it is the same whatever the
-number of workers or processes and whichever clips share its batch.
+An example depends on the seed, the epoch and the video's name alone, not on the number of workers or ranks or on the
+rest of its batch.
 """
 
 import time
@@ -25,22 +25,22 @@ from ..reading.time_limit import TimeLimit
 from ..reading.transforms import ClipAugmentation, test_views
 from ..tables import ClipTable, stable_hash
 
-# So many clips of a class are tried in the place of a bad one before the class counts as unreadable.
+# Videos of a class to try in place of a bad one before the example counts as unreadable.
 MAX_REPLACEMENTS = 16
 
 
 @dataclass
 class ClipReader:
-    """Turns a video into pixels: a random view for training, or what the processor makes of it.
+    """Decodes a video into pixels: a random view for training, or the processor's output for evaluation.
 
     Attributes:
-        processor: Gives the number of frames and makes the evaluation input.
+        processor: Sets the number of frames and makes the evaluation input.
         augmentation: Makes the training input; None gives evaluation input.
-        frame_stride: Frames between those of a clip; None takes them from equal segments of the whole video.
-        num_clips: In evaluation, clips taken from a video at different places in time.
-        num_crops: In evaluation, crops of each clip, 1 or 3.
-        seed: Seed of frames and augmentation.
-        time_limit: Seconds that decoding may take; None is no limit.
+        frame_stride: Step between the frames of a clip; None takes one from each equal segment of the video.
+        num_clips: Clips per video in evaluation.
+        num_crops: Crops of each clip in evaluation, 1 or 3.
+        seed: Seed of the frames and the augmentation.
+        time_limit: Seconds that decoding may take; None is unlimited.
     """
 
     processor: VidPrismVideoProcessor
@@ -53,12 +53,12 @@ class ClipReader:
     _within: TimeLimit = field(init=False, repr=False)
 
     def __post_init__(self):
-        # The decoder looks at the clock itself; the outer limit is for calls that never return.
+        # The decoder checks the time itself; this outer limit catches calls that never return.
         self._within = TimeLimit(None if self.time_limit is None else self.time_limit + 1)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the pixels: (T, 3, H, W), or (views, T, 3, H, W) where there are several views."""
+        """Shape of the pixels: (T, 3, H, W), or (views, T, 3, H, W) with several views."""
         crop = self.processor.crop_size
         views = () if self.augmentation or self.num_clips * self.num_crops == 1 else (self.num_clips * self.num_crops,)
         return (*views, self.processor.num_frames, 3, crop["height"], crop["width"])
@@ -68,13 +68,13 @@ class ClipReader:
 
         Args:
             video: Path, URL or bytes.
-            key: What tells this view from others; with the seed it decides all that is random.
+            key: Identifies the view; with the seed it determines everything random.
 
         Returns:
             uint8 pixels of `shape`.
 
         Raises:
-            VideoDecodeError: If it cannot be decoded, or not in time.
+            VideoDecodeError: If the video cannot be decoded in time.
         """
         return self._random_view(video, key) if self.augmentation else self._test_views(video)
 
@@ -82,7 +82,7 @@ class ClipReader:
         sampling = FrameSampling(self.processor.num_frames, self.frame_stride)
 
         def sample(total: int) -> np.ndarray:
-            # A fresh generator: the decoder may ask twice, for the count it expects and for the true one.
+            # A fresh generator, since the decoder may call twice: with the expected frame count and with the true one.
             return sampling.train(total, np.random.default_rng(stable_hash("frames", self.seed, *key)))
 
         clip = torch.from_numpy(self._decode(video, sample)).permute(0, 3, 1, 2)
@@ -100,32 +100,32 @@ class ClipReader:
         except TimeoutError:
             name = video if isinstance(video, str) else f"<bytes, {len(video)} bytes>"
             cause = f"took longer than {self.time_limit:g} s"
-            message = f"{name}: {cause}, make it shorter, raise data.clip_time_limit or leave it out"
+            message = f"{name}: {cause}; shorten or remove it, or raise data.clip_time_limit"
             raise VideoDecodeError(message, name, cause) from None
         return frames
 
 
 class ClipDataset(Dataset):
-    """Map-style dataset of clips, keyed as `ClipSampler` does it, or by index, which means epoch 0.
+    """Map-style dataset of videos, keyed by `ClipSampler`'s keys or by index, which means epoch 0.
 
     Items are dicts of
     - `pixel_values_videos`: uint8 of the reader's shape;
     - `labels`: the class index;
-    - `clip_index`: the row of the table that the pixels are from;
-    - `readable`: False where there are no pixels but zeros;
-    - `counts`: False where the key says that the clip only fills up a batch;
-    - `bad_clips`: what could not be decoded on the way, as (name, class index, cause).
+    - `clip_index`: the table row that the pixels come from;
+    - `readable`: False if the pixels are only zeros;
+    - `counts`: False if the key marks the example as padding;
+    - `bad_clips`: the videos that could not be decoded, as (name, class index, cause).
 
-    In training a clip that cannot be decoded is replaced by another of its class, which seed, epoch and index
-    decide; in evaluation it is not, and counts as wrong. No clip raises: a process that stopped alone would leave
-    the others waiting for it. Whoever reads the batches has to look at `bad_clips`.
+    In training, a video that cannot be decoded is replaced by another of its class, determined by seed, epoch and
+    index; in evaluation it counts as wrong. No video raises, since the other ranks would hang waiting for this one:
+    check `bad_clips` in each batch.
 
     Args:
-        table: The clips.
+        table: The videos.
         reader: Makes their pixels.
-        train_views: Random views of a clip that its epochs go through in turn; None draws a new one each epoch.
-        training: Whether clips are trained on; None tells it from whether the reader augments them. Without an
-            augmentation every epoch has the evaluation's one view.
+        train_views: Number of fixed random views per video, one per epoch in turn; None draws a new one each epoch.
+        training: Whether this is for training; None means if the reader augments. Without an augmentation every
+            epoch uses the evaluation view.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class ClipDataset(Dataset):
         self.reader = reader
         self.train_views = train_views
         self.training = reader.augmentation is not None if training is None else training
-        # Of this process: a clip that hangs is not tried anew each epoch.
+        # Remembered per process, so that a video that hangs is not retried each epoch.
         self._causes: dict[int, str] = {}
         self._lasting: set[int] = set()
 
@@ -154,7 +154,7 @@ class ClipDataset(Dataset):
         return example(self.reader, pixels, int(self.table.labels[index]), int(shown), bad, all(counts))
 
     def read(self, index: int, view: int, bad: list[Note]) -> torch.Tensor | None:
-        """The pixels of a clip, or None and an entry in `bad`."""
+        """Returns the pixels of a video, or None after adding an entry to `bad`."""
         if index not in self._causes:
             start = time.monotonic()
             try:
@@ -168,15 +168,15 @@ class ClipDataset(Dataset):
         return None
 
     def is_lasting(self, index: int) -> bool:
-        """Whether what was bad about a clip is its content, not the time that it took, the disk or the memory."""
+        """Whether a video is bad because of its content rather than a timeout, the disk or the memory."""
         return index in self._lasting
 
     def _load(self, index: int, view: int) -> torch.Tensor:
-        # By name: a clip looks the same in a few-shot draw or another fold, where it has another index.
+        # Keyed by name, so that a video has the same views in a few-shot draw or another fold, where its index differs.
         return self.reader(self.table.video(index), (view, self.table.name(index)))
 
     def _candidates(self, view: int, index: int) -> Iterator[int]:
-        """The clip itself, then others of its class in an order of their own."""
+        """Yields the video itself, then others of its class in a reproducible random order."""
         yield index
         others = np.flatnonzero(self.table.labels == self.table.labels[index])
         others = others[others != index]
@@ -192,7 +192,7 @@ def example(
     bad: list[Note],
     counts: bool = True,
 ) -> dict[str, Any]:
-    """One item of a dataset; zeros take the place of pixels that are not there."""
+    """Returns one item of a dataset; missing pixels become zeros."""
     return {
         "pixel_values_videos": torch.zeros(reader.shape, dtype=torch.uint8) if pixels is None else pixels,
         "labels": label,
@@ -204,20 +204,13 @@ def example(
 
 
 class PlainExamples(Dataset):
-    """Normalised examples for a training loop of one's own, such as the Trainer of transformers or plain PyTorch.
+    """Normalised examples for a training loop of your own; made by `VideoDataModule.examples`.
 
-    Items are dicts of `pixel_values_videos`, float32 (T, 3, H, W), and `labels`. Each epoch draws new random views
-    where the loop calls `set_epoch`, as transformers' Trainer does.
+    Items are dicts of `pixel_values_videos`, float32 (T, 3, H, W), and `labels`. Each epoch has new random views if
+    the loop calls `set_epoch`, as transformers' Trainer does.
 
     Args:
         clips: The dataset that VideoDataModule's own loaders read.
-
-    Example:
-        ```python
-        data = VideoDataModule("clips", val_fraction=0.2)
-        data.take_model(model)
-        trainer = transformers.Trainer(model, args, train_dataset=data.examples("train"))
-        ```
     """
 
     def __init__(self, clips: ClipDataset):
@@ -225,17 +218,17 @@ class PlainExamples(Dataset):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Takes the views of an epoch from now on."""
+        """Switches to the views of an epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.clips)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Reads an example; a video that cannot be decoded is replaced in training, with a warning.
+        """Reads an example; in training a video that cannot be decoded is replaced, with a warning.
 
         Raises:
-            VideoDecodeError: If a validation video cannot be decoded: no other may take its place.
+            VideoDecodeError: If a validation video, which is never replaced, cannot be decoded.
         """
         example = self.clips[(self.epoch, index)]
         for name, _, cause in example["bad_clips"]:
@@ -247,9 +240,10 @@ class PlainExamples(Dataset):
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Batches items; `bad_clips` of all of them become one list.
+    """Batches items and joins their `bad_clips` into one list.
 
-    Numbers on the host are `num_counted`, the clips that count, and `num_unreadable`, those of them without pixels.
+    Adds two numbers that stay on the host: `num_counted`, the items that count, and `num_unreadable`, how many of those
+    have no pixels.
     """
     bad = [entry for item in items for entry in item["bad_clips"]]
     counted = [item for item in items if item["counts"]]
@@ -259,21 +253,20 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     return batch | {"bad_clips": bad, "num_counted": len(counted), "num_unreadable": unreadable}
 
 
-# A DistributedSampler by type, so that Lightning never divides an already divided order once more.
+# A DistributedSampler by type, so that Lightning does not wrap it and shard the order twice.
 class ClipSampler(DistributedSampler):
-    """Yields the (epoch, index) keys of this process.
+    """Yields the (epoch, index) keys of this rank.
 
-    Each clip comes exactly once over all processes, so their shares may differ by one clip: in evaluation in the
-    table's order, in training in one that is shuffled anew each epoch. There all processes take the same number of
-    batches. One that would have none where others have their last gets its first clip once more, as (epoch, index,
-    False): it does not count. Rank and number of processes are read when they are needed: they are not known yet
-    when a data module is built.
+    Each video is used exactly once across all ranks, so ranks may differ by one video. Evaluation keeps the table's
+    order; training reshuffles each epoch, and all ranks take the same number of batches: a rank with one batch fewer
+    repeats its first video as (epoch, index, False), which does not count. Rank and world size are read on use, since
+    they are not known when a data module is built.
 
     Args:
-        num_clips: Clips in the dataset.
-        training: Whether to shuffle, and to give each process as many batches.
+        num_clips: Videos in the dataset.
+        training: Whether to shuffle and to equalise the number of batches.
         seed: Seed of the shuffle.
-        batch_size: Clips that the loader makes a batch of.
+        batch_size: The loader's batch size.
     """
 
     def __init__(self, num_clips: int, training: bool, seed: int = 0, batch_size: int = 1):
@@ -284,7 +277,7 @@ class ClipSampler(DistributedSampler):
         self._begun = (0, 0)
 
     def begin(self, epoch: int, keys: int = 0) -> None:
-        """Sets the epoch, of which this process has had so many keys before its run was stopped."""
+        """Sets the epoch and how many of its keys this rank has already used."""
         self.set_epoch(epoch)
         self._begun = (epoch, keys)
 
@@ -303,6 +296,6 @@ class ClipSampler(DistributedSampler):
         return iter(keys[self._begun[1] if epoch == self._begun[0] else 0 :])
 
     def _lacks_a_batch(self, rank: int, world: int) -> bool:
-        """Whether this process's clips make fewer batches of training than those of the first, which has most."""
+        """Whether this rank has fewer training batches than rank 0, which has the most."""
         own, most = (len(range(first, self.num_clips, world)) for first in (rank, 0))
         return self.training and own < most and own % self.batch_size == 0

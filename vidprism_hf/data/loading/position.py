@@ -1,9 +1,9 @@
-"""Where in an epoch a run was stopped, and where one goes on that divides the epoch otherwise.
+"""Resumes in the middle of an epoch, also with another number of ranks or another batch size.
 
-An epoch of a table is an order of its clips, of which each process gets every so many'th one: what all processes have
-had after some batches is the beginning of that order, whatever the number of processes and the size of a batch. So a
-run with others of these goes on at the same clip, if a batch of its own begins there. The order of a stream depends on
-who reads it, and every order on the seed.
+An epoch is one order of the table's videos, and each rank takes every `world_size`-th. So after some batches the ranks
+together have used a prefix of that order, whatever their number and the batch size, and a run that divides the epoch
+differently resumes at the same video if one of its own batches starts there. The order of a stream also depends on
+ranks and workers, and every order on the seed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ IN_WORDS["num_workers"] = "data.num_workers"
 
 
 def fingerprint(splits: Any) -> dict[str, Any]:
-    """Returns what identifies the training clips of a run: labels, number, and a hash of their list.
+    """Returns what identifies a run's training videos: labels, count and a hash of their names.
 
     Args:
         splits: `ClipSplits`, or the streams of a Hub dataset.
@@ -31,52 +31,52 @@ def fingerprint(splits: Any) -> dict[str, Any]:
 
 
 def check_same_clips(source: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Looks whether a run can go on with these clips.
+    """Checks whether a run can resume with these videos.
 
     Args:
-        source: Of the clips, for the message.
+        source: The source's name, for the message.
         before: The fingerprint in the checkpoint.
-        now: That of this run.
+        now: This run's fingerprint.
 
     Raises:
-        DataError: If labels or training clips are others; it says which, or how many.
+        DataError: If the labels or the training videos have changed.
     """
     if before["labels"] != now["labels"]:
         new, gone = (_names(one, other) for one, other in ((now, before), (before, now)))
         found = [f"{what}: {names}" for what, names in (("new", new), ("gone", gone)) if names]
-        what = f"the labels ({'; '.join(found) or 'in another order'})"
+        what = f"labels ({'; '.join(found) or 'in another order'})"
     elif before["clips"] != now["clips"]:
         counts = before["num_clips"], now["num_clips"]
-        how = "as many, but others" if counts[0] == counts[1] else f"{counts[0]}, now {counts[1]}"
-        what = f"the training clips ({how})"
+        how = "the same number" if counts[0] == counts[1] else f"{counts[0]}, now {counts[1]}"
+        what = f"training videos ({how})"
     else:
         return
     raise DataError(
-        f"data.source {source}: {what} are not those of the stopped run; bring those back to go on with it, or begin "
-        "anew by --resume none, which keeps the folder"
+        f"data.source {source}: the {what} have changed since the run stopped; restore them to resume, or start fresh "
+        "with --resume none, which keeps the folder"
     )
 
 
 def _names(labels: Mapping[str, Any], others: Mapping[str, Any]) -> str:
-    """Labels that the others lack."""
+    """Previews the labels that the others lack."""
     return preview(sorted(set(labels["labels"]) - set(others["labels"])))
 
 
 def go_on(
     batches: int, before: Mapping[str, int], now: Mapping[str, int], num_clips: int, harmless: Sequence[str]
 ) -> tuple[int, str, bool]:
-    """How many batches of an epoch a run leaves out that divides it otherwise than the one that was stopped.
+    """Computes how many batches of the interrupted epoch to skip.
 
     Args:
-        batches: Batches that each process has had.
-        before: How the epoch was divided: `processes`, `batch_size` and whatever else its order may depend on.
+        batches: Batches that each rank had finished.
+        before: How the epoch was divided: `processes`, `batch_size` and whatever else its order depends on.
         now: How it is divided now, with the same keys.
-        num_clips: Clips of the epoch.
-        harmless: Those of the keys that the order does not depend on.
+        num_clips: Videos in the epoch.
+        harmless: Keys that the order does not depend on.
 
     Returns:
-        Batches of each process; what is to be said of it, "" if nothing is divided otherwise; and whether no clip of
-        the epoch comes again, and none is left out.
+        Batches to skip on each rank; a message, "" if nothing has changed; and whether every video of the epoch is
+        still used exactly once.
     """
     changed = [name for name in now if before[name] != now[name]]
     if not batches or not changed:
@@ -85,12 +85,12 @@ def go_on(
     at_once = now["processes"] * now["batch_size"]
     batches = -(-had // at_once) if had == num_clips else had // at_once
     again = max(had - batches * at_once, 0)
-    text = f"Going on after {had} of the epoch's {num_clips} clips"
+    text = f"Resuming after {had} of the epoch's {num_clips} videos"
     if exact := set(changed) <= set(harmless) and not again:
-        text += ", which it shares out otherwise"
+        text += ", divided differently"
     elif set(changed) <= set(harmless):
-        text = f"Going on after {had - again} of the epoch's {num_clips} clips, so that {again} of them come again"
+        text = f"Resuming after {had - again} of the epoch's {num_clips} videos, so that {again} of them are repeated"
     else:
-        text += ", but in another order: some of them come again, and others not in this epoch"
+        text += ", but in another order: some are repeated and others skipped in this epoch"
     changes = ", ".join(f"{IN_WORDS[name]} {before[name]}, now {now[name]}" for name in changed)
     return batches, f"{text} ({changes})", exact

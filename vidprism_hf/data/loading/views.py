@@ -1,6 +1,6 @@
-"""How the clips of a run are seen: by which reader, whether mirrored, and in words.
+"""Chooses the views of a run: reader, horizontal flip, and their description.
 
-Training clips are seen in random views unless the settings say otherwise, held-out ones as the processor makes them.
+Training uses random views unless the settings say otherwise, validation the processor's output.
 """
 
 import re
@@ -11,7 +11,7 @@ from ...model import VidPrismVideoProcessor
 from ..reading.transforms import ClipAugmentation
 from .dataset import ClipReader
 
-# Labels with one of these words may change their meaning in a mirror.
+# Labels with one of these words may change their meaning when flipped.
 MIRROR_WORDS = frozenset(
     {"left", "right", "leftward", "rightward", "leftwards", "rightwards"}
     | {"clockwise", "counterclockwise", "anticlockwise"}
@@ -19,7 +19,7 @@ MIRROR_WORDS = frozenset(
 
 
 def mirror_label(labels: Iterable[str]) -> str | None:
-    """The first label with a word that a mirror may turn wrong, None if there is none."""
+    """Returns the first label that a horizontal flip may make wrong, None if there is none."""
     for label in labels:
         words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", label)
         if MIRROR_WORDS.intersection(word.lower() for word in words):
@@ -28,10 +28,10 @@ def mirror_label(labels: Iterable[str]) -> str | None:
 
 
 def mirrored(asked: bool | None, labels: Iterable[str]) -> tuple[bool, str]:
-    """Whether to mirror half of the training clips, and the reason in words.
+    """Decides whether to flip half of the training clips, and returns the reason in words.
 
     Args:
-        asked: What the setting says; None lets the labels decide.
+        asked: The setting; None decides by the labels.
         labels: Names of all labels.
     """
     sided = mirror_label(labels)
@@ -46,12 +46,12 @@ def mirrored(asked: bool | None, labels: Iterable[str]) -> tuple[bool, str]:
 def part_reader(
     part: str, settings: dict[str, Any], processor: VidPrismVideoProcessor, labels: Iterable[str]
 ) -> ClipReader:
-    """What reads the clips of a part of a run.
+    """Builds the reader for a part of a run.
 
     Args:
-        part: train, val, or test, which is val in all test views.
+        part: train, val, or test (val in all test views).
         settings: The arguments of `VideoDataModule`.
-        processor: What defines evaluation input.
+        processor: Defines the evaluation input.
         labels: Names of all labels.
     """
     crop, own = processor.crop_size, {}
@@ -77,11 +77,11 @@ def part_reader(
 def describe_training_views(
     settings: dict[str, Any], processor: VidPrismVideoProcessor, labels: Iterable[str]
 ) -> dict[str, Any]:
-    """What training clips go through, in words.
+    """Describes the training augmentation.
 
     Args:
         settings: The arguments of `VideoDataModule`.
-        processor: What defines evaluation input.
+        processor: Defines the evaluation input.
         labels: Names of all labels.
     """
     crop = processor.crop_size

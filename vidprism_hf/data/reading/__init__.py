@@ -1,1 +1,1 @@
-"""A video becomes a uint8 clip: sampling, transforms, processor, time limit."""
+"""Turns a video into a uint8 clip: sampling, transforms, processor, time limit."""

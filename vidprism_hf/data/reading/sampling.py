@@ -1,8 +1,8 @@
-"""Which frames of a video make a clip: from segments of the whole video, or densely from a stretch of it.
+"""Chooses the frames of a clip: one per segment of the whole video, or densely from a part of it.
 
-Segments: the video is cut into as many equal segments as frames are wanted, and each gives one (Wang et al.,
-Temporal Segment Networks, arXiv:1608.00859). Dense: every `stride`-th frame from some start on; where a video is
-too short for that, it is played in a loop, as mmaction2's SampleFrames does by default.
+Segments: the video is divided into `num_frames` equal segments, and each gives one frame (Wang et al., Temporal Segment
+Networks, arXiv:1608.00859). Dense: every `stride`-th frame from some start; a video that is too short is looped, as in
+mmaction2's SampleFrames by default.
 """
 
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from ...model import segment_centers
 
 @dataclass(frozen=True)
 class FrameSampling:
-    """How frames are chosen in training and in testing.
+    """Samples the frames of a clip for training and testing.
 
     Attributes:
-        num_frames: Frames of a clip.
+        num_frames: Frames per clip.
         stride: Step between the frames of a dense clip; None samples from segments.
 
     Raises:
@@ -31,7 +31,7 @@ class FrameSampling:
         _at_least_one(num_frames=self.num_frames, stride=1 if self.stride is None else self.stride)
 
     def train(self, total: int, generator: np.random.Generator) -> np.ndarray:
-        """One random clip: a frame from each segment, or a stretch with a random start.
+        """Samples one random clip: a random frame from each segment, or a dense clip with a random start.
 
         Args:
             total: Frames in the video.
@@ -49,16 +49,16 @@ class FrameSampling:
         return dense_indices(total, self.num_frames, self.stride, start)
 
     def test(self, total: int, num_clips: int = 1) -> np.ndarray:
-        """Clips that cover the video evenly; a single one is centred.
+        """Samples clips that cover the video evenly; a single one is centred.
 
-        From segments, clip c takes the centre of the c-th of `num_clips` equal parts of each segment: together
-        the clips are the segment centres of one clip with as many frames, and a single clip is `segment_centers`.
-        Dense clips start evenly from the video's first frame to the last start that fits, rounded; a single clip
-        starts halfway.
+        From segments, clip c takes the centre of the c-th of `num_clips` equal parts of each segment, so that all
+        clips together are the segment centres of one long clip, and a single clip is `segment_centers`. Dense clips
+        have evenly spaced starts, rounded, from the first frame to the last start that fits; a single clip starts
+        halfway.
 
         Args:
             total: Frames in the video.
-            num_clips: Clips wanted.
+            num_clips: Number of clips.
 
         Returns:
             Indices, (num_clips, num_frames), int64.
@@ -74,20 +74,20 @@ class FrameSampling:
         return np.stack([dense_indices(total, self.num_frames, self.stride, start) for start in starts])
 
     def _last_start(self, total: int) -> int:
-        """The last start from which a dense clip ends within the video; 0 where there is none."""
+        """Returns the last start from which a dense clip fits into the video; 0 if none does."""
         _at_least_one(total=total)
         return max(total - 1 - (self.num_frames - 1) * self.stride, 0)
 
 
 def random_in_segments(total: int, num_frames: int, generator: np.random.Generator) -> np.ndarray:
-    """One random frame from each of `num_frames` equal segments of a video.
+    """Draws one random frame from each of `num_frames` equal segments of a video.
 
-    Segment k covers the time from `k * total / num_frames` to `(k + 1) * total / num_frames`, in frames;
-    where segments are shorter than a frame, frames repeat.
+    Segment k covers the time from `k * total / num_frames` to `(k + 1) * total / num_frames`, in frames.
+    Frames repeat if segments are shorter than a frame.
 
     Args:
         total: Frames in the video.
-        num_frames: Frames wanted.
+        num_frames: Number of frames to draw.
         generator: Source of randomness.
 
     Returns:
@@ -104,13 +104,13 @@ def random_in_segments(total: int, num_frames: int, generator: np.random.Generat
 
 
 def dense_indices(total: int, num_frames: int, stride: int, start: int) -> np.ndarray:
-    """Every `stride`-th frame from `start` on, going on at the video's beginning after its end.
+    """Takes every `stride`-th frame from `start`, wrapping around at the end of the video.
 
     Args:
         total: Frames in the video.
-        num_frames: Frames wanted.
+        num_frames: Number of frames to take.
         stride: Step between them, in frames.
-        start: The first of them.
+        start: First frame.
 
     Returns:
         Indices, (num_frames,), int64.

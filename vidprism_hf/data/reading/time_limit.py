@@ -1,4 +1,4 @@
-"""A time limit on calls that may never return, such as a decoder that hangs or a read from a dead network folder."""
+"""Limits the time of calls that may never return, such as a hanging decoder or a read from a dead network mount."""
 
 import os
 import threading
@@ -8,14 +8,13 @@ from typing import Any
 
 
 class TimeLimit:
-    """Runs calls in a thread of its own, and leaves a thread that takes too long to itself.
+    """Runs calls in a separate thread, and abandons the thread if one takes too long.
 
-    A signal could not do this: Python handles it when the call returns, which a hanging one never does. libav and
-    the file system work without Python's global lock, so the waiting thread wakes up in time. Each call that hangs
-    costs its thread and what that holds until the process ends.
+    A signal would not work: Python handles it only after the call returns. libav and file reads release the GIL, so
+    the waiting thread wakes up in time. Each call that hangs leaks its thread until the process ends.
 
     Args:
-        seconds: What one call may take; None is no limit, and no thread.
+        seconds: Limit for one call; None is unlimited and uses no thread.
     """
 
     def __init__(self, seconds: float | None):
@@ -38,7 +37,7 @@ class TimeLimit:
         try:
             result, error = self._results.get(timeout=self.seconds)
         except BaseException as interrupt:
-            self._calls = None  # its result, if one ever comes, belongs to no later call
+            self._calls = None  # a late result must not go to a later call
             if isinstance(interrupt, Empty):
                 raise TimeoutError(f"took longer than {self.seconds:g} s") from None
             raise
@@ -48,7 +47,7 @@ class TimeLimit:
 
     def _start(self) -> None:
         self._calls, self._results, self._pid = SimpleQueue(), SimpleQueue(), os.getpid()
-        # A daemon: a hanging call must not keep the process from ending.
+        # A daemon, so that a hanging call does not keep the process from exiting.
         threading.Thread(target=_serve, args=(self._calls, self._results), daemon=True).start()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -60,7 +59,7 @@ def _serve(calls: SimpleQueue, results: SimpleQueue) -> None:
         function, args = calls.get()
         try:
             answer = function(*args), None
-        except BaseException as error:  # whatever it is belongs to the caller
+        except BaseException as error:  # re-raised in the caller
             answer = None, error
         results.put(answer)
-        del function, args, answer  # a waiting thread would keep the last clip alive
+        del function, args, answer  # the waiting thread would keep the last clip in memory

@@ -1,6 +1,6 @@
-"""Pixels of a clip: random views for training, test crops, and the mixing of whole batches.
+"""Pixel transforms: random views for training, test crops, and mixup and cutmix of batches.
 
-A view is the same for all frames of a clip and stays uint8; floats are made on the device. Randomness comes
+A view is the same for all frames of a clip and stays uint8; normalisation happens on the device. Randomness comes
 from a seed given with each call and leaves the process's random state alone.
 """
 
@@ -16,30 +16,30 @@ from transformers.image_utils import OPENAI_CLIP_MEAN
 
 from ...model import VidPrismVideoProcessor
 
-# The short side is brought to 256 pixels for a crop of 224, and in proportion for others.
+# The short side is resized to 256 pixels for a crop of 224, and in proportion for others.
 RESIZE_RATIO = 256 / 224
 RAND_AUGMENT_MAX = 30  # the strongest magnitude of RandAugment
 
 
 class ClipAugmentation:
-    """Random view of a training clip: short side, RandomResizedCrop, flip, RandAugment, grey, erasing.
+    """Draws a random view of a training clip: resize, RandomResizedCrop, flip, RandAugment, grayscale, erasing.
 
-    The order is timm's. RandAugment is Cubuk et al., arXiv:1909.13719, with two operations a clip; its operations
-    that look at a picture (contrast, autocontrast, equalize) look at each frame by itself. It holds no mirror
-    operation. Random erasing is Zhong et al., arXiv:1708.04896, with one rectangle for the whole clip.
+    The order is timm's. RandAugment is Cubuk et al., arXiv:1909.13719, with two operations per clip; its operations
+    that depend on the content (contrast, autocontrast, equalize) treat each frame separately. It has no flip. Random
+    erasing is Zhong et al., arXiv:1708.04896, with one rectangle for the whole clip.
 
     Args:
         crop_size: Height and width of the result, in pixels.
-        min_crop_scale: Smallest area of the crop as a share of the picture.
-        horizontal_flip: Whether half of the clips are mirrored.
-        grayscale: Share of clips that lose their colour.
-        rand_augment: Magnitude of RandAugment, 0 to 30; None leaves it out.
-        random_erasing: Share of clips that lose a rectangle, of 2 to 33 % of the picture.
-        mean: Mean colour of the backbone's pictures, (red, green, blue) from 0 to 1. It fills what is erased or
-            moved in from outside, which is 0 once the pixels are normalised.
+        min_crop_scale: Smallest area of the crop as a fraction of the frame.
+        horizontal_flip: Whether to flip half of the clips.
+        grayscale: Fraction of clips converted to grayscale.
+        rand_augment: Magnitude of RandAugment, 0 to 30; None disables it.
+        random_erasing: Fraction of clips with a rectangle of 2 to 33 % of the frame erased.
+        mean: The backbone's mean colour, (red, green, blue) from 0 to 1. It fills erased and out-of-frame areas, so
+            that they are 0 after normalisation.
 
     Attributes:
-        settings: All of these; with the seed they decide what a view looks like.
+        settings: All of these; with the seed they determine the view.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -93,7 +93,7 @@ class ClipAugmentation:
         """Draws a view.
 
         Args:
-            clip: (T, 3, H, W) uint8, of any height and width: smaller pictures are enlarged.
+            clip: (T, 3, H, W) uint8, of any size; small frames are enlarged.
             seed: The view's seed, in [0, 2**63).
 
         Returns:
@@ -104,7 +104,7 @@ class ClipAugmentation:
 
 
 def test_views(frames: np.ndarray, processor: VidPrismVideoProcessor, num_crops: int) -> torch.Tensor:
-    """The crops of a clip that are tested: the processor's own, or three along the longer side.
+    """Returns the test crops of a clip: the processor's centre crop, or three along the longer side.
 
     Args:
         frames: (T, H, W, 3) uint8.
@@ -115,7 +115,7 @@ def test_views(frames: np.ndarray, processor: VidPrismVideoProcessor, num_crops:
         (num_crops, T, 3, height, width) uint8. The centre crop is the processor's output.
 
     Raises:
-        ValueError: If another number of crops is asked for.
+        ValueError: If `num_crops` is neither 1 nor 3.
     """
     if num_crops not in (1, 3):
         raise ValueError(f"num_crops must be 1 or 3, got {num_crops}")
@@ -124,7 +124,7 @@ def test_views(frames: np.ndarray, processor: VidPrismVideoProcessor, num_crops:
         return processor(frames, **as_it_is)["pixel_values_videos"]
     clip = processor(frames, do_center_crop=False, **as_it_is)["pixel_values_videos"][0]
     size = processor.crop_size
-    # The centre of a part that is as long as the crop is the part itself.
+    # The outer parts are as long as the crop, so that their centre crop keeps their length.
     if clip.shape[-1] >= clip.shape[-2]:
         parts = clip[..., : size.width], clip, clip[..., -size.width :]
     else:
@@ -133,15 +133,15 @@ def test_views(frames: np.ndarray, processor: VidPrismVideoProcessor, num_crops:
 
 
 class BatchMixing:
-    """Mixes each clip of a training batch with its neighbour, and their labels likewise.
+    """Mixes each clip of a training batch, and its label, with its neighbour.
 
-    Mixup (Zhang et al., arXiv:1710.09412) adds two clips up with weights, CutMix (Yun et al., arXiv:1905.04899)
-    puts a rectangle of one into the other, the same in all frames. One weight or rectangle is drawn for a batch.
-    With both, each batch gets either with equal chance. A batch of one clip has nothing to mix with.
+    Mixup (Zhang et al., arXiv:1710.09412) averages two clips with weights; CutMix (Yun et al., arXiv:1905.04899)
+    pastes a rectangle of one into the other, the same in all frames. One weight or rectangle is drawn per batch. With
+    both, each batch draws one of them with equal probability. A batch of one clip is not mixed.
 
     Args:
-        num_classes: Classes, K.
-        mixup_alpha: Both parameters of mixup's beta distribution; 0 leaves it out.
+        num_classes: Number of classes, K.
+        mixup_alpha: Both parameters of mixup's Beta distribution; 0 disables it.
         cutmix_alpha: The same for CutMix.
 
     Raises:
@@ -158,7 +158,7 @@ class BatchMixing:
         self.transform = v2.RandomChoice(chosen) if chosen else None
 
     def __call__(self, pixels: torch.Tensor, labels: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mixes a batch where it is; nothing waits for the device.
+        """Mixes a batch on its device, without synchronisation.
 
         Args:
             pixels: (B, T, 3, H, W), floats.
@@ -166,21 +166,20 @@ class BatchMixing:
             seed: The batch's seed, in [0, 2**63).
 
         Returns:
-            The mixed pixels, and the share of each class in each clip, (B, K), float32. Where there is nothing to
-            mix, these are the pixels given and ones at the labels.
+            The mixed pixels and soft labels, (B, K), float32; without mixing, the same pixels and one-hot labels.
         """
         if self.transform is None or len(labels) == 1:
             return pixels, one_hot(labels, self.num_classes).float()
         with _seeded(seed):
-            # As a Video, since these transforms take 5 dimensions of nothing else.
+            # As a Video, the only type for which these transforms take 5 dimensions.
             mixed, shares = self.transform(tv_tensors.Video(pixels), labels)
         return mixed.as_subclass(torch.Tensor), shares
 
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Lets torch draw on the CPU from a seed, and puts its random state back."""
-    # The CPU generator alone: torch.manual_seed would seed accelerators too, which nothing would restore.
+    """Seeds torch's CPU generator and restores its state afterwards."""
+    # Not torch.manual_seed, which would also seed accelerators, whose state is not restored here.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield

@@ -1,4 +1,4 @@
-"""Clips of rows that come one after the other, as items like those of a table of clips."""
+"""An iterable dataset of streamed rows, with the same items as `ClipDataset`."""
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
@@ -16,19 +16,19 @@ from ..tables import stable_hash
 if TYPE_CHECKING:  # the datasets library takes a second to import
     from .rows import StreamedRow, StreamedRows
 
-HELD_BYTES = 64 * 2**20  # of compressed videos that a worker keeps to stand in for bad ones
+HELD_BYTES = 64 * 2**20  # of compressed videos that a worker keeps as replacements for bad ones
 
 
 class StreamedClips(IterableDataset):
-    """Clips of rows that come one after the other, as items like those of `ClipDataset`.
+    """Examples from streamed rows, with the same items as `ClipDataset`.
 
-    `clip_index` is a hash of the clip's name, since rows have no numbers. In training each share keeps its length:
-    another view of a good clip replaces one that cannot be decoded. That is the last clip of its class in the same
-    worker's share, or the next where there was none, or one of another class where none comes either. To that end
-    a worker keeps the last good video of each class, the latest of them within `HELD_BYTES`.
+    `clip_index` is a hash of the video's name, since rows have no numbers. In training a video that cannot be decoded
+    is replaced by another view of a good one, so that each worker's shard keeps its length: the last of its class in
+    the shard, else the next, else one of another class. For this a worker keeps the last good video of each class, the
+    most recent within `HELD_BYTES`.
 
     Args:
-        rows: Where the rows come from.
+        rows: The rows.
         reader: Makes their pixels.
     """
 
@@ -41,23 +41,23 @@ class StreamedClips(IterableDataset):
         return len(self.rows)
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch, before an iterator for it is made."""
+        """Sets the epoch; call it before making the epoch's iterator."""
         self.rows.set_epoch(epoch)
 
     def begin(self, epoch: int, batches: int = 0, again: bool = False) -> None:
-        """Sets the epoch, of which this process has had so many batches before its run was stopped.
+        """Sets the epoch and how many of its batches this rank has already used.
 
         Args:
             epoch: The epoch.
-            batches: The next iterator for it begins after so many.
-            again: Whether to make those batches again, only to drop them: where one of their clips could not be
-                decoded, what follows depends on which. Else their rows are not even read.
+            batches: Batches that its next iterator skips.
+            again: Whether to decode the skipped batches again: needed if one of their videos was bad, since its
+                replacement affects what follows. Otherwise their rows are not read.
         """
         self.set_epoch(epoch)
         self._begun = (epoch, batches, again)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        # Read now and once: by the time an item is made a later epoch may have been set.
+        # Read once, here: a later epoch may be set before the first item is made.
         epoch = self.rows.epoch
         if not self.reader.augmentation:
             return self._evaluation(epoch)
@@ -78,7 +78,7 @@ class StreamedClips(IterableDataset):
     def _training(
         self, epoch: int, rows: Iterable["StreamedRow"], earlier: Iterable["StreamedRow"] = ()
     ) -> Iterator[dict[str, Any]]:
-        """The items of an epoch's rows; `earlier` are good ones before them, read when one is needed as a stand-in."""
+        """Yields the items of an epoch; `earlier` are skipped good rows, read only if a replacement is needed."""
         bad: list[Note] = []
         owed: Counter[int] = Counter()
         good = GoodRows(HELD_BYTES)
@@ -106,12 +106,12 @@ class StreamedClips(IterableDataset):
         for label in owed.elements():
             if good.last is not None:
                 yield stand_in(good.last)
-            else:  # not one clip decodes
+            else:  # no video decodes
                 yield example(self.reader, None, label, 0, bad.copy()) | {"name": ""}
                 bad.clear()
 
     def _pixels(self, row: "StreamedRow", key: tuple, bad: list[Note]) -> torch.Tensor | None:
-        """The pixels of a clip, or None and an entry in `bad`."""
+        """Returns the pixels of a video, or None after adding an entry to `bad`."""
         try:
             if not row.cause:
                 return self.reader(row.video, key)
@@ -126,7 +126,7 @@ class StreamedClips(IterableDataset):
 
 
 class GoodRows:
-    """The last good row of each class; the oldest go when all take more than a limit, but never the last one.
+    """The last good row of each class; above the limit the oldest are dropped, but never the last one.
 
     Args:
         limit: Bytes of video to keep.
@@ -146,11 +146,11 @@ class GoodRows:
 
     @property
     def last(self) -> "StreamedRow | None":
-        """The row that was added last; None if there is none."""
+        """The most recently added row, or None."""
         return next(reversed(self._rows.values()), None)
 
     def add(self, row: "StreamedRow") -> None:
-        """Keeps a row in the place of an older one of its class."""
+        """Adds a row, replacing the older one of its class."""
         if row.label in self._rows:
             self._size -= len(self._rows.pop(row.label).video)
         self._rows[row.label] = row
@@ -160,7 +160,7 @@ class GoodRows:
             self._size -= len(oldest.video)
 
     def precede(self, rows: Iterable["StreamedRow"]) -> None:
-        """Keeps the rows that would be kept if these had been added before all others."""
+        """Adds rows as if they had been added before all others."""
         later = list(self._rows.values())
         self._rows.clear()
         self._size = 0
@@ -168,6 +168,6 @@ class GoodRows:
             self.add(row)
 
     def next_view(self, row: "StreamedRow") -> int:
-        """A number from 1 on, for one more view of a row."""
+        """Returns the number, from 1, of a row's next extra view."""
         self._views[row.name] += 1
         return self._views[row.name]

@@ -1,6 +1,6 @@
-"""Opening a Hub dataset that is read as it comes, without fetching it first (`data.streaming=true`).
+"""Opens a Hub dataset for streaming (`data.streaming=true`).
 
-Labels are read, and checked, before the first video is: of parquet files no other column is fetched for that.
+Labels are read and checked before the first video; from parquet files only their columns are downloaded for that.
 """
 
 import hashlib
@@ -31,21 +31,21 @@ from ..sources.hub_dataset import (
 from ..tables import DataError
 from .rows import StreamedRows
 
-ROWS_PER_SHARD = 64  # of class folders, whose rows are paths: enough shards to mix, few enough to open
+ROWS_PER_SHARD = 64  # for class folders, whose rows are paths: enough shards to mix, few enough to open
 
 
 @dataclass(frozen=True, eq=False)
 class ClipStreams:
-    """What a streamed dataset comes to.
+    """The training and validation splits of a streamed dataset.
 
     Attributes:
-        train: The rows to train on.
-        val: The held-out rows.
+        train: The training rows.
+        val: The validation rows.
         id2label: Class index to label name.
-        num_train: How many rows `train` has.
-        num_val: How many rows `val` has.
-        notes: Sentences about the source that its user should see once.
-        missing: As in `ClipSplits`; rows that a dataset has are there.
+        num_train: Number of training rows.
+        num_val: Number of validation rows.
+        notes: Sentences about the source to show the user once.
+        missing: As in `ClipSplits`; always empty.
         description: As in `ClipSplits`.
     """
 
@@ -60,7 +60,7 @@ class ClipStreams:
 
     @property
     def train_digest(self) -> str:
-        """A hash of the training rows; the commit and the split say what `classes` does not."""
+        """A hash of the training rows; commit and split cover what `classes` does not."""
         classes = b"".join(part.tobytes() + b"." for part in self.train.classes)
         return hashlib.sha256(self.description.encode() + classes).hexdigest()
 
@@ -78,23 +78,23 @@ def hub_streams(
     seed: int = 0,
     buffer_size: int = 128,
 ) -> ClipStreams:
-    """Opens a dataset of the Hub for reading as it comes: tables, and videos in folders by split and class.
+    """Opens a Hub dataset for streaming: tables, or videos in folders by split and class.
 
     Args:
         source: Its id, org/name.
         config: Its configuration, if it has several.
         revision: Branch, tag or commit.
         train_split: Split, or folder, to train on.
-        val_split: The held-out one; None as in `hub_splits`.
+        val_split: Validation split or folder; None as in `hub_splits`.
         video_column: Column with the video or its path; None as in `hub_splits`.
         label_column: Column with the label; None as in `hub_splits`.
-        label_names: Local file with names for labels that are numbers.
+        label_names: Local file with names for numeric labels.
         batch_size: See StreamedRows.
         seed: See StreamedRows.
         buffer_size: See StreamedRows.
 
     Raises:
-        DataError: If the dataset, or what is asked of it, cannot be used, or it cannot be streamed.
+        DataError: If the dataset cannot be used or streamed, or an argument does not fit it.
     """
     repository = Repository.find(source, revision)
     if config is not None or repository.is_table:
@@ -121,10 +121,10 @@ def hub_streams(
 
 
 def _open_folders(repository: Repository, train_split: str, val_split: str | None):
-    """Videos as `.../<split>/<class>/...`: all that is needed is in their names."""
+    """Opens videos in `.../<split>/<class>/...` folders by their names alone."""
     source, notes = repository.source, []
     if len(repository.videos) <= len(repository.archives):
-        raise DataError(f"{source}: consists of archives, which cannot be streamed; set data.streaming=false")
+        raise DataError(f"{source}: contains archives, which cannot be streamed; set data.streaming=false")
     top = posixpath.commonpath([posixpath.dirname(name) for name in repository.videos])
     clips: dict[str, list[tuple[str, str]]] = {}
     for name in repository.videos:
@@ -134,11 +134,11 @@ def _open_folders(repository: Repository, train_split: str, val_split: str | Non
     held_out = val_split or next((name for name in HELD_OUT_FOLDERS if name in clips and name != train_split), None)
     if train_split not in clips or held_out not in clips:
         raise DataError(
-            f"{source}: only class folders below {TRAIN_FOLDER}/ and val/ can be streamed, and it has "
+            f"{source}: only class folders below {TRAIN_FOLDER}/ and val/ can be streamed, found "
             f"{preview(sorted(clips)) or 'none'}; set data.streaming=false, or name others as data.train_split"
         )
     if val_split is None:
-        notes.append(f"{source}: folder {held_out} is held out; data.val_split chooses another")
+        notes.append(f"{source}: folder {held_out} is held out; set data.val_split to use another")
     names = sorted({label for _, label in clips[train_split]})
     labels = Labels("label", tuple(names), {name: index for index, name in enumerate(names)})
     opened = []
@@ -166,7 +166,7 @@ def _open_tables(repository, config, train_split, val_split, video_column, label
     train = choose_split(source, list(data), train_split, "train_split")
     features = data[train].features
     if features is None:
-        raise DataError(f"{source}: its columns are not known before it is read; set data.streaming=false")
+        raise DataError(f"{source}: declares no columns, so it cannot be streamed; set data.streaming=false")
     video = find_video_column(source, features, video_column)
 
     @cache
@@ -182,7 +182,7 @@ def _open_tables(repository, config, train_split, val_split, video_column, label
             for split in (train, held_out)
         ]
         if val_split is None:
-            notes.append(f"{source}: split {held_out!r} is held out; data.val_split chooses another")
+            notes.append(f"{source}: split {held_out!r} is held out; set data.val_split to use another")
     else:
         opened, note = _by_subset(source, data, train, labels, read)
         notes.append(note)
@@ -202,7 +202,7 @@ def _columns(builder, data, split: str, names: Sequence[str]) -> list[list[tuple
 
 
 def shard_classes(shards: list[list[tuple]], labels: Labels, where: str) -> list[np.ndarray]:
-    """Class indices of the rows of each shard, which begin with their labels.
+    """Returns the class indices of each shard's rows, whose first value is the label.
 
     Raises:
         DataError: If a row has no label or an unknown one.
@@ -216,13 +216,13 @@ def _by_subset(source: str, data, train: str, labels: Labels, read: Callable[...
     shards = read(train, labels.column, column) if column else []
     chosen = subset_values({value for _, value in chain(*shards)})
     if chosen is None:
-        raise DataError(f"{source}: has no held-out split but {preview([*data], 9)}; name one as data.val_split")
+        raise DataError(f"{source}: has no validation split, only {preview([*data], 9)}; set data.val_split to one")
     opened = []
     for value in chosen:
         rows = data[train].decode(False).filter(_Is(value), input_columns=[column])
         kept = [[row for row in shard if row[1] == value] for shard in shards]
         opened.append((train, rows, shard_classes(kept, labels, f"{source}, {column} {value}")))
-    return opened, f"{source}: rows with {column} {chosen[0]!r} are for training, with {chosen[1]!r} held out"
+    return opened, f"{source}: rows with {column} {chosen[0]!r} are for training, rows with {chosen[1]!r} held out"
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ class _Is:
 
 
 def _prepare(rows: datasets.IterableDataset, repository: Repository, video: str) -> datasets.IterableDataset:
-    """Rows of nothing but `video`, undecoded; a path becomes an address."""
+    """Keeps only the undecoded `video` column, with paths made URLs."""
     rows = rows.decode(False).select_columns([video])
     rows = rows if video == "video" else rows.rename_column(video, "video")
     with hub_errors(repository.source):
@@ -249,7 +249,7 @@ def _prepare(rows: datasets.IterableDataset, repository: Repository, video: str)
 
 @dataclass(frozen=True)
 class _Locate:
-    """Makes the path of a row an address."""
+    """Makes the path of a row a URL."""
 
     folder: str
 

@@ -1,9 +1,8 @@
-"""Rows of a Hub dataset read as they come, divided among the loader workers of all processes.
+"""Streams the rows of a Hub dataset, divided among the loader workers of all ranks.
 
-The rows of a split stand in one line, shard after shard, and each worker of each process reads a piece of it: whole
-shards, and parts of those at the ends of its piece. In training the shards line up anew in each epoch, and the
-pieces are handed out anew. What an epoch holds follows from the seed, the epoch, and the numbers of processes and
-workers: unlike for a table, order is bound to who reads what.
+The rows of a split form one sequence, shard after shard, and each worker of each rank reads one contiguous range:
+whole shards, and parts of those at its ends. Training permutes the shards and the ranges each epoch. The order depends
+on the seed, the epoch and the numbers of ranks and workers, unlike that of a table.
 """
 
 import posixpath
@@ -22,17 +21,17 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ...distributed import rank_and_world
 from ..tables import stable_hash
 
-MIXED_SHARDS = 4  # read in turn by a worker in training: many datasets are sorted by class
+MIXED_SHARDS = 4  # interleaved by a training worker, since many datasets are sorted by class
 
 
 class StreamedRow(NamedTuple):
-    """One clip.
+    """One video.
 
     Attributes:
-        name: What it is called in messages, lists and seeds.
-        video: The bytes of the file; none if the dataset has none, which no decoder takes.
+        name: Its name in messages, annotations and seeds.
+        video: The bytes of the file; empty, and so undecodable, if the dataset has none.
         label: Its class index.
-        cause: Why there is no video, if it could not be read.
+        cause: Why it could not be read, or "".
     """
 
     name: str
@@ -42,25 +41,24 @@ class StreamedRow(NamedTuple):
 
 
 class StreamedRows(IterableDataset):
-    """The rows of a split as they come.
+    """The streamed rows of a split.
 
-    In evaluation each row comes exactly once over all processes and workers, and the shares of the processes differ
-    by one row at most. In training each process gets exactly ceil(rows / processes), so that none waits for another:
-    each row comes at least once, and a few at the start of the line again. Rank and number of processes are read
-    when the rows are. A row that cannot be read comes without its video: a process that stopped alone would leave
-    the others waiting for it.
+    In evaluation each row is used exactly once across all ranks and workers, and ranks differ by at most one row. In
+    training each rank gets exactly ceil(rows / world_size), so that none waits for another: each row is used at least
+    once, and a few at the start of the sequence twice. Rank and world size are read on use. A row that cannot be read
+    comes without its video, since the other ranks would hang if this one raised.
 
     Args:
         split: The split's name.
         rows: Rows with `video` (bytes, path, or a dict of both), undecoded.
-        classes: Class indices of the rows of each shard, int64.
-        training: Whether to shuffle and to give the same number to each process.
-        batch_size: Rows that the loader makes a batch of: in training all batches of a process but its last are whole.
+        classes: Class indices of each shard's rows, int64.
+        training: Whether to shuffle and to give each rank the same number of rows.
+        batch_size: The loader's batch size; in training all batches of a rank but its last are full.
         seed: Seed of the order.
-        buffer_size: Rows that a worker holds to shuffle them.
+        buffer_size: Size of each worker's shuffle buffer, in rows.
 
     Raises:
-        ValueError: If `classes` are not those of the shards.
+        ValueError: If `classes` does not match the number of shards.
     """
 
     def __init__(
@@ -84,48 +82,47 @@ class StreamedRows(IterableDataset):
         self.batch_size = batch_size
         self.seed = seed
         self.buffer_size = buffer_size
-        # Shared memory: workers that outlive an epoch have a copy of everything else.
+        # In shared memory: persistent workers have a copy of everything else.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._place = (0, 1)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A worker that is not forked knows nothing of its parent's process group.
+        # A worker that is not forked does not know its parent's process group.
         return self.__dict__ | {"_place": self._rank_and_world()}
 
     def __len__(self) -> int:
-        """Rows of this process in an epoch of training."""
+        """Returns this rank's number of rows in a training epoch."""
         if not self.training:
-            # Test views make smaller batches, and the loader would count those as if one worker made them all.
+            # Test views make batches smaller, and the loader would count them as if one worker made them all.
             raise TypeError("how many batches an evaluation takes depends on the loader")
         return self._rows_of(*self._rank_and_world())
 
     @property
     def epoch(self) -> int:
-        """The epoch that is read next."""
+        """The epoch to read next."""
         return int(self._epoch[0])
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch of the order, before an iterator for it is made."""
+        """Sets the epoch; call it before making the epoch's iterator."""
         self._epoch[0] = epoch
 
     def __iter__(self) -> Iterator[StreamedRow]:
-        return self.read(self.epoch)  # read now, not with the first row: it may be another one then
+        return self.read(self.epoch)  # read here, since the epoch may have changed when the first row is drawn
 
     def read(self, epoch: int, batches: int = 0, again: bool = False) -> Iterator[StreamedRow]:
-        """The rows of one epoch for this worker of this process.
+        """Yields one epoch's rows for this worker of this rank.
 
         Args:
             epoch: The epoch.
-            batches: Batches of it that this process has had: the rows of those do not come, and only the rest of
-                their shards is read.
-            again: Whether they do come.
+            batches: Batches that this rank has already used: their rows are skipped without reading them.
+            again: Whether to yield those rows anyway.
         """
         rank, world = self._rank_and_world()
         worker, workers = self._worker(batches)
         counts = [self._quota(rank, world, worker, workers) for rank in range(world) for worker in range(workers)]
         order, pieces = np.arange(len(self.classes)), np.arange(len(counts))
         if self.training:
-            # All processes draw the same order.
+            # All ranks draw the same order.
             generator = np.random.default_rng(stable_hash("shards", self.seed, epoch))
             order, pieces = generator.permutation(order), generator.permutation(pieces)
         unit = rank * workers + worker
@@ -143,15 +140,15 @@ class StreamedRows(IterableDataset):
         return map(self._row, rows)
 
     def rows_of_batches(self, batches: int) -> int:
-        """How many rows of this worker are in the first batches of an epoch of training."""
+        """Returns how many of this worker's rows are in the first `batches` batches of a training epoch."""
         worker, workers = self._worker(batches)
         quota = self._quota(*self._rank_and_world(), worker, workers)
         return min(quota, self.batch_size * len(range(worker, batches, workers)))
 
     def _worker(self, batches: int) -> tuple[int, int]:
-        """Which worker this is, and of how many, to one who has had some batches.
+        """Returns this worker's number and the number of workers, after `batches` batches.
 
-        The loader asks its workers in turn from the first on, which takes the place of the one whose turn it was.
+        A resumed loader starts with worker 0, which stands in for the worker whose turn it was.
         """
         info = get_worker_info()
         return ((info.id + batches) % info.num_workers, info.num_workers) if info else (0, 1)
@@ -166,12 +163,12 @@ class StreamedRows(IterableDataset):
         return len(range(rank, self.num_rows, world))
 
     def _quota(self, rank: int, world: int, worker: int, workers: int) -> int:
-        """Rows of a worker: the loader takes its batches from the workers in turn."""
+        """Returns a worker's number of rows; the loader takes batches from its workers in turn."""
         total, size = self._rows_of(rank, world), self.batch_size
         return sum(min(size, total - start) for start in range(worker * size, total, workers * size))
 
     def _parts(self, order: list[int], start: int, count: int) -> list["_Part"]:
-        """The next `count` rows from place `start` of the line of shards, which begins again at its end."""
+        """Returns the `count` rows from position `start` of the sequence of shards, wrapping around at its end."""
         parts: list[_Part] = []
         firsts = np.concatenate([[0], np.cumsum([len(classes) for classes in self.classes])]).tolist()
         start %= self.num_rows
@@ -190,10 +187,10 @@ class StreamedRows(IterableDataset):
         number, label, video, cause = found
         value = video if isinstance(video, dict) else {"bytes" if isinstance(video, bytes) else "path": video}
         content, path = value.get("bytes"), value.get("path") or ""
-        # Datasets keep only the last part of the path of an embedded video.
+        # The datasets library keeps only the last part of an embedded video's path.
         name = " ".join(filter(None, (self.split, str(number), posixpath.basename(path))))
         if content is None and path:
-            # A path in the repository is a name of its own.
+            # A path in the repository is already a unique name.
             name = re.sub(r"^hf://datasets/[^@]+@[^/]+/", "", path)
             content, cause = _fetch(path)
         return StreamedRow(name, content or b"", label, cause)
@@ -203,7 +200,7 @@ class StreamedRows(IterableDataset):
 class _Part:
     """Some rows of a shard, as (number in the split, class index, video, cause if it could not be read).
 
-    Those at its start whose numbers are known come without their videos, and are not read.
+    Leading rows whose numbers are in `known` come without their videos and are not read.
     """
 
     rows: datasets.IterableDataset
@@ -228,21 +225,20 @@ class _Part:
             return
         try:
             shard = self.rows.shard(self.rows.num_shards, self.shard, contiguous=False)
-            # Not iter(shard), which would divide it once more among the loader's workers.
+            # Not iter(shard), which would split it among the loader's workers a second time.
             for batch in islice(shard.iter(batch_size=1), place, self.stop):
                 yield self.first + place, int(self.classes[place]), batch["video"][0], ""
                 place += 1
-        except Exception as error:  # of any library that reads: the client has tried again by itself
+        except Exception as error:  # from whichever library reads; the client has already retried
             cause = f"cannot be read ({type(error).__name__})"
         for lost in range(place, self.stop):
             yield self.first + lost, int(self.classes[lost]), None, cause
 
 
 def _shuffled(parts: Sequence[Iterable], generator: np.random.Generator, buffer_size: int) -> Iterator:
-    """Mixes rows, whatever stands for one.
+    """Shuffles rows (or their numbers): interleaves a few shards and draws from a buffer.
 
-    Some shards are read in turn, and rows wait in a buffer from which any may come next.
-    `datasets` shuffles too, but with threads in each worker, whose end it awaits by sleeping for seconds.
+    `datasets` can shuffle too, but with threads in each worker that it waits for by sleeping for seconds.
     """
     waiting = [parts[index] for index in generator.permutation(len(parts))]
     opened = [iter(part) for part in waiting[:MIXED_SHARDS]]
@@ -264,11 +260,11 @@ def _shuffled(parts: Sequence[Iterable], generator: np.random.Generator, buffer_
 
 
 def _fetch(path: str) -> tuple[bytes, str]:
-    """The bytes of a file, or none and why."""
+    """Returns the bytes of a file, or none and the cause."""
     try:
         with fsspec.open(path, "rb") as file:
             return file.read(), ""
     except FileNotFoundError:
         return b"", "no such file in the dataset"
-    except Exception as error:  # of any library that reads: the client has tried again by itself
+    except Exception as error:  # from whichever library reads; the client has already retried
         return b"", f"cannot be read from the Hub ({type(error).__name__})"
