@@ -16,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -707,7 +707,7 @@ def _decode_picture(
     try:
         for index in sorted(set(indices)) or range(total):
             watch()
-            picture.seek(first + index)
+            _seek(picture, first + index)
             frame = picture.convert("RGBA")
             frame = frame if frame.size == (width, height) else frame.resize((width, height))
             images[[place for place, wanted in enumerate(indices) if wanted == index]] = _over_white(np.asarray(frame))
@@ -716,5 +716,13 @@ def _decode_picture(
     except Exception as exc:  # Pillow's decoders raise whatever comes up in them
         raise _error(name, f"is cut off or damaged ({_reason(exc)})", FETCH_AGAIN) from exc
     finally:
-        picture.seek(before)
+        with suppress(Exception):
+            _seek(picture, before)
     return images, VideoInfo(total, None, height, width, tuple(indices))
+
+
+def _seek(picture: Any, index: int) -> None:
+    if index < picture.tell() and picture.format == "PNG":
+        picture.seek(picture.n_frames - 1)  # Pillow finds the way back from the end of an APNG only
+        picture.load()
+    picture.seek(index)

@@ -182,16 +182,6 @@ class VidPrismVideoProcessor(BaseVideoProcessor):
             return (blended if video.is_floating_point() else blended.round()).to(video.dtype)
         return video
 
-    def resize(self, image: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        """Resize videos (..., C, H, W); floats stay within the range of pixels, as uint8 does by itself."""
-        resized = super().resize(image, *args, **kwargs)
-        if not image.is_floating_point():
-            return resized
-        dims = tuple(range(1, image.ndim))  # each video by itself
-        low, high = image.amin(dims, keepdim=True), image.amax(dims, keepdim=True)
-        pixels = (low >= 0) & (high <= 255)
-        return torch.where(pixels, resized.clamp(min=0).minimum(torch.where(high <= 1, 1.0, 255.0)), resized)
-
     def rescale_and_normalize(self, images: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """Rescale and normalise videos (..., C, H, W), the last step, and lay them out in that order.
 
@@ -200,8 +190,18 @@ class VidPrismVideoProcessor(BaseVideoProcessor):
         return super().rescale_and_normalize(images.contiguous(), *args, **kwargs)
 
     def _preprocess(self, videos, **kwargs):
-        for video in videos:
-            _check_range(video, **{name: kwargs[name] for name in RANGE_SETTINGS})
+        white = _white(
+            **{name: kwargs[name] for name in ("do_rescale", "rescale_factor", "do_normalize", "image_mean")}
+        )
+        if white is not None:
+            for video in videos:  # before resizing, which carries floats past their range
+                _check_range(video, white)
+        if kwargs["do_resize"] and white in (1, 255):
+            # As uint8, whose resizing clamps at each step: the same pixels whatever the dtype.
+            videos = [_to_uint8(video, white) for video in videos]
+            if white == 1:
+                factor = kwargs["rescale_factor"] if kwargs["do_rescale"] else 1
+                kwargs |= {"do_rescale": True, "rescale_factor": factor / 255}
         return super()._preprocess(videos, **kwargs)
 
     def _decode_and_sample_videos(self, videos, video_metadata, do_sample_frames=None, sample_indices_fn=None):
@@ -335,7 +335,8 @@ def _pixels(video: np.ndarray | torch.Tensor) -> torch.Tensor:
         wide = {"f": np.float32, "i": np.int64, "u": np.int64}.get(video.dtype.kind)
         if wide is None:
             raise ValueError(f"A video holds numbers from 0 to 255, got {dtype}: convert it to uint8.")
-        video = torch.from_numpy(np.ascontiguousarray(video, np.uint8 if dtype == "uint8" else wide))
+        with np.errstate(over="ignore"):  # what becomes infinite is refused below
+            video = torch.from_numpy(np.ascontiguousarray(video, np.uint8 if dtype == "uint8" else wide))
     if video.dtype == torch.uint8:
         return video
     if video.dtype == torch.bool or video.is_complex():
@@ -361,31 +362,34 @@ def _top(video: torch.Tensor) -> float:
     return 1.0 if video.is_floating_point() and video.numel() and video.max() <= 1 else 255.0
 
 
-# What decides which values are right.
-RANGE_SETTINGS = ("do_rescale", "rescale_factor", "do_normalize", "image_mean")
+def _white(
+    do_rescale: bool, rescale_factor: float, do_normalize: bool, image_mean: float | Sequence[float]
+) -> float | None:
+    """The value of white that rescaling and normalising expect; None where they leave it open."""
+    if do_rescale and rescale_factor < 1:
+        return max(255, 1 / rescale_factor)
+    if not do_normalize:
+        return None
+    return 255 if np.max(image_mean) > 1 else 1  # a mean of 0 to 255 needs no rescaling
 
 
-def _check_range(
-    video: torch.Tensor, do_rescale: bool, rescale_factor: float, do_normalize: bool, image_mean: Sequence[float]
-) -> None:
-    """Check the values of a video before anything is done to it: resizing may carry them past their range.
+def _check_range(video: torch.Tensor, white: float) -> None:
+    """Check that the values of a video go from 0 to white.
 
     Raises:
-        ValueError: If they do not lie where rescaling or normalising expects them.
+        ValueError: If they do not.
     """
-    if not (do_rescale or do_normalize):
-        return
-    # Of a mean and deviation of 0 to 255, which need no rescaling, or of a factor that leaves the values large.
-    in_pixels = do_normalize and np.max(image_mean) > 1
-    unit = not in_pixels and not (do_rescale and rescale_factor < 1)
     if video.dtype == torch.uint8:
-        if not do_rescale and unit:
+        if white == 1:
             raise ValueError("uint8 pixels cannot be normalised without rescaling: set do_normalize=False too.")
         return
     low, high = _ends(video)
-    top = 1 if unit and do_normalize else max(255, 1 / rescale_factor if do_rescale else 0)
-    if low < -1e-3 or high > top * 1.001 or (not unit and 0 < high <= 1):
-        raise ValueError(f"The video's values lie between {low:g} and {high:g}, not 0 and {top:g}: {HOW_TO_PASS}.")
+    if low < -1e-3 or high > white * 1.001 or (white > 1 and 0 < high <= 1):
+        raise ValueError(f"The video's values lie between {low:g} and {high:g}, not 0 and {white:g}: {HOW_TO_PASS}.")
+
+
+def _to_uint8(video: torch.Tensor, white: float) -> torch.Tensor:
+    return video if video.dtype == torch.uint8 else (video * (255 / white)).round().clamp(0, 255).to(torch.uint8)
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
