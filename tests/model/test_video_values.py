@@ -157,7 +157,9 @@ BAD_SETTINGS = {
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD_SETTINGS.items() for value in values])
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in BAD_SETTINGS.items() for value in values]
+)
 def test_settings_out_of_range_are_refused(name, value):
     for call in (lambda: VidPrismVideoProcessor(**{name: value}), lambda: pixels("none.mp4", **{name: value})):
         with pytest.raises(ValueError, match=name) as caught:

@@ -372,6 +372,8 @@ class MissingDataError(Exception):
 def find_splices(file: BinaryIO, pid: int, checks_ends: bool) -> set[int] | None:
     """Find where a transport stream was joined from parts: its continuity counter jumps between two pictures.
 
+    Jumps that the stream announces are none: it says that nothing is missing.
+
     Args:
         file: The file, which is read from its start and left at its end.
         pid: Number of the video in the stream.
@@ -395,7 +397,7 @@ def find_splices(file: BinaryIO, pid: int, checks_ends: bool) -> set[int] | None
         block = rest + block  # a file object may give less than asked for
         whole = len(block) // size * size
         rest = block[whole:]
-        packets = np.frombuffer(block[:whole], np.uint8).reshape(-1, size)[:, sync : sync + 5].astype(int)
+        packets = np.frombuffer(block[:whole], np.uint8).reshape(-1, size)[:, sync : sync + 6].astype(int)
         if (packets[:, 0] != SYNC).any():
             return None
         places = np.flatnonzero(((packets[:, 1] & 31) << 8 | packets[:, 2] == pid) & (packets[:, 3] & 16 > 0))
@@ -404,6 +406,7 @@ def find_splices(file: BinaryIO, pid: int, checks_ends: bool) -> set[int] | None
             before = np.vstack([found[:1] if last is None else last, found[:-1]])
             jumps = (found[:, 3] - before[:, 3] - 1) & 15 > 0
             jumps[0] &= last is not None
+            jumps &= ~((found[:, 3] & 32 > 0) & (found[:, 4] > 0) & (found[:, 5] & 0x80 > 0))  # announced
             ends = (before[:, 3] & 32 > 0) & (before[:, 4] > 7)  # more than a clock reference needs
             if (found[:, 1] & 0x80).any() or (jumps & ((found[:, 1] & 0x40 == 0) | ~(ends | checks_ends))).any():
                 raise MissingDataError
