@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from itertools import islice
 from typing import Any, BinaryIO
 
@@ -621,7 +622,7 @@ class _Kept:
         height, width = self.size[::-1] if transpose else self.size
         same = (height, width) == (frame.height, frame.width)
         how = Interpolation.BILINEAR if same else Interpolation.BICUBIC
-        kind, channels = ("rgba", 4) if any(part.is_alpha for part in frame.format.components) else ("rgb24", 3)
+        kind, channels = ("rgba", 4) if _has_alpha(frame.format.name) else ("rgb24", 3)
         # The default of libswscale, threads started anew for each frame, takes three times as long.
         plane = self.reformatter.reformat(frame, width, height, kind, interpolation=how, threads=1).planes[0]
         image = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)[:, : channels * width]
@@ -629,6 +630,11 @@ class _Kept:
         if transpose:
             image = image.swapaxes(0, 1)
         out[:] = image[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
+
+
+@lru_cache
+def _has_alpha(pixel_format: str) -> bool:
+    return any(part.is_alpha for part in av.VideoFormat(pixel_format).components)
 
 
 def _over_white(image: np.ndarray) -> np.ndarray:
