@@ -61,11 +61,11 @@ def spoil(folder: Path) -> dict[str, str]:
     (label / "cut.mp4").write_bytes(good[: len(good) // 2])
     (label / "empty.mp4").touch()
     (folder / "val" / LABELS[1] / "text.avi").write_text("these are words\n" * 50)
-    os.mkfifo(label / "hangs.avi")  # opening it waits for a writer, for ever
+    os.mkfifo(label / "hangs.avi")  # opening it would wait for a writer, for ever
     return {
         ("train", LABELS[0], f"train/{LABELS[0]}/cut.mp4"): "is ",
         ("train", LABELS[0], f"train/{LABELS[0]}/empty.mp4"): "is empty",
-        ("train", LABELS[0], f"train/{LABELS[0]}/hangs.avi"): "took longer than 1 s",
+        ("train", LABELS[0], f"train/{LABELS[0]}/hangs.avi"): "is a pipe, socket or device",
         ("val", LABELS[1], f"val/{LABELS[1]}/text.avi"): "is ",
     }
 

@@ -231,7 +231,7 @@ def test_metadata(clip):
         (3.5, "Not a video: float"),
         (np.zeros((2, 2, 2, 2, 2, 2), np.uint8), "Not a video: ndarray of shape"),
         (np.zeros((4, 20, 20, 5), np.uint8), r"\(4, 20, 20, 5\) has no channel axis"),
-        (np.zeros((4, 20, 20, 3), np.int64), "uint8 or floating"),
+        (np.zeros((4, 20, 20, 3), bool), "got bool"),
         ([np.zeros((20, 20, 3), np.uint8), np.zeros((21, 20, 3), np.uint8)], "must have one shape"),
     ],
 )

@@ -85,6 +85,8 @@ class ContentHashes:
         if found is not None and isinstance(entry, list) and entry[:-1] == list(found):
             return entry[-1], found
         now = time.time_ns()
+        if not os.path.isfile(path):  # a pipe would be waited for
+            return None, found
         try:
             content = self._within(file_hash, path)
         except (OSError, TimeoutError):

@@ -44,7 +44,7 @@ from .tables import DataError
 from .workers import shield_worker
 
 # To be raised by whoever changes what the tower sees of a clip: decoding, sampling of frames, transforms.
-FORMAT = 1
+FORMAT = 2
 # A shard is written when it has come to this size or age.
 SHARD_BYTES = 64 * 2**20
 SHARD_SECONDS = 20.0  # no more: clusters give a job 30 seconds to leave

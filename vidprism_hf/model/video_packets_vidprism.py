@@ -4,6 +4,7 @@ Timestamps and keyframe flags of containers are often wrong. What decides here i
 which H.264 (ITU-T H.264, sections 7.3 and 8.2.1), MPEG-4 part 2 (ISO/IEC 14496-2, section 6.2.5), VP8 (RFC 6386,
 section 9.1) and VP9 (bitstream specification, section 6.2 and annex B) say that their pictures are shown. Where
 that and the timestamps differ, or anything is unusual, there is no index, and the video has to be decoded whole.
+Also, where a transport stream was joined from parts (ISO/IEC 13818-1, section 2.4.3).
 This file travels to the Hub beside a checkpoint and imports only what a reader has.
 """
 
@@ -11,14 +12,19 @@ from bisect import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import av
+import numpy as np
 
 # libav takes an MPEG-4 packet up to this size for one that repeats a picture.
 MPEG4_NO_PICTURE = 19
 # Parameter sets are shorter than this; of larger units the head suffices.
 UNIT_HEAD = 4096
+# Size of a transport packet, and where its sync byte lies: bare, after a time stamp (m2ts), before a checksum.
+TRANSPORT_PACKETS = ((188, 0), (192, 4), (204, 0))
+SYNC = 0x47
+TRANSPORT_BLOCK = 2**15  # packets looked at together
 
 
 class NoIndexError(Exception):
@@ -354,3 +360,57 @@ class _Vp9(_InOrder):
 
 
 READERS = {"h264": _H264, "mpeg4": _Mpeg4, "vp8": _Vp8, "vp9": _Vp9}
+
+
+# --- transport streams
+
+
+class MissingDataError(Exception):
+    """Packets of a transport stream are damaged, or missing in the middle of a picture."""
+
+
+def find_splices(file: BinaryIO, pid: int, checks_ends: bool) -> set[int] | None:
+    """Find where a transport stream was joined from parts: its continuity counter jumps between two pictures.
+
+    Jumps that the stream announces are none: it says that nothing is missing.
+
+    Args:
+        file: The file, which is read from its start and left at its end.
+        pid: Number of the video in the stream.
+        checks_ends: Whether the decoder notices a picture whose end is missing. Where it does not, the last packet
+            before a jump must be stuffed, as that of a whole picture is unless it happens to fill the packet.
+
+    Returns:
+        Positions of the transport packets at which a part starts; None where the packets are out of step.
+
+    Raises:
+        MissingDataError: If a packet is marked as damaged, or the counter jumps within a picture.
+    """
+    file.seek(0)
+    head = file.read(TRANSPORT_PACKETS[-1][0] * 16)
+    size, sync = next(((size, at) for size, at in TRANSPORT_PACKETS if set(head[at::size]) == {SYNC}), (0, 0))
+    if not size:
+        return None
+    file.seek(0)
+    splices, start, rest, last = set(), 0, b"", None
+    while block := file.read(size * TRANSPORT_BLOCK):
+        block = rest + block  # a file object may give less than asked for
+        whole = len(block) // size * size
+        rest = block[whole:]
+        packets = np.frombuffer(block[:whole], np.uint8).reshape(-1, size)[:, sync : sync + 6].astype(int)
+        if (packets[:, 0] != SYNC).any():
+            return None
+        places = np.flatnonzero(((packets[:, 1] & 31) << 8 | packets[:, 2] == pid) & (packets[:, 3] & 16 > 0))
+        if places.size:
+            found = packets[places]
+            before = np.vstack([found[:1] if last is None else last, found[:-1]])
+            jumps = (found[:, 3] - before[:, 3] - 1) & 15 > 0
+            jumps[0] &= last is not None
+            jumps &= ~((found[:, 3] & 32 > 0) & (found[:, 4] > 0) & (found[:, 5] & 0x80 > 0))  # announced
+            ends = (before[:, 3] & 32 > 0) & (before[:, 4] > 7)  # more than a clock reference needs
+            if (found[:, 1] & 0x80).any() or (jumps & ((found[:, 1] & 0x40 == 0) | ~(ends | checks_ends))).any():
+                raise MissingDataError
+            splices.update((start + size * places[jumps]).tolist())
+            last = found[-1:]
+        start += whole
+    return splices
