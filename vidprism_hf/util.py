@@ -13,9 +13,9 @@ MOST_LETTERS = 160  # of a name in a message
 _KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
-def preview(names: Sequence[object], most: int = MOST_NAMES) -> str:
+def preview(names: Sequence[object], most: int = MOST_NAMES, separator: str = ", ") -> str:
     """The first names of a list, on one line: "a, b, c and 197 more"."""
-    shown = ", ".join(shorten(name) for name in names[:most])
+    shown = separator.join(shorten(name) for name in names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 

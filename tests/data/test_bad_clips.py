@@ -1,13 +1,13 @@
 """Clips that cannot be decoded: replaced in training, counted as wrong in evaluation, and never in the way."""
 
 import csv
-import os
 import threading
 import time
 
 import pytest
 import torch
 from clips import greys, render
+from stalled_files import stalled
 
 from vidprism_hf.data import ClipAugmentation, ClipDataset, ClipReader, FileTable, load_processor
 from vidprism_hf.data.bad_clips import BadClip, BadClipLog, TooManyBadClips, check_bad_clips, write_bad_clips
@@ -116,12 +116,9 @@ def test_in_evaluation_nothing_takes_its_place(table, processor, views):
 
 @pytest.fixture
 def hanging(tmp_path):
-    """A clip that never opens: a pipe that nobody writes to."""
-    path = tmp_path / "hang.mp4"
-    os.mkfifo(path)
-    yield path
-    # Let the thread that waits for it go.
-    os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))
+    """A clip that does not open for the time of the test; then the thread that waits for it goes."""
+    with stalled(tmp_path / "hang.mp4", b"clip"):
+        yield tmp_path / "hang.mp4"
 
 
 def test_a_clip_that_hangs_is_given_up(hanging, tmp_path, processor):
