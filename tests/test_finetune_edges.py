@@ -66,10 +66,18 @@ def test_a_long_warm_up_is_shortened_and_said(motion_clips, tmp_path):
 @pytest.mark.slow
 def test_the_files_of_a_run_have_the_modes_of_new_files(motion_clips, tmp_path):
     cache = f"--data.feature_cache={tmp_path / 'cache'}"
+    cpu = ("--trainer.accelerator=cpu", "--data.num_workers=0")
     with umask(0o027):
         assert main(run_arguments(motion_clips, tmp_path / "run")) == 0
-        assert main(run_arguments(motion_clips, tmp_path / "kept", "--model.freeze_tower=true", cache)) == 0
-        assert main(["evaluate", str(tmp_path / "run" / "export"), "--data.source", str(motion_clips)]) == 0
+        assert (
+            main(
+                run_arguments(
+                    motion_clips, tmp_path / "kept", "--model.freeze_backbone=true", "--data.train_views=2", cache
+                )
+            )
+            == 0
+        )
+        assert main(["evaluate", str(tmp_path / "run" / "export"), f"--data.source={motion_clips}", *cpu]) == 0
     found = {path: mode for path, mode in modes(tmp_path).items() if path}
     assert any(path.endswith("last.ckpt") for path in found)
     assert any(path.startswith("cache/") for path in found)

@@ -361,7 +361,7 @@ def check_arrived(remote: Remote, plan: Plan, commit: str) -> None:
         plan.notes.append(f"published, but the Hub could not be asked for what has arrived ({cause})")
         return
     if missing:
-        raise PushError(f"commit {commit} lacks {preview(missing)}; is it in the repository's .gitignore?")
+        raise PushError(f"commit {commit} lacks {preview(missing, 20)}; is it in the repository's .gitignore?")
 
 
 def main(argv: list[str]) -> int:

@@ -74,7 +74,7 @@ def read_export(folder: Path) -> tuple[dict[str, LocalFile], list[str]]:
         else:
             others.append(path)
     if lacking := missing_files(folder, found):
-        raise PushError(f"{folder}: the export is not whole: it lacks {preview(lacking)}; export it again")
+        raise PushError(f"{folder}: the export is not whole: it lacks {preview(lacking, 20)}; export it again")
     try:
         found[README].source.decode()
     except UnicodeDecodeError as error:
