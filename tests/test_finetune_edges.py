@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from file_modes import modes, umask
 from small import NUM_FRAMES, complaint, run_arguments, tiny_export
 
 from vidprism_hf.cli import main
@@ -60,3 +61,26 @@ def test_callbacks_of_the_recipe_are_added(motion_clips, tmp_path):
 def test_a_long_warm_up_is_shortened_and_said(motion_clips, tmp_path):
     with pytest.warns(UserWarning, match="is the whole run"):
         assert main(run_arguments(motion_clips, tmp_path / "run", "--model.warmup_epochs=9")) == 0
+
+
+@pytest.mark.slow
+def test_the_files_of_a_run_have_the_modes_of_new_files(motion_clips, tmp_path):
+    cache = f"--data.feature_cache={tmp_path / 'cache'}"
+    cpu = ("--trainer.accelerator=cpu", "--data.num_workers=0")
+    with umask(0o027):
+        assert main(run_arguments(motion_clips, tmp_path / "run")) == 0
+        assert (
+            main(
+                run_arguments(
+                    motion_clips, tmp_path / "kept", "--model.freeze_backbone=true", "--data.train_views=2", cache
+                )
+            )
+            == 0
+        )
+        assert main(["evaluate", str(tmp_path / "run" / "export"), f"--data.source={motion_clips}", *cpu]) == 0
+    found = {path: mode for path, mode in modes(tmp_path).items() if path}
+    assert any(path.endswith("last.ckpt") for path in found)
+    assert any(path.startswith("cache/") for path in found)
+    assert any(path.endswith("evaluation.json") for path in found)
+    wrong = {path for path, mode in found.items() if mode != (0o750 if (tmp_path / path).is_dir() else 0o640)}
+    assert wrong == set()

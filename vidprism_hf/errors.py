@@ -11,11 +11,21 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from .util import cut
+
+MOST_OF_MESSAGE = 1500  # letters
 LOG_IN = "run `hf auth login` or set HF_TOKEN"
 
 
 class UserError(ValueError):
-    """Bad input. The message is one line: which file or field, what is wrong, what to do."""
+    """Bad input. The message is one line: which file or field, what is wrong, what to do.
+
+    Of a longer one than fits on a screen, which names of others make, the middle is left out.
+    """
+
+    def __init__(self, message: str):
+        # A DataLoader builds the error of its worker again, with the traceback above the message.
+        super().__init__(message if "\n" in message else cut(message, MOST_OF_MESSAGE))
 
 
 def first_line(error: BaseException) -> str:

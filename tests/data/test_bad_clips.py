@@ -7,12 +7,12 @@ import time
 import pytest
 import torch
 from clips import greys, render
+from stalled_files import stalled
 
 from vidprism_hf.data import ClipAugmentation, ClipDataset, ClipReader, FileTable, load_processor
 from vidprism_hf.data.bad_clips import BadClip, BadClipLog, TooManyBadClips, check_bad_clips, write_bad_clips
 from vidprism_hf.data.dataset import collate
 from vidprism_hf.data.time_limit import TimeLimit
-from vidprism_hf.model import decode_video
 
 NAMES = ["a0.mp4", "a1.mp4", "a2.mp4", "b0.mp4", "b1.mp4"]
 LABELS = [0, 0, 0, 1, 1]
@@ -115,17 +115,10 @@ def test_in_evaluation_nothing_takes_its_place(table, processor, views):
 
 
 @pytest.fixture
-def hanging(tmp_path, monkeypatch):
-    """A clip whose decoding never ends."""
-    path, release = tmp_path / "hang.mp4", threading.Event()
-    render(path, greys(8))
-
-    def decode(video, sample, **kwargs):
-        return release.wait() if video == str(path) else decode_video(video, sample, **kwargs)
-
-    monkeypatch.setattr("vidprism_hf.data.dataset.decode_video", decode)
-    yield path
-    release.set()  # lets the thread that waits for it go
+def hanging(tmp_path):
+    """A clip that does not open for the time of the test; then the thread that waits for it goes."""
+    with stalled(tmp_path / "hang.mp4", b"clip"):
+        yield tmp_path / "hang.mp4"
 
 
 def test_a_clip_that_hangs_is_given_up(hanging, tmp_path, processor):

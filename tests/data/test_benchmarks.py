@@ -350,7 +350,7 @@ def test_clips_that_are_gone_are_listed(name, tmp_path):
 def test_a_read_only_copy_is_used(tmp_path, monkeypatch):
     folder = local_copy("hmdb51", tmp_path)
     # As root, permissions forbid nothing.
-    monkeypatch.setattr("vidprism_hf.data.benchmarks._write_whole", _refuse)
+    monkeypatch.setattr("vidprism_hf.data.benchmarks._write_text", _refuse)
     splits = benchmark_splits(offline("hmdb51"), tmp_path)
     assert len(splits.train) == 4
     assert splits.notes == (f"{folder}: manifest.json was not written (Read-only file system)",)

@@ -4,6 +4,7 @@ import os
 from contextlib import suppress
 
 import pytest
+from file_modes import modes, umask
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from web_server import serve_folder
@@ -116,3 +117,11 @@ def test_a_full_disk_is_not_tried_again(site, tmp_path):
     with pytest.raises(DataError, match=r"a.bin.part: cannot be written \(No space left on device"):
         fetch_file(f"{site.url}/a.bin", tmp_path / "a.bin", show_progress=False)
     assert len(site.requests) == 1
+
+
+def test_a_fetched_file_has_the_mode_of_a_new_file(tmp_path):
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "a").write_bytes(b"a")
+    with serve_folder(tmp_path / "web") as site, umask(0o027):
+        fetch_file(f"{site.url}/a", tmp_path / "new" / "a", show_progress=False)
+    assert modes(tmp_path / "new") == {"": 0o750, "a": 0o640}

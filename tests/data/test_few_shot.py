@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from vidprism_hf.data import ClipSplits, DataError, FileTable
 from vidprism_hf.data.few_shot import clip_list_hash, few_shot, save_clip_list
 from vidprism_hf.data.lists import scan_lists
+from vidprism_hf.data.tables import rows_by_label
 
 
 def rows(table):
@@ -146,3 +147,26 @@ def test_names_that_fit_no_line(tmp_path):
             save_clip_list(HubRows(["ok", name], [0, 0]), tmp_path / "list.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["list.txt"]
     assert (tmp_path / "list.txt").read_text() == "old"
+
+
+def test_the_labels_are_looked_at_once_however_many_there_are():
+    read = []
+
+    class Table(FileTable):
+        def __getattribute__(self, name):
+            if name == "labels":
+                read.append(name)
+            return super().__getattribute__(name)
+
+    labels = [number % 50 for number in range(200)]
+    table = Table.from_lists("root", [f"{number}.avi" for number in range(200)], labels)
+    splits = ClipSplits(table, table, {label: str(label) for label in range(50)})
+    read.clear()
+    assert len(few_shot(splits, 2, seed=0).train) == 100
+    assert len(read) < 10
+
+
+@given(st.lists(st.integers(0, 5)))
+def test_rows_by_label(labels):
+    expected = {label: [row for row, each in enumerate(labels) if each == label] for label in sorted(set(labels))}
+    assert rows_by_label(np.array(labels, dtype=np.int64)) == expected

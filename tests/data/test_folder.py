@@ -247,3 +247,32 @@ def test_linked_class_folders_are_followed(tmp_path, flat):
 def test_real_folder_with_held_out_subjects(shared):
     splits = scan_folder(shared / "data/weizmann", val_pattern="^(daria|denis|eli)_")
     assert (len(splits.train), len(splits.val), len(splits.id2label)) == (60, 30, 10)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_pipe_among_the_clips_is_named_and_not_opened(flat, tmp_path, linked):
+    pipe = flat / "run" / "day 1" / "hangs.mp4"
+    pipe.parent.mkdir()
+    os.mkfifo(tmp_path / "pipe" if linked else pipe)
+    if linked:
+        pipe.symlink_to(tmp_path / "pipe")
+    with pytest.raises(DataError, match=r"run/day 1/hangs\.mp4: is a FIFO, not a regular file; remove it"):
+        scan_folder(flat, val_fraction=0.3)
+
+
+def test_pipes_beside_the_clips_are_ignored_and_not_opened(flat):
+    os.mkfifo(flat / "run" / "notes")
+    os.mkfifo(flat / "notes.mp4")
+    assert scan_folder(flat, val_fraction=0.3).ignored == ("notes.mp4", "run/notes")
+
+
+def test_a_pipe_as_list_is_not_opened(flat, tmp_path):
+    os.mkfifo(tmp_path / "val.txt")
+    with pytest.raises(DataError, match=r"cannot be read as a text file .*a FIFO, not a regular file"):
+        scan_folder(flat, val_list=tmp_path / "val.txt")
+
+
+def test_a_link_that_leads_nowhere_is_a_clip(flat):
+    (flat / "run" / "gone.avi").symlink_to(flat / "nowhere.avi")
+    splits = scan_folder(flat, val_pattern="ann")
+    assert "run/gone.avi" in names(splits.train)

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ import yaml
 from clips import greys, render
 from PIL import Image
 from small import LABELS, complaint, files_of
+from stalled_files import stalled, wait_for_reader
 
 from vidprism_hf.cli import main
 from vidprism_hf.data import FileTable
@@ -54,20 +57,25 @@ def copied(motion_clips, tmp_path) -> Path:
     return Path(shutil.copytree(motion_clips, tmp_path / "clips"))
 
 
-def spoil(folder: Path) -> dict[str, str]:
-    """Adds bad clips of every kind; gives the beginning of each one's cause by (split, label, name)."""
+@contextmanager
+def spoil(folder: Path) -> Iterator[dict[str, str]]:
+    """Adds bad clips of every kind, which stay so for the time of the block; gives the beginning of each one's cause.
+
+    Its keys are (split, label, name).
+    """
     label = folder / "train" / LABELS[0]
     good = (label / "0.mp4").read_bytes()
     (label / "cut.mp4").write_bytes(good[: len(good) // 2])
     (label / "empty.mp4").touch()
     (folder / "val" / LABELS[1] / "text.avi").write_text("these are words\n" * 50)
-    os.mkfifo(label / "hangs.avi")  # opening it would wait for a writer, for ever
-    return {
+    bad = {
         ("train", LABELS[0], f"train/{LABELS[0]}/cut.mp4"): "is ",
         ("train", LABELS[0], f"train/{LABELS[0]}/empty.mp4"): "is empty",
-        ("train", LABELS[0], f"train/{LABELS[0]}/hangs.avi"): "is a pipe, socket or device",
+        ("train", LABELS[0], f"train/{LABELS[0]}/hangs.avi"): "took longer than 1 s",
         ("val", LABELS[1], f"val/{LABELS[1]}/text.avi"): "is ",
     }
+    with stalled(label / "hangs.avi", good):
+        yield bad
 
 
 def listed(file: Path) -> dict[tuple[str, str, str], str]:
@@ -96,9 +104,9 @@ def test_check_of_good_clips(work, capsys, motion_clips):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_check_of_bad_clips(work, capsys, copied, workers):
-    expected = spoil(copied)
     arguments = ["data", "check", str(copied), "--time_limit=1", f"--workers={workers}", "--output=found.csv"]
-    assert main(arguments) == 1
+    with spoil(copied) as expected:
+        assert main(arguments) == 1
     causes = listed(work / "found.csv")
     assert causes.keys() == expected.keys()
     assert all(causes[clip].startswith(beginning) for clip, beginning in expected.items())
@@ -241,22 +249,14 @@ def act_on_deadly(video: str) -> ClipFigures:
 
 @pytest.mark.slow
 def test_interrupt(work, copied):
-    os.mkfifo(copied / "train" / LABELS[0] / "hangs.avi")
     command = [sys.executable, "-m", "vidprism_hf.cli", "data", "check", str(copied), "--time_limit=500"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    # A writer can open the pipe once the worker waits in opening it.
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        try:
-            writer = os.open(copied / "train" / LABELS[0] / "hangs.avi", os.O_WRONLY | os.O_NONBLOCK)
-            break
-        except OSError:
-            time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all processes of the command
-    out, err = process.communicate(timeout=120)
-    os.close(writer)
+    with stalled(copied / "train" / LABELS[0] / "hangs.avi", b"clip") as clip:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        wait_for_reader(clip)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all processes of the command
+        out, err = process.communicate(timeout=30)
     assert process.returncode == 130
     assert (out, err) == ("", "vidprism data: stopped\n")
     assert files_of(work) == {}
@@ -320,8 +320,8 @@ def test_show_of_a_sample(work, capsys, motion_clips):
 
 
 def test_show_lists_bad_clips(work, capsys, copied):
-    expected = spoil(copied)
-    assert main(["data", "show", str(copied), "--time_limit=1", "--sheet_clips=0", "--processor=tiny"]) == 0
+    with spoil(copied) as expected:
+        assert main(["data", "show", str(copied), "--time_limit=1", "--sheet_clips=0", "--processor=tiny"]) == 0
     printed = capsys.readouterr().out
     assert "12 of 16 clips decode\n" in printed
     assert all(Path(name).name in printed for _, _, name in expected)
@@ -388,7 +388,7 @@ def test_spread_over_classes(uneven):
 
 def test_commonest():
     assert commonest("bbac") == "b (2), a (1), c (1)"
-    assert commonest("abcdefg", most=2) == "a (1), b (1) and 5 others"
+    assert commonest("abcdefg", most=2) == "a (1), b (1) and 5 more"
 
 
 def test_lengths_without_a_rate():

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vidprism_hf.data import DataError
+from vidprism_hf.data import DataError, list_files
 from vidprism_hf.data.list_files import read_label_names
 from vidprism_hf.data.lists import scan_lists
 
@@ -458,3 +458,53 @@ def test_any_bytes_are_read_or_refused_in_a_line(parts, suffix):
             assert str(folder) in message
             assert len(message.splitlines()) == 1
             assert read == ["run/ben.avi"]
+
+
+@pytest.mark.parametrize("listed", ["bend/hangs.mp4", "bend/hangs", "hangs.mp4"])
+def test_a_pipe_that_a_list_names_is_not_opened(scan, root, listed):
+    os.mkfifo(root / "bend" / "hangs.mp4")
+    with pytest.raises(DataError, match=r"line 2: bend/hangs\.mp4 is a FIFO, not a regular file; remove it"):
+        scan(f"run/ben.avi\t1\n{listed}\t0\n", "bend/cem.webm\t0\n")
+
+
+def test_lists_that_are_pipes_are_not_opened(root, tmp_path):
+    os.mkfifo(tmp_path / "list.txt")
+    message = r"cannot be read \(a FIFO, not a regular file\)"
+    with pytest.raises(DataError, match=f"data.train_list={tmp_path}/list.txt: {message}"):
+        scan_lists(root, tmp_path / "list.txt", tmp_path / "list.txt")
+    with pytest.raises(DataError, match=message):
+        read_label_names(tmp_path / "list.txt")
+
+
+class Name(str):
+    """A name that counts how often it is compared."""
+
+    compared = 0
+
+    def __eq__(self, other):
+        Name.compared += 1
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+    def strip(self):
+        return self
+
+
+def test_each_name_is_compared_with_few_others(tmp_path, monkeypatch):
+    (tmp_path / "names.txt").write_text("a\n")
+    counts = []
+    for number in (500, 5000):
+        found = [(index, Name(f"name {index}")) for index in range(number)]
+        monkeypatch.setattr(list_files, "_text_names", lambda path, lines, found=found: found)
+        Name.compared = 0
+        assert len(read_label_names(tmp_path / "names.txt").names) == number
+        counts.append(Name.compared)
+    assert counts[1] < 20 * max(counts[0], 500)
+
+
+def test_a_name_of_ten_thousand_letters_is_shortened(tmp_path):
+    (tmp_path / "names.txt").write_text(f"0 {'x' * 10_000}\n1 {'x' * 10_000}\n")
+    with pytest.raises(DataError, match="given twice; give each class its own") as caught:
+        read_label_names(tmp_path / "names.txt")
+    assert len(str(caught.value)) < 500

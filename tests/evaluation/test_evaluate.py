@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from small import LABELS, NUM_FRAMES, complaint, files_of, motion_folder, tiny_export
+from stalled_files import stalled, wait_for_reader
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification, VideoMAEVideoProcessor
 
 from vidprism_hf import VidPrismForVideoClassification, VidPrismVideoProcessor
@@ -343,40 +344,32 @@ def test_a_signal_ends_processes_that_wait_for_each_other(export, source, tmp_pa
     """The first has come to the end of its share, the second to a clip that nobody goes on sending."""
     root = shutil.copytree(source, tmp_path / "clips")
     slow = root / "val" / "growing" / "1.mp4"
-    slow.unlink()
-    os.mkfifo(slow)
     more = ("--data.num_workers=1", "--data.clip_time_limit=null", "--trainer.enable_progress_bar=true")
     settings = arguments(export, root, *more)
     command = [sys.executable, "-m", "vidprism_hf.cli", "evaluate", *settings]
-    with subprocess.Popen(
-        [*command, "--trainer.devices=2", "--trainer.strategy=ddp"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    ) as first:
+    clip = slow.read_bytes()
+    with (
+        stalled(slow, clip) as lease,
+        subprocess.Popen(
+            [*command, "--trainer.devices=2", "--trainer.strategy=ddp"],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        ) as first,
+    ):
         try:
             said = b""
             while b"100%" not in said.rpartition(b"Testing")[2]:
                 said += (more := os.read(first.stdout.fileno(), 1 << 16))
                 assert more, said.decode()
-            sender = when_read(slow)
+            wait_for_reader(lease)
             time.sleep(1)  # until the first one waits
             os.killpg(first.pid, signal.SIGTERM)
-            first.communicate(timeout=60)  # until nobody can write to it: all processes have ended, loaders too
-            os.close(sender)
+            first.communicate(timeout=30)  # until nobody can write to it: all processes have ended, loaders too
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(first.pid, signal.SIGKILL)
     assert first.returncode == -signal.SIGTERM
     assert not list((tmp_path / "model").rglob("evaluation.json"))
-
-
-def when_read(pipe: Path) -> int:
-    """The end to write to of a pipe, as soon as somebody reads it."""
-    for _ in range(600):
-        with suppress(OSError):
-            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
-        time.sleep(0.1)
-    raise TimeoutError(pipe)

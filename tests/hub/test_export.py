@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from file_modes import modes, umask
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -528,3 +529,21 @@ def test_unwritable(tmp_path, name):
     assert str(caught.value).startswith(f"{tmp_path / name}: ")
     assert len(str(caught.value).splitlines()) == 1
     assert files_of(tmp_path) == {"file": b"no folder"}
+
+
+@pytest.mark.parametrize(("mask", "size"), [(0o002, "5GB"), (0o027, "100KB")])
+def test_an_export_has_the_modes_of_new_files(tmp_path, mask, size):
+    with umask(mask):
+        files = {"figures/curves.png": b"png"}
+        folder = export_model(tiny_model(), tiny_processor(), tmp_path / "a", card(), max_shard_size=size, files=files)
+    found = modes(folder)
+    assert any(name.endswith(".safetensors") for name in found)
+    assert found == {name: (0o777 if name in ("", "figures") else 0o666) & ~mask for name in found}
+
+
+def test_a_pipe_is_no_file_of_an_export(tmp_path):
+    folder = tiny_export(tmp_path / "export")
+    (folder / "README.md").unlink()
+    os.mkfifo(folder / "README.md")
+    with pytest.raises(ExportError, match=r"exists and is not an exported model \(it holds 'README\.md'\)"):
+        tiny_export(folder)

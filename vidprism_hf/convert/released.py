@@ -20,6 +20,7 @@ from rich.table import Table
 from ..errors import UserError
 from ..hub import CardFacts, export_model, render_card
 from ..model import VidPrismConfig, VidPrismForVideoClassification, VidPrismVideoProcessor
+from ..util import preview
 
 CLIP_HEAD_WIDTH = 64  # of every OpenAI ViT
 DEFAULT_RATES = (2, 4, 8, 16)
@@ -238,7 +239,7 @@ def convert(
     except RuntimeError as error:  # shapes
         raise UserError(f"{file}: {' '.join(str(error).split())}") from error
     if missing or unexpected:
-        first = ", ".join((missing + unexpected)[:3])
+        first = preview(missing + unexpected, 3)
         raise UserError(f"{file}: {len(missing)} weights are missing, {len(unexpected)} have no place: {first}")
     return model.eval(), counts, unused
 
@@ -293,6 +294,6 @@ def main(argv: list[str]) -> int:
     for part, count in counts.items():
         table.add_row(part, str(count))
     Console().print(table)
-    print(f"not used ({len(unused)}): {', '.join(unused) or 'none'}")
+    print(f"not used ({len(unused)}): {preview(unused, 20) or 'none'}")
     print(f"written to {args.out}: {len(labels)} classes, {config.num_frames} frames, rates {config.rates}")
     return 0

@@ -1,10 +1,15 @@
 """Unpack archives of clips: zip, tar with any compression, and tar in several parts, safely and all or nothing.
 
-Only files, folders and links that stay inside the folder are made. This is written out rather than left to
-`tarfile`'s data filter, so that it holds on Python versions without it and for zip alike.
+Only files and folders are made, in a folder that is new and in which there is no link: a name without `..` cannot lead
+out of it. Links are refused whatever they point to, since no dataset needs them, and so is what an archive says twice,
+since the later would replace the earlier in silence. Files get the modes and times of new files.
+
+What is unpacked has bounds, so that a small file cannot fill a disk: see `RATIO`. A zip says all sizes at its
+beginning, and is checked before anything is written; a tar is checked member by member, and while it is decompressed.
 """
 
 import bz2
+import errno
 import gzip
 import io
 import json
@@ -15,15 +20,23 @@ import shutil
 import stat
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from ..util import check_regular, shorten
+from .download import gigabytes
 from .tables import DataError
 
 MARKER = ".unpacked.json"
+# An archive may unpack to FREE bytes, or to RATIO times its size if that is more: videos hardly pack, lists by 10.
+FREE = 100 * 2**20
+RATIO = 100
+BLOCK = 4096  # bytes that a member takes on the disk besides its content
+MOST_MEMBERS = 500_000  # Something-Something v2, the largest set in one archive, has 220,847
+MOST_FOLDERS = 50  # one in the other
+MOST_HEADER = 2**16  # bytes of a tar member's extended header, which is read at once
 _SUFFIX = re.compile(r"\.(zip|tar|tar\.gz|tgz|tar\.bz2|tbz2?|tar\.xz|txz|rar|7z)$", re.IGNORECASE)
 # Parts of one archive: x.tar.gz.part-aa, x.tar.gz.partaa, x.tar.gz.aa, x.tgz-00, x.tar.001; SSv2's x-00 has no suffix.
 _PART = re.compile(
@@ -31,8 +44,14 @@ _PART = re.compile(
     r"|(?P<bare>[^.]+)-(?P<number>\d\d)$",
     re.IGNORECASE,
 )
+_EXTENDED = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
 _LEFT_OUT = ("__MACOSX", ".DS_Store")
-_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError)
 
 
 def archive_groups(names: Iterable[str]) -> dict[str, list[str]]:
@@ -86,32 +105,39 @@ def unpack(
         The folder.
 
     Raises:
-        DataError: If the archive is damaged, unsafe or of another kind, or the folder holds something else.
+        DataError: If the archive is damaged, unsafe, too large or of another kind, or the folder has other content.
+            Nothing is left of what was unpacked then.
     """
     files = [Path(archive)] if isinstance(archive, (str, os.PathLike)) else [Path(part) for part in archive]
     folder = Path(folder)
     if _already_unpacked(files, folder):
         return folder
     beside = folder.parent / f".{folder.name}.unpacking"
+    new_parents = [parent for parent in folder.parents if not parent.exists()]
     try:
+        for path in files:
+            check_regular(path)
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        _unpack(files, _Target(files[0], beside / "files"))
+        _unpack(files, _Target(files, beside / "files"))
         content = _content(files, folder, beside / "files", strip)
         sizes = [[path.name, path.stat().st_size] for path in files]
         (content / MARKER).write_text(json.dumps({"archives": sizes}), encoding="utf-8")
         os.replace(content, folder)
-    except OSError as error:
+    except DataError:
+        raise
+    except Exception as error:  # tarfile, zipfile and the decompressors raise whatever they stumble over
         # Compression errors are OSErrors too, but no call of the system has given them a number.
-        if error.errno is None:
-            raise _damaged(files[0], error) from error
-        raise DataError(
-            f"{error.filename or files[0]}: unpacking failed ({error.strerror}); start again when it is mended"
-        ) from error
-    except _DAMAGED as error:
-        raise _damaged(files[0], error) from error
+        if isinstance(error, OSError) and error.errno is not None:
+            name = shorten(error.filename or files[0])
+            raise DataError(f"{name}: unpacking failed ({error.strerror}); start again when that is solved") from error
+        cause = shorten(" ".join(str(error).split()) or type(error).__name__)
+        raise DataError(f"{files[0]}: is damaged or cut off ({cause}); remove it and fetch it again") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        for parent in new_parents:
+            with suppress(OSError):  # not empty: it is in use
+                parent.rmdir()
     return folder
 
 
@@ -122,11 +148,6 @@ def _part_number(text: str) -> int:
     for letter in text.lower():
         number = 26 * number + ord(letter) - ord("a")
     return number
-
-
-def _damaged(archive: Path, error: BaseException) -> DataError:
-    cause = " ".join(str(error).split()) or type(error).__name__
-    return DataError(f"{archive}: is damaged or cut off ({cause}); remove it and fetch it again")
 
 
 def _already_unpacked(files: list[Path], folder: Path) -> bool:
@@ -152,68 +173,92 @@ def _content(files: list[Path], folder: Path, unpacked: Path, strip: bool) -> Pa
     return unpacked
 
 
-@dataclass
 class _Target:
-    """The folder that members are written into.
+    """The new folder that members are written into.
 
     Attributes:
         archive: Named in messages.
         root: The folder.
-        links: Links to make once all files are written, so that no file is ever written through one:
-            (member's name, target, whether it is a hard link).
+        size: Bytes of the archive.
+        limit: Bytes that it may unpack to.
     """
 
-    archive: Path
-    root: Path
-    links: list[tuple[str, str, bool]] = field(default_factory=list)
+    def __init__(self, files: Sequence[Path], root: Path):
+        root.mkdir()
+        self.archive, self.root = files[0], root
+        self.size = sum(path.stat().st_size for path in files)
+        self.limit = max(FREE, RATIO * self.size)
+        self._free = shutil.disk_usage(root).free
+        self._members = self._bytes = 0
 
-    def __post_init__(self):
-        self.root.mkdir()
+    def refused(self, what: str) -> DataError:
+        """The error of an archive that is not to be unpacked."""
+        return DataError(
+            f"{self.archive}: {what}; nothing was unpacked, do not trust this archive, or unpack it by hand and give "
+            "that folder as data.source"
+        )
+
+    def unsafe(self, name: str, what: str) -> DataError:
+        """The error of an archive with a member that is not to be unpacked."""
+        return self.refused(f"member {shorten(name)!r} {what}")
+
+    def too_large(self, found: int) -> DataError:
+        """The error of an archive that unpacks to more than its limit."""
+        return self.refused(f"unpacks to {gigabytes(found)} or more from {gigabytes(self.size)}, too much for videos")
+
+    def claim(self, size: int) -> None:
+        """Counts a member that the archive declares.
+
+        Raises:
+            DataError: If there are too many, they are too large together, or the disk has no room for them.
+        """
+        if size < 0:
+            raise ValueError("a size below 0")
+        self._members += 1
+        self._bytes += size + BLOCK
+        if self._members > MOST_MEMBERS:
+            raise self.refused(f"has more than {MOST_MEMBERS} members")
+        if self._bytes > self.limit:
+            raise self.too_large(self._bytes)
+        if self._bytes > self._free:
+            raise DataError(
+                f"{self.archive}: unpacks to {gigabytes(self._bytes)} or more and the disk has {gigabytes(self._free)} "
+                "free; make room or set data.root to another disk"
+            )
 
     def path(self, name: str) -> Path | None:
         """Where a member goes; None if it is left out."""
         parts = PurePosixPath(name).parts
-        if name.startswith("/") or ".." in parts or "\0" in name or re.match(r"[A-Za-z]:", name):
+        pieces = re.split(r"[/\\]", name)  # backslashes separate folders on Windows
+        if (pieces[0] == "" and name) or ".." in pieces or any(re.match("[A-Za-z]:", piece) for piece in pieces):
             raise self.unsafe(name, "would be written outside the folder")
-        if not parts or parts[0] == _LEFT_OUT[0] or parts[-1] == _LEFT_OUT[1]:
+        if "\0" in name or len(parts) > MOST_FOLDERS:
+            raise self.unsafe(name, f"has no name that can be used (NUL, or more than {MOST_FOLDERS} folders)")
+        if parts and (parts[0] == _LEFT_OUT[0] or parts[-1] == _LEFT_OUT[1]):
             return None
         return self.root.joinpath(*parts)
 
-    def folder(self, name: str) -> None:
+    def add(self, name: str, size: int = 0, content: BinaryIO | None = None) -> None:
+        """Makes a file or, without content, a folder."""
         path = self.path(name)
-        if path is not None:
-            path.mkdir(parents=True, exist_ok=True)
-
-    def file(self, name: str, content: BinaryIO) -> None:
-        path = self.path(name)
-        if path is not None:
+        if path is None:
+            return
+        try:
+            if content is None:
+                path.mkdir(parents=True, exist_ok=True)
+                return
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "wb") as file:
-                shutil.copyfileobj(content, file, 1 << 20)
-
-    def make_links(self) -> None:
-        root = os.path.realpath(self.root)
-        made = []
-        for name, target, hard in self.links:
-            path = self.path(name)
-            if path is None:
-                continue
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if hard:
-                linked = self.path(target)
-                if linked is None or not linked.is_file() or linked.is_symlink():
-                    raise self.unsafe(name, f"is a link to {target}, which the archive does not hold")
-                os.link(linked, path)
-            else:
-                os.symlink(target, path)
-                made.append((name, path))
-        for name, path in made:
-            real = os.path.realpath(path)
-            if os.path.commonpath([real, root]) != root or not os.path.exists(real):
-                raise self.unsafe(name, "is a link that leaves the folder or leads nowhere")
-
-    def unsafe(self, name: str, what: str) -> DataError:
-        return DataError(f"{self.archive}: member {name!r} {what}; nothing was unpacked, do not trust this archive")
+            file = open(path, "xb")  # noqa: SIM115 closed below; errors of the content are others
+        except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTDIR):
+                raise self.unsafe(name, "is in it twice, or is both a file and a folder") from error
+            if error.errno in (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ):
+                raise self.unsafe(name, f"has a name that this disk does not take ({error.strerror})") from error
+            raise
+        with file:
+            shutil.copyfileobj(content, file, 1 << 20)
+            if file.tell() != size:
+                raise EOFError(f"{shorten(name)} has {file.tell()} bytes, not {size}")
 
 
 def _unpack(files: list[Path], target: _Target) -> None:
@@ -224,34 +269,36 @@ def _unpack(files: list[Path], target: _Target) -> None:
             f"{files[0]}: {suffix[1:]} archives are not read here; unpack it with `{tool}` (or `bsdtar -xf`) into a "
             "folder and give that folder as data.source"
         )
-    with _Joined(files) as joined:
-        start = joined.peek(4)
-    if start[:2] == b"PK":
-        if len(files) > 1:
-            raise DataError(f"{files[0]}: zip in several parts is not read; join it with `zip -s 0` first")
-        _unpack_zip(files[0], target)
-    else:
-        _unpack_tar(files, target)
-    target.make_links()
+    with io.BufferedReader(_Joined(files), 1 << 20) as joined:
+        if not joined.peek(2).startswith(b"PK"):
+            return _unpack_tar(joined, target)
+    if len(files) > 1:
+        raise DataError(f"{files[0]}: zip in several parts is not read; join it with `zip -s 0` first")
+    _unpack_zip(files[0], target)
 
 
 def _unpack_zip(path: Path, target: _Target) -> None:
     with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            name = _zip_name(info)
+        members = [(_zip_name(info), info) for info in archive.infolist()]
+        for name, info in members:
             if info.flag_bits & 0x1:
                 raise DataError(f"{path}: is encrypted; unpack it by hand and give the folder as data.source")
-            if info.is_dir():
-                target.folder(name)
-            elif stat.S_ISLNK(info.external_attr >> 16):
-                target.links.append((name, os.fsdecode(archive.read(info)), False))
-            else:
-                try:
-                    content = archive.open(info)
-                except NotImplementedError as error:
-                    raise DataError(f"{path}: {error} ({name}); unpack it by hand") from error
-                with content:
-                    target.file(name, content)
+            if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+                raise target.unsafe(name, "is a link or a device; only files and folders are unpacked")
+            if name.endswith("/") and info.file_size:
+                raise target.unsafe(name, "is a folder with content")
+            target.claim(info.file_size)
+            target.path(name)
+        for name, info in members:
+            if name.endswith("/"):
+                target.add(name)
+                continue
+            try:
+                content = archive.open(info)
+            except NotImplementedError as error:
+                raise DataError(f"{path}: {error} ({shorten(name)}); unpack it by hand") from error
+            with content:
+                target.add(name, info.file_size, content)
 
 
 def _zip_name(info: zipfile.ZipInfo) -> str:
@@ -265,28 +312,35 @@ def _zip_name(info: zipfile.ZipInfo) -> str:
         return name
 
 
-def _unpack_tar(files: list[Path], target: _Target) -> None:
+class _TarInfo(tarfile.TarInfo):
+    """A tar header; of an extended one no more is read than a name or some attributes take."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+        info = super().frombuf(buf, encoding, errors)
+        if info.type in _EXTENDED and info.size > MOST_HEADER:
+            raise ValueError(f"a header of {info.size} bytes")
+        return info
+
+
+def _unpack_tar(joined: io.BufferedReader, target: _Target) -> None:
     # Not tarfile's own way of reading a compressed stream, which skips the checksum at its end.
-    with _Joined(files) as joined, _decompressed(joined) as stream:
-        counted = _Counted(stream)
-        with tarfile.open(fileobj=counted, mode="r|") as archive:
-            for member in archive:
-                if member.isdir():
-                    target.folder(member.name)
-                elif member.isreg():
-                    target.file(member.name, archive.extractfile(member))
-                elif member.islnk() or member.issym():
-                    target.links.append((member.name, member.linkname, member.islnk()))
-                else:
-                    raise target.unsafe(member.name, "is neither a file, a folder nor a link")
-            end = archive.offset
-        while counted.read(1 << 20):
-            pass
-        if counted.total < end + tarfile.BLOCKSIZE:
-            raise tarfile.ReadError("there is no end mark")
+    stream = _Bounded(_decompressed(joined), target)
+    with tarfile.open(fileobj=stream, mode="r|", tarinfo=_TarInfo) as archive:
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # tarfile keeps each
+            if not (member.isreg() or member.isdir()):
+                raise target.unsafe(member.name, "is a link or a device; only files and folders are unpacked")
+            target.claim(member.size)
+            target.add(member.name, member.size, archive.extractfile(member))
+        end = archive.offset
+    while stream.read(1 << 20):
+        pass
+    if stream.total < end + tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("there is no end mark")
 
 
-def _decompressed(joined: "_Joined") -> BinaryIO:
+def _decompressed(joined: io.BufferedReader) -> BinaryIO:
     start = joined.peek(6)
     if start.startswith(b"\x1f\x8b"):
         return gzip.GzipFile(fileobj=joined)
@@ -295,49 +349,41 @@ def _decompressed(joined: "_Joined") -> BinaryIO:
     return lzma.LZMAFile(joined) if start.startswith(b"\xfd7zXZ") else joined
 
 
-class _Counted:
-    """A stream that knows how much of it has been read."""
+class _Bounded:
+    """A stream that counts what is read of it, and ends where that is more than its archive may unpack to."""
 
-    def __init__(self, stream: BinaryIO):
-        self._stream = stream
+    def __init__(self, stream: BinaryIO, target: _Target):
+        self._stream, self._target = stream, target
         self.total = 0
 
     def read(self, size: int) -> bytes:
         data = self._stream.read(size)
         self.total += len(data)
+        if self.total > self._target.limit:
+            raise self._target.too_large(self.total)
         return data
 
 
-class _Joined(io.BufferedReader):
+class _Joined(io.RawIOBase):
     """Reads files one after the other as if they were one."""
 
     def __init__(self, files: Sequence[Path]):
-        super().__init__(_Chain(files), 1 << 20)
-
-
-class _Chain(io.RawIOBase):
-    def __init__(self, files: Sequence[Path]):
         super().__init__()
         self._files = iter(files)
-        self._current: BinaryIO | None = None
+        self._current: BinaryIO = io.BytesIO()
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
-        while True:
-            if self._current is None:
-                path = next(self._files, None)
-                if path is None:
-                    return 0
-                self._current = open(path, "rb", buffering=0)  # noqa: SIM115 closed when it is read or with this object
-            count = self._current.readinto(buffer)
-            if count:
-                return count
+        while not (count := self._current.readinto(buffer)):
+            path = next(self._files, None)
+            if path is None:
+                return 0
             self._current.close()
-            self._current = None
+            self._current = open(path, "rb", buffering=0)  # noqa: SIM115 closed when it is read or with this object
+        return count
 
     def close(self) -> None:
-        if self._current is not None:
-            self._current.close()
+        self._current.close()
         super().close()

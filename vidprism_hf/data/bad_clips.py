@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import printable
-from .clip_contents import write_whole
+from ..util import atomic_write, shorten
 from .tables import DataError
 
 FILE_NAME = "bad_clips.csv"
@@ -109,7 +108,7 @@ def write_bad_clips(clips: Iterable[BadClip], path: Path) -> None:
     writer.writerow(("split", "name", "label", "cause"))
     writer.writerows((clip.split, clip.name, clip.label, clip.cause) for clip in clips)
     # File names may hold bytes that are no text.
-    write_whole(path, text.getvalue().encode("utf-8", "surrogateescape"))
+    atomic_write(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def bad_clip_table(clips: list[BadClip], most: int = 20) -> str:
@@ -119,7 +118,7 @@ def bad_clip_table(clips: list[BadClip], most: int = 20) -> str:
     )
     for clip in clips[:most]:
         # As Text: file names may look like rich's markup.
-        table.add_row(*(Text(printable(part)) for part in (clip.split, clip.name, clip.label, clip.cause)))
+        table.add_row(*(Text(shorten(part)) for part in (clip.split, clip.name, clip.label, clip.cause)))
     if len(clips) > most:
         table.add_row("", f"and {len(clips) - most} more", "", "")
     text = io.StringIO()
@@ -153,7 +152,7 @@ def check_bad_clips(clips: list[BadClip], num_clips: int, max_fraction: float, n
     """
     if not clips:
         return
-    first = f"(first: {clips[0].name}: {clips[0].cause})"
+    first = f"(first: {shorten(clips[0].name)}: {clips[0].cause})"
     if len(clips) > max_fraction * num_clips:
         raise TooManyBadClips(
             f"{len(clips)} of {num_clips} training clips cannot be decoded, more than data.max_bad_fraction="

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..util import check_regular
 from .benchmark_parts import DOWNLOADS
 from .folder import VIDEO_EXTENSIONS
 from .list_files import read_label_names
@@ -48,6 +49,7 @@ def find_hmdb51(folder: Path, split: int, scratch: Path) -> Lists:
     official = {path.name.removesuffix(suffix): path for path in folder_of_lists.glob(f"*{suffix}")}
     rows: dict[str, list[str]] = {"1": [], "2": []}  # a clip's number: 1 training, 2 test, 0 neither
     for label in sorted(official):
+        check_regular(official[label])
         for line in official[label].read_text("utf-8", "surrogateescape").split("\n"):
             clip, _, use = line.strip().rpartition(" ")
             if use in rows:
@@ -83,6 +85,7 @@ def _find(folder: Path, *names: str) -> Path:
     for name in names:
         for parent in _folders(folder):
             for path in sorted(parent.glob(name)):
+                check_regular(path)
                 return path
     raise Absent(names[0])
 

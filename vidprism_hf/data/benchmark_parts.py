@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from ..util import preview
 from .archives import unpack
 from .download import fetch_file, fetch_hub, hub_files, remote_size, require_space, say
 from .tables import DataError
@@ -226,7 +227,7 @@ def hmdb51_lists(work: Path) -> Path:
         for path in sorted((work / "data").glob(f"split{split}-*.parquet")):
             table = pq.read_table(path)
             if not {"video_path", "label", "subset"} <= set(table.column_names):
-                raise DataError(f"{path}: has columns {', '.join(table.column_names)}, not video_path, label, subset")
+                raise DataError(f"{path}: has columns {preview(table.column_names)}, not video_path, label, subset")
             for row in table.to_pylist():
                 lines.setdefault(row["label"], []).append(f"{row['video_path'].rsplit('/', 1)[-1]} {row['subset']}")
         for label, rows in lines.items():

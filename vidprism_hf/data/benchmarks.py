@@ -28,9 +28,9 @@ from typing import Any
 
 from filelock import FileLock
 
+from ..util import atomic_write
 from .benchmark_lists import Absent, Lists, find_hmdb51, find_k400, find_ssv2, find_ucf101
 from .benchmark_parts import DOWNLOADS, HubPart, Part, WebArchives, WebFiles, fetch_part, hmdb51_lists, unfinished
-from .clip_contents import write_whole
 from .download import say
 from .folder import VIDEO_EXTENSIONS
 from .lists import scan_lists
@@ -265,7 +265,7 @@ def _write_records(benchmark: Benchmark, folder: Path, split: int, manifest: Man
         for name in SPLITS:
             path = folder / _missing_file(benchmark, split, name)
             if missing := found.missing.get(name):
-                _write_whole(path, "".join(f"{clip}\n" for clip in missing))
+                _write_text(path, "".join(f"{clip}\n" for clip in missing))
             else:
                 path.unlink(missing_ok=True)
         _write_manifest(folder, manifest)
@@ -287,11 +287,11 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
     if _read_manifest(folder) == manifest:
         return
     manifest.date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    _write_whole(folder / MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=2, ensure_ascii=False) + "\n")
+    _write_text(folder / MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=2, ensure_ascii=False) + "\n")
 
 
-def _write_whole(path: Path, text: str) -> None:
-    write_whole(path, text.encode("utf-8", "surrogateescape"))
+def _write_text(path: Path, text: str) -> None:
+    atomic_write(path, text.encode("utf-8", "surrogateescape"))
 
 
 _UCF101_HUB = {"repo": "quchenyuan/UCF101-ZIP"}

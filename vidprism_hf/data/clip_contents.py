@@ -11,13 +11,13 @@ import hashlib
 import json
 import os
 import time
-import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
+from ..util import atomic_write, check_regular
 from .tables import DataError
 from .time_limit import TimeLimit
 
@@ -39,21 +39,12 @@ def signature(path: str) -> Signature | None:
 
 def file_hash(path: str | os.PathLike) -> str:
     """The SHA-256 of a file, in hexadecimal digits."""
+    check_regular(path)
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while block := file.read(BLOCK):
             digest.update(block)
     return digest.hexdigest()
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that others see whole or not at all, whoever else writes it at the same time."""
-    beside = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 class ContentHashes:
@@ -103,7 +94,7 @@ class ContentHashes:
             return
         with suppress(OSError), FileLock(self.memo.with_name(f".{self.memo.name}.lock")):
             self._known = self._read() | self._new
-            write_whole(self.memo, json.dumps(self._known).encode())
+            atomic_write(self.memo, json.dumps(self._known).encode())
             self._new = {}
 
     def _read(self) -> dict[str, Any]:

@@ -10,13 +10,13 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..util import preview
 from .few_shot import clip_list_hash
 from .tables import ClipSplits, DataError
 
 if TYPE_CHECKING:
     from .streaming import ClipStreams
 
-MOST_NAMES = 5  # of labels in a message
 IN_WORDS = {"processes": "processes", "batch_size": "data.batch_size", "seed": "data.seed"}
 IN_WORDS["num_workers"] = "data.num_workers"
 
@@ -60,8 +60,7 @@ def check_same_clips(source: str, before: Mapping[str, Any], now: Mapping[str, A
 
 def _names(labels: Mapping[str, Any], others: Mapping[str, Any]) -> str:
     """Labels that the others lack."""
-    found = sorted(set(labels["labels"]) - set(others["labels"]))
-    return ", ".join(found[:MOST_NAMES]) + (f" and {len(found) - MOST_NAMES} more" if found[MOST_NAMES:] else "")
+    return preview(sorted(set(labels["labels"]) - set(others["labels"])))
 
 
 def go_on(

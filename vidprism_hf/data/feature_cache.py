@@ -33,8 +33,9 @@ from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
+from ..util import atomic_write
 from .bad_clips import Note
-from .clip_contents import ContentHashes, Signature, write_whole
+from .clip_contents import ContentHashes, Signature
 from .dataset import ClipDataset, collate
 from .feature_part import BLANK, CHANGES, CachedClips, Part, Pixels, row_hash
 from .feature_shards import SUFFIX, ShardFolder
@@ -264,7 +265,7 @@ class FeatureCache:
         folder = part.shards.folder
         folder.mkdir(exist_ok=True)
         part.shards.sweep()
-        write_whole(folder / "about.json", (json.dumps(part.about, indent=2) + "\n").encode())
+        atomic_write(folder / "about.json", (json.dumps(part.about, indent=2) + "\n").encode())
 
     def _compute(
         self, name: str, part: Part, rows: list[tuple[int, int]], new: dict[str, torch.Tensor]

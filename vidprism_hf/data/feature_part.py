@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ..util import atomic_write
 from .bad_clips import Note
-from .clip_contents import Signature, signature, write_whole
+from .clip_contents import Signature, signature
 from .dataset import ClipDataset, example
 from .feature_shards import ShardFolder
 
@@ -111,7 +112,7 @@ class Part:
         """Adds to them."""
         if new:
             content = {"decoder": DECODER, "causes": self.known_causes() | new}
-            write_whole(self.shards.folder / BAD, json.dumps(content).encode())
+            atomic_write(self.shards.folder / BAD, json.dumps(content).encode())
 
     def learn(self, known: dict[str, str]) -> None:
         """Takes the clips for bad of which a row is among the keys."""

@@ -17,7 +17,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from .clip_contents import file_hash, write_whole
+from ..util import atomic_write
+from .clip_contents import file_hash
 from .tables import DataError
 
 SUFFIX = ".safetensors"
@@ -94,7 +95,7 @@ class ShardFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         content = save({"features": torch.stack(list(rows.values()))}, {"keys": " ".join(rows)})
         name = hashlib.sha256(content).hexdigest() + SUFFIX
-        write_whole(self.folder / name, content)
+        atomic_write(self.folder / name, content)
         return name
 
     def remove(self, names: Iterable[str]) -> None:

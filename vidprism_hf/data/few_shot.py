@@ -9,10 +9,8 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-from .clip_contents import write_whole
-from .tables import ClipSplits, ClipTable, DataError, stable_hash
+from ..util import atomic_write
+from .tables import ClipSplits, ClipTable, DataError, rows_by_label, stable_hash
 
 
 def few_shot(splits: ClipSplits, shots: int, seed: int) -> ClipSplits:
@@ -28,8 +26,9 @@ def few_shot(splits: ClipSplits, shots: int, seed: int) -> ClipSplits:
         raise DataError(f"data.shots={shots}: must be at least 1, or null for all clips")
     table = splits.train
     chosen: list[tuple[str, int]] = []
+    by_label = rows_by_label(table.labels)
     for label, label_name in splits.id2label.items():
-        clips = [(table.name(index), int(index)) for index in np.flatnonzero(table.labels == label)]
+        clips = [(table.name(index), index) for index in by_label.get(label, ())]
         if len(clips) < shots:
             raise DataError(
                 f"{table.origin}: label {label_name!r} has {len(clips)} training clips; "
@@ -53,7 +52,7 @@ def save_clip_list(table: ClipTable, path: str | os.PathLike) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, b"".join(_lines(table)))
+    atomic_write(path, b"".join(_lines(table)))
 
 
 def clip_list_hash(table: ClipTable, in_order: bool = False) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..util import check_regular, preview, special_kind
 from .tables import ClipSplits, DataError, FileTable, stable_hash
 
 # fmt: off
@@ -108,21 +109,24 @@ def _held_out_folder(root: Path) -> str | None:
     return held_out[0]
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yields (path relative to `folder`, real path) of every visible file, following links."""
-    for directory, children, files in os.walk(folder, onerror=_raise, followlinks=True):
-        children[:] = _visible(children)
-        relative = os.path.relpath(directory, folder)
-        real = os.path.realpath(directory)
-        for name in _visible(files):
-            path = os.path.join(directory, name)
-            # Resolving every file would dominate the scan of a large set: only links need it.
-            real_path = os.path.realpath(path) if os.path.islink(path) else os.path.join(real, name)
-            yield Path(os.path.normpath(os.path.join(relative, name))).as_posix(), real_path
-
-
-def _raise(error: OSError) -> None:
-    raise error  # os.walk would skip a folder it may not read
+def _walk(folder: Path) -> Iterator[tuple[str, str, str | None]]:
+    """Yields every visible file, following links: its path below `folder`, its real path, and its `special_kind`."""
+    waiting = [""]
+    while waiting:
+        relative = waiting.pop()
+        real = os.path.realpath(folder / relative)
+        with os.scandir(folder / relative) as entries:
+            for entry in entries:
+                name = relative + entry.name
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    waiting.append(f"{name}/")
+                    continue
+                # Resolving every file would dominate the scan of a large set: only links need it.
+                real_path = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
+                # So would asking for the kind of each, which the listing tells of files and folders.
+                yield name, real_path, None if entry.is_file() else special_kind(entry.path)
 
 
 def _list_classes(folder: Path, root: Path, seen: dict[str, str] | None = None) -> _Listing:
@@ -133,11 +137,13 @@ def _list_classes(folder: Path, root: Path, seen: dict[str, str] | None = None) 
     clips: dict[str, list[str]] = {}
     for label in _folders(folder):
         clips[label] = []
-        for name, real in _walk(folder / label):
+        for name, real, kind in _walk(folder / label):
             clip = f"{prefix}{label}/{name}"
             if os.path.splitext(name)[1].lower() not in VIDEO_EXTENSIONS:
                 ignored.append(clip)
                 continue
+            if kind:
+                raise DataError(f"{root / clip}: is {kind}, not a regular file; remove it")
             if real in seen:
                 raise DataError(f"{root}: {clip} and {seen[real]} are the same file; remove one of them")
             seen[real] = clip
@@ -213,6 +219,7 @@ def _by_fraction(listing: _Listing, fraction: float, seed: int) -> Callable[[str
 
 def _by_list(root: Path, listing: _Listing, path: Path) -> Callable[[str], bool]:
     try:
+        check_regular(path)
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data.val_list={path}: cannot be read as a text file ({error})") from error
@@ -249,9 +256,9 @@ def _assemble(
     notes = list(notes)
     missing = sorted(set(train) - set(val))
     if missing:
-        notes.append(f"{root}: {len(missing)} of {len(train)} labels have no held-out clip: {_some(missing)}")
+        notes.append(f"{root}: {len(missing)} of {len(train)} labels have no held-out clip: {preview(missing)}")
     if ignored:
-        notes.append(f"{root}: {len(ignored)} files are not clips and are ignored: {_some(sorted(ignored))}")
+        notes.append(f"{root}: {len(ignored)} files are not clips and are ignored: {preview(sorted(ignored))}")
     return ClipSplits(
         train=_table(root, train, label2id),
         val=_table(root, val, label2id),
@@ -264,7 +271,3 @@ def _assemble(
 def _table(root: Path, clips: dict[str, list[str]], label2id: dict[str, int]) -> FileTable:
     rows = sorted((name, label2id[label]) for label, names in clips.items() for name in names)
     return FileTable.from_lists(root, [name for name, _ in rows], [label for _, label in rows])
-
-
-def _some(names: Sequence[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ..util import preview
 from .archives import unpack
 from .folder import VIDEO_EXTENSIONS, scan_folder
 from .hub_repository import Repository
@@ -131,7 +132,5 @@ def _find_file(field: str, name: str | None, places: Sequence[Path]) -> Path | N
             if file.suffix in LIST_EXTENSIONS
             and not any(part.startswith(".") for part in file.relative_to(place).parts)
         ]
-        raise DataError(
-            f"data.{field}={name}: no such file in {places[0]}; it has {', '.join(there[:9]) or 'no lists'}"
-        )
+        raise DataError(f"data.{field}={name}: no such file in {places[0]}; it has {preview(there, 9) or 'no lists'}")
     return path

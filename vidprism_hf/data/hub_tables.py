@@ -12,9 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..util import preview
 from .hub_repository import Repository, hub_errors
 from .lists import read_label_names
-from .tables import ClipSplits, ClipTable, DataError, FileTable, stable_hash
+from .tables import ClipSplits, ClipTable, DataError, FileTable, rows_by_label, stable_hash
 
 HELD_OUT_SPLITS = ("validation", "val", "test")
 VIDEO_COLUMNS = (
@@ -115,7 +116,7 @@ def choose_split(source: str, splits: Sequence[str], asked: str, field: str) -> 
         DataError: If there is none of that name.
     """
     if asked not in splits:
-        raise DataError(f"{source}: has no split {asked!r} but {', '.join(splits)}; name one as data.{field}")
+        raise DataError(f"{source}: has no split {asked!r} but {preview(splits, 9)}; name one as data.{field}")
     return asked
 
 
@@ -130,7 +131,7 @@ def find_video_column(source: str, features: datasets.Features, asked: str | Non
     column = asked or next(iter(typed or usual), None)
     if column is None or column not in features or not _may_hold_videos(features[column]):
         what = "has no column of videos or their paths" if asked is None else f"column {asked!r} holds no videos"
-        raise DataError(f"{source}: {what}; its columns are {', '.join(features)}: name one as data.video_column")
+        raise DataError(f"{source}: {what}; its columns are {preview([*features], 20)}: name one as data.video_column")
     return column
 
 
@@ -168,7 +169,7 @@ def find_labels(
     column = asked or (typed[0] if len(typed) == 1 else next(iter(usual), None))
     if column is None or column not in features:
         what = f"has no column {asked!r}" if asked else "has no column of labels"
-        raise DataError(f"{source}: {what}; its columns are {', '.join(features)}: name one as data.label_column")
+        raise DataError(f"{source}: {what}; its columns are {preview([*features], 20)}: name one as data.label_column")
     feature = features[column]
     if isinstance(feature, datasets.ClassLabel):
         return Labels(column, tuple(feature.names), {index: index for index in range(feature.num_classes)})
@@ -267,7 +268,7 @@ class HubTables:
         chosen = subset_values(set(values))
         if chosen is None:
             raise DataError(
-                f"{self.source}: has no held-out split but {', '.join(self.data)}; name one as data.val_split or "
+                f"{self.source}: has no held-out split but {preview([*self.data], 9)}; name one as data.val_split or "
                 "hold out a share with data.val_fraction"
             )
         rows = [np.array([row for row, value in enumerate(values) if value == wanted]) for wanted in chosen]
@@ -341,8 +342,7 @@ def _hold_out(table: ClipTable, fraction: float, seed: int) -> list[ClipTable]:
     if not 0 < fraction < 1:
         raise DataError(f"data.val_fraction={fraction}: must lie between 0 and 1, like 0.2")
     held_out = np.zeros(len(table), dtype=bool)
-    for label in np.unique(table.labels):
-        rows = np.flatnonzero(table.labels == label).tolist()
+    for rows in rows_by_label(table.labels).values():
         count = min(max(int(len(rows) * fraction + 0.5), 1), len(rows) - 1)
         held_out[sorted(rows, key=lambda row: stable_hash(seed, table.name(row)))[:count]] = True
     if not held_out.any():

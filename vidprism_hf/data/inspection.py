@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import UserError, first_line, printable
 from ..model import VideoDecodeError, check_video
+from ..util import atomic_path, preview
 from .dataset import ClipReader
 from .tables import ClipTable, stable_hash
 
@@ -236,9 +237,8 @@ def commonest(values: Iterable[str], most: int = 5) -> str:
     """The commonest values with their counts, as text."""
     counts = Counter(values)
     # Of equal counts the smaller value first, so that the order of reading does not show.
-    first = sorted(counts, key=lambda value: (-counts[value], value))[:most]
-    rest = f" and {len(counts) - most} others" if len(counts) > most else ""
-    return ", ".join(f"{value} ({counts[value]})" for value in first) + rest
+    ordered = sorted(counts, key=lambda value: (-counts[value], value))
+    return preview([f"{value} ({counts[value]})" for value in ordered], most)
 
 
 def spread_over_classes(parts: Parts, clips: Iterable[tuple[int, int]], count: int) -> list[tuple[int, int]]:
@@ -301,6 +301,5 @@ def _fitted(text: str, font: ImageFont.FreeTypeFont) -> str:
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Writes a picture whole or not at all."""
-    beside = path.with_name(f".{path.name}.tmp")
-    picture.save(beside, format=Image.registered_extensions()[path.suffix.lower()])
-    os.replace(beside, path)
+    with atomic_path(path) as beside:
+        picture.save(beside, format=Image.registered_extensions()[path.suffix.lower()])

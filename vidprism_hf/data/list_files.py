@@ -21,11 +21,13 @@ import csv
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..util import check_regular, preview, shorten
 from .folder import VIDEO_EXTENSIONS
 from .tables import DataError
 
@@ -130,16 +132,13 @@ def read_label_names(path: str | os.PathLike) -> LabelNames:
         raise DataError(f"{path}: holds no label names; give one a line")
     if numbers[0] not in (0, 1) or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
         raise DataError(f"{path}: its label numbers do not count from 0 or 1 without gaps or repeats; number them so")
-    bad = [name for name in names if not name or not _is_text(name) or names.count(name) > 1]
+    counts = Counter(names)
+    bad = [name for name in names if not name or not _is_text(name) or counts[name] > 1]
     if bad:
-        raise DataError(f"{path}: label name {bad[0]!r} is empty, no UTF-8 or given twice; give each class its own")
+        raise DataError(
+            f"{path}: label name {shorten(bad[0])!r} is empty, no UTF-8 or given twice; give each class its own"
+        )
     return LabelNames(names, {number: index for index, number in enumerate(numbers)})
-
-
-def some(names: Sequence[str], limit: int = 5) -> str:
-    """The first names, for messages. What cannot be printed is escaped: a message is one line of text."""
-    shown = ", ".join(name if name.isprintable() else repr(name) for name in names[:limit])
-    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def _json_names(path: Path, content: Any) -> list[tuple[int, str]]:
@@ -171,6 +170,7 @@ def _text_names(path: Path, lines: list[str]) -> list[tuple[int, str]]:
 
 def _read_bytes(path: Path, field: str) -> bytes:
     try:
+        check_regular(path)
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{field}={path}: cannot be read ({error.strerror}); give a file that can") from error
@@ -281,7 +281,7 @@ def _text_rows(path: Path, lines: list[str], header: list[str]) -> Iterator[List
             raise DataError(f"{path}, line {number}: {line!r} does not read like the other lines; give `path label`")
         raise DataError(
             f"{path}, line {number}: is neither `path label` nor a header with the columns of a list; found: "
-            f"{some(header)}; give one of {', '.join(PATH_COLUMNS)} and one of {', '.join(LABEL_COLUMNS)}"
+            f"{preview(header)}; give one of {', '.join(PATH_COLUMNS)} and one of {', '.join(LABEL_COLUMNS)}"
         )
     fields = _without_frame_counts(fields, separator)
     for (number, _), (clip, label) in zip(numbered, fields, strict=True):

@@ -18,8 +18,9 @@ import posixpath
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..util import preview, shorten, special_kind
 from .folder import VIDEO_EXTENSIONS
-from .list_files import ClipList, LabelNames, ListRow, read_label_names, read_list, some
+from .list_files import ClipList, LabelNames, ListRow, read_label_names, read_list
 from .tables import ClipSplits, DataError, FileTable
 
 
@@ -53,14 +54,14 @@ def scan_lists(
         disk = _Disk(root)
         notes = [*_locate(train, disk), *_locate(val, disk)]
     except OSError as error:
-        name = some([str(error.filename)])
+        name = preview([str(error.filename)])
         raise DataError(f"{name}: cannot be read ({error.strerror}); change its permissions") from error
     _check_repeats(train, val)
     missing = {"train": _missing(train, root, allow_missing), "val": _missing(val, root, allow_missing)}
     for clips, names in zip((train, val), missing.values(), strict=True):
         if names:
             count = f"{len(names)} of {len(clips.rows)} clips are not below {root} and are left out"
-            notes.append(f"{clips.path}: {count}: {some(names)}")
+            notes.append(f"{clips.path}: {count}: {preview(names)}")
     classes = given or _infer_classes(train, val)
     for clips in (train, val):
         clips.rows = [row for row in clips.rows if row.present]
@@ -88,6 +89,7 @@ class _Disk:
         self.bases = [f"{base.rstrip('/')}/" for base in (os.path.abspath(root), os.path.realpath(root))]
         self.listings: dict[str, tuple[set[str], list[str]]] = {}
         self.by_name: dict[str, list[str]] | None = None
+        self.special: dict[str, str] = {}  # what must not be opened, by its path: what it is
 
     def relative(self, path: str, where: str) -> str:
         """A listed path in its shortest form, relative to the root."""
@@ -123,6 +125,9 @@ class _Disk:
                             files.add(entry.name)
                         elif entry.is_dir():
                             folders.append(entry.name)
+                        elif kind := special_kind(entry.path):
+                            files.add(entry.name)
+                            self.special[posixpath.join(folder, entry.name)] = kind
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
                     raise
@@ -156,7 +161,11 @@ def _locate(clips: ClipList, disk: _Disk) -> list[str]:
         paths = tuple(disk.relative(path, clips.where(row)) for path in row.paths)
         found = next(filter(None, map(disk.find, paths)), [])
         if len(found) > 1:
-            raise DataError(f"{clips.where(row)}: {paths[-1]!r} may be any of {some(sorted(found))}; keep one of them")
+            raise DataError(
+                f"{clips.where(row)}: {paths[-1]!r} may be any of {preview(sorted(found))}; keep one of them"
+            )
+        if found and (kind := disk.special.get(found[0])):
+            raise DataError(f"{clips.where(row)}: {shorten(found[0])} is {kind}, not a regular file; remove it")
         if found:
             moved += posixpath.dirname(found[0]) not in [posixpath.dirname(path) for path in paths]
         clips.rows[index] = row._replace(paths=tuple(found) or paths, present=bool(found))
@@ -183,12 +192,12 @@ def _missing(clips: ClipList, root: Path, allow_missing: bool) -> tuple[str, ...
         raise DataError(f"{clips.path}: {missing[0]!r} is a folder; list video files, not folders of frames")
     if len(missing) == len(clips.rows):
         raise DataError(
-            f"{clips.path}: none of its {len(missing)} clips is below {root}: {some(missing)}; "
+            f"{clips.path}: none of its {len(missing)} clips is below {root}: {preview(missing)}; "
             "give the folder that its paths are relative to as data.source"
         )
     if missing and not allow_missing:
         raise DataError(
-            f"{clips.path}: {len(missing)} of {len(clips.rows)} clips are not below {root}: {some(missing)}; "
+            f"{clips.path}: {len(missing)} of {len(clips.rows)} clips are not below {root}: {preview(missing)}; "
             "add them, or set data.allow_missing to leave them out"
         )
     return missing
@@ -229,7 +238,7 @@ def _indices(clips: ClipList, classes: LabelNames, origin: Path) -> list[int]:
         name = row.folder if row.label is None else row.label
         index = (classes.indices if numbered else index_of).get(name)
         if index is None:
-            known = f"{min(classes.indices)} to {max(classes.indices)}" if numbered else some(classes.names)
+            known = f"{min(classes.indices)} to {max(classes.indices)}" if numbered else preview(classes.names)
             raise DataError(f"{clips.where(row)}: label {name!r} is not in {origin}; it has {known}")
         if numbered and index_of.get(row.folder, index) != index:
             raise DataError(
@@ -258,5 +267,5 @@ def _label_notes(
     for clips, present in ((train, trained), (val, held_out)):
         absent = [name for index, name in enumerate(classes.names) if index not in present]
         if absent:
-            notes.append(f"{clips.path}: {len(absent)} of {len(classes.names)} labels have no clip: {some(absent)}")
+            notes.append(f"{clips.path}: {len(absent)} of {len(classes.names)} labels have no clip: {preview(absent)}")
     return notes

@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from ..util import preview
 from .folder import HELD_OUT_FOLDERS, TRAIN_FOLDER
 from .hub_repository import Repository, hub_errors
 from .hub_tables import (
@@ -127,7 +128,7 @@ def _open_folders(repository: Repository, train_split: str, val_split: str | Non
     if train_split not in clips or held_out not in clips:
         raise DataError(
             f"{source}: only class folders below {TRAIN_FOLDER}/ and val/ can be streamed, and it has "
-            f"{', '.join(sorted(clips)) or 'none'}; set data.streaming=false, or name others as data.train_split"
+            f"{preview(sorted(clips)) or 'none'}; set data.streaming=false, or name others as data.train_split"
         )
     if val_split is None:
         notes.append(f"{source}: folder {held_out} is held out; data.val_split chooses another")
@@ -208,7 +209,7 @@ def _by_subset(source: str, data, train: str, labels: Labels, read: Callable[...
     shards = read(train, labels.column, column) if column else []
     chosen = subset_values({value for _, value in chain(*shards)})
     if chosen is None:
-        raise DataError(f"{source}: has no held-out split but {', '.join(data)}; name one as data.val_split")
+        raise DataError(f"{source}: has no held-out split but {preview([*data], 9)}; name one as data.val_split")
     opened = []
     for value in chosen:
         rows = data[train].decode(False).filter(_Is(value), input_columns=[column])

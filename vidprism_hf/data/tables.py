@@ -26,6 +26,13 @@ def stable_hash(*parts: object) -> int:
     return int.from_bytes(digest.digest(), "big") >> 1
 
 
+def rows_by_label(labels: np.ndarray) -> dict[int, list[int]]:
+    """The rows of each label, in their order. It looks at each row once, however many labels there are."""
+    order = np.argsort(labels, kind="stable")
+    known, starts = np.unique(labels[order], return_index=True)
+    return {int(label): rows.tolist() for label, rows in zip(known, np.split(order, starts)[1:], strict=True)}
+
+
 class ClipTable(Protocol):
     """The clips of one split.
 

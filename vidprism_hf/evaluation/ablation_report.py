@@ -19,8 +19,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..data.clip_contents import write_whole
 from ..errors import UserError
+from ..util import atomic_write
 from .ablation_cells import Cell, Cells
 from .figures import png
 from .intervals import student_interval, wilson_interval
@@ -147,7 +147,7 @@ def write_report(results: Sequence[Result], about: str, folder: Path) -> list[Pa
     }
     paths = [folder / f"ablations.{kind}" for kind in contents]
     for path, content in zip(paths, contents.values(), strict=True):
-        write_whole(path, content)
+        atomic_write(path, content)
     return paths
 
 

@@ -30,7 +30,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from .. import __version__
 from ..data import VideoDataModule
-from ..data.clip_contents import write_whole
 from ..data.dataset import ClipSampler, collate
 from ..data.few_shot import clip_list_hash
 from ..errors import UserError
@@ -38,6 +37,7 @@ from ..model import VISION_PRESETS, VidPrismConfig, VidPrismForVideoClassificati
 from ..training.module import VidPrismLightningModule
 from ..training.recipe import FinetuneCLI
 from ..training.signals import SignalWatch, Stopped
+from ..util import atomic_write
 from .ablation_cells import Cell, Cells, append_cell, read_cells
 from .baselines import PROBE_PENALTIES, TIME_WEIGHTS, LinearProbe, parameters_of, with_baseline
 from .folds import block_folds, group_folds
@@ -219,7 +219,7 @@ class Sweep:
         for fold in range(max(fold_of.values()) + 1):
             listing = lists / f"{fold}.txt"
             held_out = sorted(name for name, its in fold_of.items() if its == fold)
-            write_whole(listing, "".join(f"{name}\n" for name in held_out).encode())  # others may read it just now
+            atomic_write(listing, "".join(f"{name}\n" for name in held_out).encode())  # others may read it just now
             rule = {"val_fraction": None, "val_pattern": None, "val_list": str(listing)}
             yield self._fold(VideoDataModule(**own_settings(data) | rule), fold_of)
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 
 from ..errors import UserError
+from ..util import preview
 
 MOST_NAMES = 3  # of labels that do not match, in the message
 
@@ -32,7 +33,7 @@ def matched_labels(name: str, theirs: Mapping[int, str], ours: Mapping[int, str]
         ],
     }
     if any(apart.values()):
-        said = "; ".join(f"{what}: {first_names(labels)}" for what, labels in apart.items() if labels)
+        said = "; ".join(f"{what}: {preview(labels, MOST_NAMES)}" for what, labels in apart.items() if labels)
         raise UserError(f"{name}: its labels are not the data's ({said}); take data with the same classes")
     return [by_name[plain_name(ours[index], same)] for index in range(len(ours))]
 
@@ -40,9 +41,3 @@ def matched_labels(name: str, theirs: Mapping[int, str], ours: Mapping[int, str]
 def plain_name(label: str, as_it_is: bool = False) -> str:
     """A label's letters and digits: `ApplyEyeMakeup` and `apply eye makeup` are the same."""
     return label if as_it_is else re.sub(r"[\W_]+", "", label.casefold()) or label
-
-
-def first_names(labels: list[str]) -> str:
-    """The first few of some labels."""
-    more = len(labels) - MOST_NAMES
-    return ", ".join(labels[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")

@@ -8,8 +8,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from ..data.clip_contents import write_whole
 from ..errors import UserError
+from ..util import atomic_write
 from .figures import confusion_matrix
 from .report import SHORT, Evaluation, Subject
 
@@ -72,8 +72,8 @@ def write_evaluation(evaluation: Evaluation, output: str | None = None) -> Path:
         folder = next(path for path in map(folder.with_name, names) if not other_content(path, about, clips))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / CONFUSION, confusion_matrix(evaluation.metrics.confusion, evaluation.labels))
-        write_whole(folder / RESULTS, evaluation.to_json().encode())
+        atomic_write(folder / CONFUSION, confusion_matrix(evaluation.metrics.confusion, evaluation.labels))
+        atomic_write(folder / RESULTS, evaluation.to_json().encode())
     except OSError as error:
         raise not_writable(folder, error) from error
     return folder

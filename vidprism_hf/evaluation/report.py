@@ -16,6 +16,7 @@ from rich.text import Text
 
 from ..data.bad_clips import BadClip, ClipCounts
 from ..errors import printable
+from ..util import preview
 from .compute import Cost
 from .metrics import CALIBRATION_BINS, Metrics
 from .scores import AverageClips
@@ -280,8 +281,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
     for sentence in evaluation.caveats:
         print(sentence)
     if evaluation.missing:
-        names, more = evaluation.missing[:MOST_MISSING], len(evaluation.missing) - MOST_MISSING
-        print(f"Missing: {printable(', '.join(names))}{f' and {more} more' if more > 0 else ''}")
+        print(f"Missing: {preview(evaluation.missing, MOST_MISSING)}")
     for table in (accuracy_table(evaluation.metrics), cost_table(evaluation), class_table(evaluation.classes)):
         text = io.StringIO()
         Console(file=text, width=MOST_COLUMNS).print(table)

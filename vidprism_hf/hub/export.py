@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from .. import model as model_package
 from ..errors import UserError, first_line
 from ..model import VidPrismConfig, VidPrismForVideoClassification, VidPrismModel, VidPrismVideoProcessor
+from ..util import preview
 from .card import UNKNOWN, merge_card
 
 WEIGHTS = "model.safetensors"
@@ -192,9 +193,7 @@ def check_weights(state: Mapping[str, torch.Tensor], folder: Path) -> None:
                 unread.discard(name)
     wrong |= unread
     if wrong:
-        raise ExportError(
-            f"{len(wrong)} of {len(shapes)} tensors were not written right: {', '.join(sorted(wrong)[:3])}"
-        )
+        raise ExportError(f"{len(wrong)} of {len(shapes)} tensors were not written right: {preview(sorted(wrong), 3)}")
 
 
 @contextmanager
@@ -212,12 +211,13 @@ def written_beside(folder: Path) -> Iterator[Path]:
         recover_export(folder)
         refuse_other_content(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        partial = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+        partial.mkdir()
     except OSError as error:
         raise ExportError(f"{folder}: cannot be written ({error.strerror})") from error
     try:
         yield partial
-        partial.chmod(0o755)  # mkdtemp makes it private
+        open_to_others(partial)
         refuse_other_content(folder)  # again: writing took a while
         put_in_place(partial, folder)
     except OSError as error:
@@ -259,7 +259,7 @@ def foreign_content(folder: Path) -> list[str]:
     foreign = []
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
-        if not (name in FOLDERS if path.is_dir() else EXPORT_FILES.fullmatch(name)):
+        if not (name in FOLDERS if path.is_dir() else path.is_file() and EXPORT_FILES.fullmatch(name)):
             foreign.append(name)
     return sorted(foreign)
 
@@ -299,7 +299,7 @@ def recover_export(folder: Path) -> None:
 
     If an export stands in its place, that is the new one, and the old one goes.
     """
-    aside = re.compile(rf"\.{re.escape(folder.name)}-[a-z0-9_]{{8}}-{REPLACED}")  # as mkdtemp draws names
+    aside = re.compile(rf"\.{re.escape(folder.name)}-[a-z0-9_]{{8}}-{REPLACED}")  # as `written_beside` draws names
     if not folder.parent.is_dir():
         return
     found = [path for path in folder.parent.iterdir() if aside.fullmatch(path.name)]
@@ -316,6 +316,14 @@ def remove_replaced(replaced: Path) -> None:
         # Under another name: what is half gone must not be put back by `recover_export`.
         replaced = replaced.rename(replaced.with_name(replaced.name.removesuffix(REPLACED) + "removed"))
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def open_to_others(folder: Path) -> None:
+    """Gives the files below a new folder the mode of new files: safetensors makes its own private."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def write_through(path: Path) -> None:

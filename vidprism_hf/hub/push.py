@@ -18,6 +18,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import LOG_IN, UserError, first_line
+from ..util import preview
 from .card import addressed
 from .card_merge import is_kept, left_out, merge_card, states_license
 from .pushed_files import RESULTS, WRITTEN, LocalFile, read_export
@@ -360,7 +361,7 @@ def check_arrived(remote: Remote, plan: Plan, commit: str) -> None:
         plan.notes.append(f"published, but the Hub could not be asked for what has arrived ({cause})")
         return
     if missing:
-        raise PushError(f"commit {commit} lacks {', '.join(missing)}; is it in the repository's .gitignore?")
+        raise PushError(f"commit {commit} lacks {preview(missing, 20)}; is it in the repository's .gitignore?")
 
 
 def main(argv: list[str]) -> int:

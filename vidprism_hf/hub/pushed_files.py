@@ -15,6 +15,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 from ..errors import UserError, first_line
 from ..model import VidPrismConfig, VidPrismForVideoClassification
+from ..util import preview
 from .export import EXPORT_FILES, README, WEIGHTS, is_vidprism_config
 from .refusals import PushError
 
@@ -73,7 +74,7 @@ def read_export(folder: Path) -> tuple[dict[str, LocalFile], list[str]]:
         else:
             others.append(path)
     if lacking := missing_files(folder, found):
-        raise PushError(f"{folder}: the export is not whole: it lacks {', '.join(lacking)}; export it again")
+        raise PushError(f"{folder}: the export is not whole: it lacks {preview(lacking, 20)}; export it again")
     try:
         found[README].source.decode()
     except UnicodeDecodeError as error:

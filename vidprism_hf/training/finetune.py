@@ -23,7 +23,6 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from ..data import VideoDataModule
 from ..data.bad_clips import BadClip, TooManyBadClips, bad_clip_table
-from ..data.clip_contents import write_whole
 from ..data.few_shot import save_clip_list
 from ..data.ranks import print_once
 from ..errors import UserError
@@ -32,6 +31,7 @@ from ..evaluation.report import Evaluation, rounded
 from ..evaluation.scores import ScoreRecorder
 from ..evaluation.testing import NotEvaluated, evaluate_held_out, subject_of
 from ..hub.export import refuse_other_content
+from ..util import atomic_write
 from .averaging import WiseFT
 from .callbacks import BadClipReport
 from .card_facts import CardRecorder, Measured, bad_clips, clip_counts, dataset_facts, kept_by, switched_on
@@ -196,7 +196,7 @@ def finish(trainer: Trainer, evaluation: Evaluation, output: Path) -> None:
         write_evaluation(evaluation)
     counts = {split: dataclasses.asdict(clip_counts(trainer, split)) for split in ("train", "val")}
     counts["val"]["evaluated"] = evaluation.evaluated
-    write_whole(
+    atomic_write(
         output / METRICS, (json.dumps({**rounded(evaluation.values), "clips": counts}, indent=2) + "\n").encode()
     )
     (output / "checkpoints" / PREVIOUS).unlink(missing_ok=True)
@@ -242,7 +242,7 @@ def save_settings(cli: FinetuneCLI, output: Path) -> None:
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        write_whole(output / "config.yaml", cli.parser.dump(cli.config, skip_none=False).encode())
+        atomic_write(output / "config.yaml", cli.parser.dump(cli.config, skip_none=False).encode())
     except OSError as error:
         raise not_writable(output, error) from error
 

@@ -20,6 +20,7 @@ import yaml
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from ..errors import UserError
+from ..util import preview
 from .checkpointing import BEST, LAST, PREVIOUS, UNFINISHED, read_checkpoint
 from .run_lock import INSIDE, not_writable
 
@@ -94,8 +95,9 @@ def _go_on(output: Path, settings: dict[str, Any]) -> Start:
         return _keep(output, AUTO, "it has no checkpoint")
     if changes := changed_settings(output, settings):
         raise UserError(
-            f"output {output}: its run was stopped, and had other settings ({'; '.join(changes)}); type them again, "
-            f"or go on with the new ones by --resume {found[0]}, or begin anew by --resume none, which keeps the folder"
+            f"output {output}: its run was stopped, and had other settings ({preview(changes, 9, '; ')}); type them "
+            f"again, or go on with the new ones by --resume {found[0]}, or begin anew by --resume none, which keeps "
+            "the folder"
         )
     return _start(output, *found)
 
@@ -153,7 +155,7 @@ def _from_checkpoint(output: Path, checkpoint: Path, settings: dict[str, Any]) -
     if most is not None and 0 <= most < done:
         raise UserError(f"trainer.max_epochs={most}: {checkpoint} has had {done} epochs; set it to more")
     if changes:
-        print(f"With other settings than before: {'; '.join(changes)}", flush=True)
+        print(f"With other settings than before: {preview(changes, 9, '; ')}", flush=True)
     if left := later(checkpoints, checkpoint.name, content):
         set_aside(left, checkpoints / ASIDE)
         print(f"What came after {checkpoint.name} is moved to {checkpoints / ASIDE}", flush=True)

@@ -22,7 +22,8 @@ from torch import nn
 
 from ..data.bad_clips import TooManyBadClips
 from ..data.ranks import gathered
-from ..errors import UserError, printable
+from ..errors import UserError
+from ..util import preview
 from .checkpointing import LAST, CheckpointSettings
 from .resuming import random_states, set_random_states, settle_loops, settle_progress
 from .signals import WARNING, SignalWatch, Stopped, requeue
@@ -228,13 +229,11 @@ class Safeguard(Checkpoint):
     def _diverged(self, trainer: L.Trainer, told: _Told | None, what: str, here: bool) -> Diverged:
         """The error, the same on all processes: it names the clips of those whose loss is meant."""
         names = [name for names in gathered(clip_names(trainer, told) if here and told else []) for name in names]
-        clips = ", ".join(map(printable, names[:NAMED_CLIPS])) + (
-            f" and {len(names) - NAMED_CLIPS} more" if len(names) > NAMED_CLIPS else ""
-        )
         kept = f"{self.path} (step {self.saved_step})" if self.saved_step else "none"
         return Diverged(
-            f"step {told.step if told else trainer.global_step}: {what}; clips of the batch: {clips}; last good "
-            f"checkpoint: {kept}; lower model.learning_rate or set trainer.gradient_clip_val, and look at these clips"
+            f"step {told.step if told else trainer.global_step}: {what}; clips of the batch: "
+            f"{preview(names, NAMED_CLIPS)}; last good checkpoint: {kept}; lower model.learning_rate or set "
+            "trainer.gradient_clip_val, and look at these clips"
         )
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import UserError
+from ..util import atomic_write
 
 FILE_NAME = "splits.json"
 
@@ -37,9 +38,7 @@ def main(argv: list[str]) -> int:
             return status
         results[str(split)] = json.loads((run / "metrics.json").read_text())
     summary = {"splits": results, "mean": _mean(results)}
-    beside = output / (FILE_NAME + ".tmp")
-    beside.write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(beside, output / FILE_NAME)
+    atomic_write(output / FILE_NAME, f"{json.dumps(summary, indent=2)}\n".encode())
     _print(summary, output)
     return 0
 
