@@ -21,9 +21,10 @@ from transformers.utils import CONFIG_NAME
 from ..data.bad_clips import bad_clip_table
 from ..data.ranks import print_once
 from ..errors import UserError, first_line, why_not_loaded
-from ..hub.card import eval_results, evaluation_body, plain
+from ..hub.card import eval_results, evaluation_body
 from ..hub.card_merge import states_results, with_evaluation
 from ..hub.export import README, is_vidprism_config
+from ..hub.markdown import Markdown, escape
 from ..model import VidPrismConfig
 from ..training.callbacks import BadClipReport
 from ..training.card_facts import dataset_facts
@@ -234,7 +235,7 @@ def refresh_export(evaluation: Evaluation, export: Path) -> list[str]:
     try:
         with only_run(export):
             readme = existing(export / README).decode()
-            title = f"On {plain(evaluation.dataset)} ({plain(evaluation.split)}), {evaluation.protocol}"
+            title = escape(f"On {evaluation.dataset} ({evaluation.split}), {evaluation.protocol}")
             refreshed = with_evaluation(readme, title, card_body(evaluation, states_results(readme)))
             if refreshed != readme:
                 files[README] = refreshed.encode()
@@ -271,11 +272,12 @@ def card_body(evaluation: Evaluation, has_results: bool) -> str:
         evaluation: What was found.
         has_results: Whether the card's metadata state results.
     """
-    sentences = ["By `vidprism evaluate`,", *told(evaluation)]
+    sentences = told(evaluation)
     if has_results:
         sentences.append("The metadata of this card have the results of its export.")
     measured = evaluation.values, evaluation.intervals, evaluation.evaluated
-    return evaluation_body(" ".join(sentences), *measured, len(evaluation.labels), evaluation.classes)
+    protocol = Markdown(f"By `vidprism evaluate`, {escape(' '.join(sentences))}")
+    return evaluation_body(protocol, *measured, len(evaluation.labels), evaluation.classes)
 
 
 def replace_file(export: Path, name: str, content: bytes) -> None:

@@ -34,6 +34,14 @@ def curves(epochs: Mapping[int, Mapping[str, float]]) -> bytes:
     return png(figure)
 
 
+def expert_names(rates: Sequence[int]) -> list[str]:
+    """What the experts are called, each by another name."""
+    return [
+        f"rate {rate}" + (f" ({list(rates[: place + 1]).count(rate)})" if list(rates).count(rate) > 1 else "")
+        for place, rate in enumerate(rates)
+    ]
+
+
 def expert_weights(weights: np.ndarray, labels: Sequence[str], rates: Sequence[int]) -> bytes:
     """Mean weight of each expert for each class; with many classes their distribution.
 
@@ -42,7 +50,7 @@ def expert_weights(weights: np.ndarray, labels: Sequence[str], rates: Sequence[i
         labels: Of the K classes.
         rates: Of the N experts.
     """
-    experts = [f"rate {rate}" for rate in rates]
+    experts = expert_names(rates)
     if len(labels) > MOST_CLASSES:
         figure = Figure(figsize=(1.2 * len(rates) + 3, 4), layout="constrained")
         axes = figure.subplots()

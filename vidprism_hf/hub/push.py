@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
-from ..errors import LOG_IN, UserError, first_line
+from ..errors import LOG_IN, UserError, first_line, printable, printable_lines
 from .card import addressed
 from .card_merge import is_kept, left_out, merge_card, states_license
 from .pushed_files import RESULTS, WRITTEN, LocalFile, read_export
@@ -383,16 +383,16 @@ def main(argv: list[str]) -> int:
 def print_result(result: PushResult, dry_run: bool, tag: str | None) -> None:
     """Files, notes and tag; the card for a dry run; URL and commit."""
     for file in result.files:
-        print(f"{file.state:<9} {file.size:>13,} bytes  {file.path}")
+        print(f"{file.state:<9} {file.size:>13,} bytes  {printable(file.path)}")
     for note in result.notes:
-        print(f"note: {note}")
+        print(f"note: {printable(note)}")
     total = sum(result.uploaded.values())
     print(f"{'To send' if dry_run else 'Sent'}: {len(result.uploaded)} files, {total:,} bytes")
     if tag:
         print(f"{'To tag' if dry_run else 'Tagged'}: {tag}")
     if dry_run:
-        print(f"\n{result.card}\n")
-    print(result.url, result.commit or "(no commit yet)")
+        print(f"\n{printable_lines(result.card)}\n")
+    print(printable(result.url), result.commit or "(no commit yet)")
 
 
 if __name__ == "__main__":
