@@ -20,11 +20,14 @@ from huggingface_hub.utils import validate_repo_id
 from ..errors import LOG_IN, UserError, first_line, printable, printable_lines
 from .card import addressed
 from .card_merge import is_kept, left_out, merge_card, states_license
+from .own_files import NotOwn
 from .pushed_files import RESULTS, WRITTEN, LocalFile, read_export
 from .refusals import PushError, explain
 from .remote import MAIN, README, Remote
 from .retries import MOVED_STATUS, HubError, Patience, bounded_client, read_failure, safe
 
+DESCRIPTION = """Publish an exported model on the Hub. Links that leave the folder are refused; hard links cannot be
+told from files, so look through a folder that comes from somebody else before you push it."""
 MESSAGE = "Upload a VidPrism model"
 COMMIT = "the commit"
 SENT = ("new", "changed")
@@ -201,8 +204,12 @@ def push_export(
         raise PushError(f"{repo_id}: no token; {LOG_IN}")
     try:
         files, others = read_export(folder)
+    except NotOwn as error:
+        raise PushError(str(error)) from error
     except OSError as error:
-        raise PushError(f"{folder}: cannot be read ({error.strerror})") from error
+        raise PushError(
+            f"{error.filename or folder}: cannot be read ({error.strerror or first_line(error)})"
+        ) from error
     files[README] = LocalFile(README, addressed(files[README].source.decode(), repo_id).encode())
     remote = Remote(HfApi(endpoint=endpoint, token=token), repo_id, revision, patience)
     ask = Ask(private, tag, create_pr, message or MESSAGE)
@@ -365,7 +372,7 @@ def check_arrived(remote: Remote, plan: Plan, commit: str) -> None:
 
 def main(argv: list[str]) -> int:
     """`vidprism push`; the last line printed is the URL and the commit."""
-    parser = argparse.ArgumentParser("vidprism push", description="Publish an exported model on the Hub.")
+    parser = argparse.ArgumentParser("vidprism push", description=DESCRIPTION)
     parser.add_argument("folder", type=Path, help="the export, such as runs/demo/export")
     parser.add_argument("--repo", required=True, metavar="ORG/NAME", help="the repository; made if it is not there")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
