@@ -93,13 +93,13 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in VERBS:
         print(f"vidprism: no verb {argv[0]!r}; there are {', '.join(VERBS)}", file=sys.stderr)
         return 2
-    from .errors import UserError, last_line
+    from .errors import UserError, last_line, printable
     from .model import VideoDecodeError
 
     try:
         return VERBS[argv[0]](argv[1:])
     except (UserError, VideoDecodeError) as error:
-        print(f"vidprism {argv[0]}: {last_line(error)}", file=sys.stderr)
+        print(f"vidprism {argv[0]}: {printable(last_line(error))}", file=sys.stderr)
         return 1
 
 

@@ -1,6 +1,7 @@
 """The errors that a person can mend: the command line shows them as one line, without a traceback."""
 
 import traceback
+import unicodedata
 from pathlib import Path
 
 from huggingface_hub.errors import (
@@ -15,6 +16,8 @@ from .util import cut
 
 MOST_OF_MESSAGE = 1500  # letters
 LOG_IN = "run `hf auth login` or set HF_TOKEN"
+HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})  # Unicode's categories of what controls and is not seen
+JOINERS = "\u200c\u200d"
 
 
 class UserError(ValueError):
@@ -71,5 +74,22 @@ def last_line(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with bytes that are none, as file names may hold, written as escapes."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    """The text as one line that a terminal shows and does not obey.
+
+    Control characters, line breaks, marks that turn the direction of text, and bytes of file names that are no text
+    are written as escapes. The joiners of Persian, Indic scripts and emoji stay.
+    """
+    return text if text.isprintable() else "".join(map(_visible, text))
+
+
+def printable_lines(text: str) -> str:
+    """The same for a text of several lines."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def _visible(character: str) -> str:
+    if unicodedata.category(character) not in HIDDEN or character in JOINERS:
+        return character
+    return (
+        character.encode("ascii", "backslashreplace").decode() if ord(character) > 0x7F else f"\\x{ord(character):02x}"
+    )

@@ -171,6 +171,21 @@ def test_card_and_results_keep_what_others_conditions_gave(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["export"]  # neither lock nor unfinished file
 
 
+@pytest.mark.parametrize("name", ["README.md", ".eval_results", ".eval_results/org--clips.yaml"])
+def test_a_card_is_not_refreshed_through_a_link_that_leaves_the_export(tmp_path, name):
+    export, outside = tmp_path / "export", tmp_path / "outside"
+    export.mkdir()
+    outside.mkdir()
+    (export / "README.md").write_text(str(render_card(card_facts())))
+    (outside / "file").write_text((export / "README.md").read_text() if name == "README.md" else "- {secret: 1}\n")
+    (export / name).parent.mkdir(exist_ok=True)
+    (export / name).unlink(missing_ok=True)
+    (export / name).symlink_to(outside if name == ".eval_results" else outside / "file")
+    with pytest.raises(UserError, match="is a link that leaves the folder"):
+        refresh_export(evaluation(export, dataset_id="org/clips"), export)
+    assert [path.name for path in outside.iterdir()] == ["file"]
+
+
 def test_two_evaluations_of_an_export_wait_for_each_other(tmp_path):
     export = tmp_path / "export"
     export.mkdir()

@@ -1,10 +1,12 @@
 """The model card: its metadata is what the Hub reads, its text holds the facts of the run."""
 
+import inspect
 import os
 import re
 import shutil
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import huggingface_hub.constants
 import pytest
@@ -14,6 +16,7 @@ from hub_server.cards import front_matter, judge, judge_results
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from small import LABELS, card_facts, complaint, run_arguments
 
+from vidprism_hf import VidPrismConfig
 from vidprism_hf.cli import main
 from vidprism_hf.data.bad_clips import BadClip
 from vidprism_hf.errors import UserError
@@ -27,7 +30,7 @@ pytest_plugins = ["hub_server.fixtures"]
 GOLDEN = Path(__file__).with_name("golden_card.md")
 FULL = {
     "model_name": "hmdb_small",
-    "origin": "It was fine-tuned with `vidprism finetune`.",
+    "origin": "It was fine-tuned with vidprism finetune.",
     "base_model": "openai/clip-vit-base-patch16",
     "backbone": "the preset b16, openai/clip-vit-base-patch16",
     "dataset": "HMDB51",
@@ -302,7 +305,76 @@ def test_text_of_the_data_stays_in_its_place():
     labels = ("a | b", "<!-- vidprism:generated end -->")
     bad = [BadClip("train", "x`\udcff\n<!-- vidprism:generated end -->", "a", "cause")]
     text = str(render_card(card_facts(**FULL | {"labels": list(labels), "bad_clips": bad})))
-    assert r"| split | held out: file names in which `^(eli\|ben)_` is found |" in text
+    assert r"| split | held out: file names in which \`^(eli\|ben)\_\` is found |" in text
     assert text.count("<!-- vidprism:generated end -->") == 1
     assert text.encode()  # bytes of file names need not be text
     assert front_matter(text)["library_name"] == "transformers"
+
+
+# The card follows the configuration
+
+# Of each switch and value: what the card of such a model says, and words that it must not have.
+SAID = {
+    ("aggregation", "rgsta"): ("one frame kept in every 2, 4, 8", ("first frame", "mean of", "maximum")),
+    ("aggregation", "stride"): ("the first frame of every 2, 4, 8", ("kept", "mean of", "maximum")),
+    ("aggregation", "mean"): ("the mean of every 2, 4, 8 frames", ("kept", "first frame", "maximum")),
+    ("aggregation", "max"): ("the maximum of every 2, 4, 8 frames", ("kept", "first frame", "mean of")),
+    ("readout", "query"): ("share of the global query's attention", ("channels",)),
+    ("readout", "mean"): ("Without the pipeline", ("## Experts", "query", "expert_weights", "rate 2")),
+    ("readout", "max"): ("share of the channels that each expert gives", ("query", "attention")),
+}
+# Switches of parts that the card says nothing of, whatever they are set to.
+UNSAID = {
+    **dict.fromkeys(
+        ("interaction", "interaction_pairs", "interaction_gates", "interaction_update"), ("gate", "messag")
+    ),
+    "merge_normalization": ("softmax",),
+    "time_position": ("position",),
+    "feature_norm": ("whiten", "norm"),
+    "vision_projection": ("projection",),
+    "zero_init_residual": ("residual",),
+    "projection_head": ("projection", "text embedding"),
+}
+
+
+def switches() -> list[tuple[str, object]]:
+    """Every value of each switch of the configuration, as the configuration itself declares them."""
+    declared = inspect.get_annotations(VidPrismConfig).items()
+    of_each = {name: (False, True) if hint is bool else get_args(hint) for name, hint in declared if is_switch(hint)}
+    return [(name, value) for name, values in of_each.items() for value in values]
+
+
+def is_switch(hint: object) -> bool:
+    return hint is bool or get_origin(hint) is Literal
+
+
+def configured(**config) -> str:
+    """The generated part of the card of a model with such a configuration, after a test; without versions."""
+    config = VidPrismConfig(num_frames=8, **config)
+    facts = FULL | {"expert_weights": {f"rate {rate}": "0.5" for rate in config.rates}}
+    text = str(render_card(card_facts(**facts | {"rates": config.rates, "config": config})))
+    return text.partition("-->")[2].partition("## Citation")[0]
+
+
+@pytest.mark.parametrize(("name", "value"), switches())
+def test_card_says_nothing_of_a_part_that_is_not_there(name, value):
+    said, unsaid = SAID[name, value] if (name, value) in SAID else ("", UNSAID[name])
+    text = configured(**{name: value})
+    assert said in text
+    assert [word for word in unsaid if word in text] == []
+
+
+def test_card_of_one_expert():
+    text = configured(rates=[4])
+    assert "with one temporal expert" in text
+    assert "in one stream (one frame kept in every 4)" in text
+    assert not [word for word in ("mixture", "experts", "query", "expert_weights", "each expert") if word in text]
+
+
+def test_card_of_several_frames_kept_in_a_window():
+    assert "(2 frames kept in every 4, 8, 16)" in configured(kept_per_window=2)
+
+
+@pytest.mark.parametrize("weight", ["rank_loss_weight", "gate_loss_weight", "diversity_loss_weight", "merge_weight"])
+def test_card_says_nothing_of_a_loss_without_weight(weight):
+    assert not [word for word in ("rank loss", "balance", "diversity", "merge") if word in configured(**{weight: 0.0})]

@@ -20,7 +20,10 @@ from push_helpers import (
     repo_of,
     with_bytes,
 )
-from small import files_of
+from small import complaint, files_of
+
+from vidprism_hf.cli import main
+from vidprism_hf.hub.refusals import PushError
 
 pytest_plugins = ["hub_server.fixtures"]
 pytestmark = pytest.mark.usefixtures("brisk")
@@ -329,3 +332,114 @@ def test_large_files_in_parts(hub, api, exported):
     hub.fault("complete", status=500)
     push(hub, api.token, exported)
     pushed_once(hub, exported)
+
+
+# Answers that no Hub gives
+
+PAGE = b"<html><head><title>Log in</title></head><body>" + b"Please log in. " * 100 + b"</body></html>"
+ODD = {
+    "page": {"body": PAGE, "kind": "text/html"},
+    "page as JSON": {"body": PAGE},
+    "list": {"body": b'["a", 1]'},
+    "text": {"body": b'"text"'},
+    "number": {"body": b"7"},
+    "null": {"body": b"null"},
+    "nothing": {"body": b""},
+    "empty": {"body": b"{}"},
+    "truncated": {"body": b'{"files": [{"path": "config.json", "uploadMo'},
+    "no text": {"body": b"\xff\xfe\x00{"},
+    "deep": {"body": b"[" * 200_000},
+    "redirects": {"redirect": True},
+    "numbers": {
+        "body": b'{"id": 1, "modelId": 2, "sha": 3, "private": 4, "siblings": 5, "url": 6, "files": 7, "objects": 8, '
+        b'"commitOid": 9, "commitUrl": 10, "pullRequestUrl": 11, "errors": 12, "warnings": 13, "name": 14, '
+        b'"branches": 15, "tags": 16, "converts": 17, "discussions": 18, "auth": 19, "count": 20}'
+    },
+    "lists of other things": {
+        "body": b'{"files": [{"path": 1, "uploadMode": 2, "shouldIgnore": 3}], "objects": [{"oid": 1, "size": "x", '
+        b'"actions": [1]}], "branches": [{"name": 1, "ref": 2, "targetCommit": 3}], "tags": [null], "converts": [], '
+        b'"sha": ["a"], "private": "false", "commitOid": {}, "commitUrl": [], "url": {}, "errors": {"a": 1}}'
+    },
+    "a list of other things": {"body": b'[{"type": "file", "path": 1, "size": "x", "oid": 2, "lfs": 3}, null]'},
+}
+ASKED = [*("info", "tree"), *WRITING, *("refs", "branch", "tag")]
+
+
+def told(hub, token, folder, **settings) -> str:
+    """The line in which a push says why it failed, if it did."""
+    try:
+        push(hub, token, folder, **settings)
+    except PushError as error:
+        return str(error)
+    return ""
+
+
+def odd_cases():
+    """Each answer at each step; quickly each answer at one of them."""
+    for row, odd in enumerate(ODD):
+        for column, step in enumerate(ASKED):
+            for when in ("before", "after"):
+                quick = row % len(ASKED) == column and when == "after"
+                yield pytest.param(odd, step, when, marks=[] if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("odd", "step", "when"), list(odd_cases()))
+def test_an_odd_answer_ends_in_one_line_or_a_whole_push(hub, api, exported, odd, step, when):
+    """Whatever is answered at a step, what is on the branch is nothing or all, and pushing again brings it there."""
+    settings = {"revision": "b", "tag": "v1"} if step in ("refs", "branch", "tag") else {}
+    branch = settings.get("revision", "main")
+    hub.fault(step, times=None, when=when, **ODD[odd])
+    before = files_of(exported)
+    line = told(hub, api.token, exported, **settings)
+    assert len(line.splitlines()) <= 1
+    assert len(line) < 1200
+    assert api.token not in line
+    assert hub.count(step) <= 3 * 6 * 21  # our tries, the client's in each, and the redirects of each
+    assert files_of(exported) == before
+    there = hub.repositories.get(("model", "alice/m"))
+    found, whole = there and there.commit(branch), {".gitattributes", *before}
+    assert found is None or set(found.files) in ({".gitattributes"}, whole)
+    hub.heal()
+    push(hub, api.token, exported, **settings)
+    assert set(repo_of(hub).commit(branch).files) == whole
+    assert len(repo_of(hub).commits) == 2
+
+
+@pytest.mark.parametrize("odd", [pytest.param(odd, marks=[pytest.mark.slow] * (odd != "numbers")) for odd in ODD])
+def test_an_odd_answer_to_a_pull_request(hub, api, exported, tmp_path, odd):
+    hub.add_model("org/m", with_bytes(tmp_path / "old", {"a.txt": b"a"}))
+    for step in ("discussion", "commit", "whoami"):
+        hub.fault(step, times=None, when="before" if "redirect" in ODD[odd] else "after", **ODD[odd])
+        assert len(told(hub, api.token, exported, repo="org/m", create_pr=True).splitlines()) <= 1
+        hub.heal()
+    push(hub, api.token, exported, repo="org/m", create_pr=True)
+    assert set(repo_of(hub, "org/m").commit("main").files) == {"a.txt"}
+    assert list(repo_of(hub, "org/m").discussions) == [1]
+
+
+@pytest.mark.parametrize("step", ["resolve", "info", "tree"])
+@pytest.mark.parametrize("odd", ["page", "empty", "redirects"])
+def test_a_readme_is_not_taken_from_an_odd_answer(hub, api, exported, tmp_path, step, odd):
+    mine = files_of(exported)["README.md"] + b"\nMine.\n"
+    hub.add_model("alice/m", with_bytes(tmp_path / "old", {"README.md": mine}))
+    hub.fault(step, times=None, **ODD[odd])
+    assert "as no Hub does" in failed(hub, api.token, exported)
+    assert set(first_commit(hub).files) == {"README.md"}
+    hub.heal()
+    push(hub, api.token, exported)
+    assert first_commit(hub).files["README.md"].read().endswith(b"\nMine.\n")
+
+
+def test_an_answer_without_an_end_is_not_read_to_it(hub, api, exported, monkeypatch):
+    monkeypatch.setattr("vidprism_hf.hub.retries.MOST_BYTES", 1 << 20)
+    hub.fault("info", body=b" " * (2 << 20), times=None)
+    assert "the answer is larger than 1 MiB" in failed(hub, api.token, exported)
+
+
+def test_the_command_says_it_in_one_line(hub, api, exported, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    monkeypatch.setattr("vidprism_hf.hub.push.Patience", lambda: QUICK)
+    monkeypatch.setattr("vidprism_hf.hub.push.get_token", lambda: api.token)
+    hub.fault("commit", times=None, **ODD["page"])
+    assert main(["push", str(exported), "--repo", "alice/m"]) == 1
+    assert "answers the commit as no Hub does" in complaint(capsys)

@@ -120,12 +120,13 @@ class Hub:
             what: One of `status=500` (with `message`, `code` for X-Error-Code, and `retry_after` in seconds),
                 `reset=True` (the connection, as a dead network does), `cut=True` (the connection is closed in order,
                 as a proxy does), `hang=True` (no answer until the Hub closes), `drip=0.05` (a little, then a pause of
-                so many seconds, and so on) and `delay=0.5` (seconds, then as usual). `when`: "before" anything was
-                done, "during" (half of the body came in; for requests without a body half of the answer went out) or
-                "after" all was done and stored. What drips is, "before", the request's body, which is read in small
-                pieces; "during" the answer's body, and "after" all of the answer, a byte at a time. `times`: 1, or
-                None for ever. `skip`: requests of the step that pass first. Faults of one step strike in the order
-                given.
+                so many seconds, and so on), `body=b"[]"` (answered with status 200 and the type `kind`),
+                `redirect=True` (to the same address) and `delay=0.5` (seconds, then as usual). `when`: "before"
+                anything was done, "during" (half of the body came in; for requests without a body half of the answer
+                went out) or "after" all was done and stored. What drips is, "before", the request's body, which is read
+                in small pieces; "during" the answer's body, and "after" all of the answer, a byte at a time. `times`:
+                1, or None for ever. `skip`: requests of the step that pass first. Faults of one step strike in the
+                order given.
         """
         self.faults.waiting.append(new_fault(step, **what))
 

@@ -27,6 +27,9 @@ class Fault:
     times: int | None
     skip: int
     delay: float
+    body: bytes | None = None
+    kind: str = "application/json"
+    redirect: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,17 @@ def new_fault(
     message: str | None = None,
     times: int | None = 1,
     skip: int = 0,
+    body: bytes | None = None,
+    kind: str = "application/json",
+    redirect: bool = False,
 ) -> Fault:
     if step not in STEPS and step != ANY:
         raise ValueError(f"no step is called {step!r}; there are {', '.join(STEPS)}")
-    if (status is not None) + reset + cut + hang + (drip > 0) + (delay > 0) != 1:
-        raise ValueError("a fault has one of status, reset, cut, hang, drip and delay")
-    if when not in ("before", "during", "after") or (when == "during" and (status or delay)):
+    answers = (status is not None) + (body is not None) + redirect
+    if answers + reset + cut + hang + (drip > 0) + (delay > 0) != 1:
+        raise ValueError("a fault has one of status, body, redirect, reset, cut, hang, drip and delay")
+    if when not in ("before", "during", "after") or (when == "during" and (answers or delay)):
         raise ValueError("when is before, during (reset, cut, hang and drip only) or after")
     headers = {"Retry-After": str(retry_after)} if retry_after is not None else {}
     message = message or f"made for a test: {status}"
-    return Fault(step, status, headers, message, code, cut, hang, drip, when, times, skip, delay)
+    return Fault(step, status, headers, message, code, cut, hang, drip, when, times, skip, delay, body, kind, redirect)

@@ -129,17 +129,16 @@ class Handler(BaseHTTPRequestHandler):
         when = fault.when if fault else None
         length = int(self.headers.get("Content-Length") or 0)
         drips = fault is not None and fault.drip > 0
-        if when == "before" and fault.status is None and not drips:
+        answers = fault is not None and (fault.status is not None or fault.body is not None or fault.redirect)
+        if when == "before" and not answers and not drips:
             self.strike(fault)
         halfway = when == "during" and length > 0 and not drips
         self.receive(call, length // 2 if halfway else length, fault.drip if when == "before" else 0)
         if halfway:
             self.strike(fault)
-        status = fault.status if fault else None
-        answer = None if status and when == "before" else self.ask(call, route, match)
-        if status:
-            answer = Refused(status, fault.message, fault.code).answer
-            answer.headers |= fault.headers
+        answer = None if answers and when == "before" else self.ask(call, route, match)
+        if answers:
+            answer = self.wrong(fault)
         elif when == "after" and not drips:
             self.strike(fault)
         self.send(answer, fault if when == "during" or (drips and when == "after") else None)
@@ -163,6 +162,16 @@ class Handler(BaseHTTPRequestHandler):
             return refused.answer
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             return Refused(400, f"Malformed request: {error!r}").answer
+
+    def wrong(self, fault: Fault) -> Answer:
+        """What a fault answers."""
+        if fault.redirect:
+            return Answer(307, b"", {"Location": self.path})
+        if fault.body is not None:
+            return Answer(200, fault.body, {"Content-Type": fault.kind})
+        answer = Refused(fault.status, fault.message, fault.code).answer
+        answer.headers |= fault.headers
+        return answer
 
     def receive(self, call: Call, length: int, pause: float):
         if pause:  # nothing is to lie in the system's buffers and look as if it were read

@@ -17,7 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import UserError
+from ..errors import UserError, printable
 from ..hub import CardFacts, export_model, render_card
 from ..model import VidPrismConfig, VidPrismForVideoClassification, VidPrismVideoProcessor
 from ..util import preview
@@ -287,6 +287,7 @@ def main(argv: list[str]) -> int:
         num_frames=config.num_frames,
         rates=config.rates,
         origin="Its weights were converted from a checkpoint of the authors' released code.",
+        config=config,
     )
     export_model(model, processor, args.out, render_card(card))
 
@@ -294,6 +295,6 @@ def main(argv: list[str]) -> int:
     for part, count in counts.items():
         table.add_row(part, str(count))
     Console().print(table)
-    print(f"not used ({len(unused)}): {preview(unused, 20) or 'none'}")
+    print(printable(f"not used ({len(unused)}): {preview(unused, 20) or 'none'}"))
     print(f"written to {args.out}: {len(labels)} classes, {config.num_frames} frames, rates {config.rates}")
     return 0

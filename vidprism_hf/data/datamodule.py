@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
+from ..errors import printable
 from ..model import VidPrismVideoProcessor
 from .arguments import check_arguments
 from .dataset import ClipDataset, ClipReader, ClipSampler, collate
@@ -170,7 +171,7 @@ class VideoDataModule(L.LightningDataModule):
         if self._splits is None:
             self._splits = open_source(self.hparams)
             for note in self._splits.notes:
-                rank_zero_warn(note)
+                rank_zero_warn(printable(note))
         return self._splits
 
     @property

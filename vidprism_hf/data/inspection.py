@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from ..errors import UserError, first_line, printable
+from .. import fonts
+from ..errors import UserError, first_line
 from ..model import VideoDecodeError, check_video
 from ..util import atomic_path, preview
 from .dataset import ClipReader
@@ -278,25 +279,14 @@ def contact_sheet(rows: Sequence[tuple[str, str, np.ndarray]]) -> Image.Image:
     """
     frames, height, width = rows[0][2].shape[:3]
     sheet = Image.new("RGB", (LABEL_WIDTH + frames * (width + GAP), len(rows) * (height + GAP)), "white")
-    draw = ImageDraw.Draw(sheet)
-    large, small = ImageFont.load_default(16), ImageFont.load_default(12)
+    picture = ImageDraw.Draw(sheet)
     for row, (label, name, tiles) in enumerate(rows):
         top = row * (height + GAP)
-        draw.text((8, top + 8), _fitted(label, large), "black", large)
-        draw.text((8, top + 32), _fitted(name, small), "dimgray", small)
+        fonts.draw(picture, (8, top + 8), label, 16, "black", LABEL_WIDTH - 16)
+        fonts.draw(picture, (8, top + 32), name, 12, "dimgray", LABEL_WIDTH - 16)
         for column, tile in enumerate(tiles):
             sheet.paste(Image.fromarray(tile), (LABEL_WIDTH + column * (width + GAP), top))
     return sheet
-
-
-def _fitted(text: str, font: ImageFont.FreeTypeFont) -> str:
-    """The text, or as much of its beginning as there is room for."""
-    text, room = printable(text), LABEL_WIDTH - 16
-    if font.getlength(text) <= room:
-        return text
-    while text and font.getlength(text + "...") > room:
-        text = text[:-1]
-    return text + "..."
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:

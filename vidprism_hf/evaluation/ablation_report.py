@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from ..errors import UserError
 from ..util import atomic_write
 from .ablation_cells import Cell, Cells
-from .figures import png
+from .figures import name, png
 from .intervals import student_interval, wilson_interval
 
 
@@ -226,6 +226,6 @@ def figure(results: Sequence[Result]) -> bytes:
             axes.plot([100 * estimate.mean], [place], "o", color="tab:blue", markersize=5)
         axes.set_xlabel(f"{label}\nwith 95 % intervals")
         axes.grid(axis="x", alpha=0.3)
-    every[0].set_yticks(places, [f"{result.grid}: {result.row}" for result in results])
+    name(every[0].yaxis, [f"{result.grid}: {result.row}" for result in results], places)
     every[0].set_ylim(places[-1] + 1, 0.5)
     return png(picture)

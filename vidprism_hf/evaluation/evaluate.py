@@ -21,9 +21,11 @@ from transformers.utils import CONFIG_NAME
 from ..data.bad_clips import bad_clip_table
 from ..data.ranks import print_once
 from ..errors import UserError, first_line, why_not_loaded
-from ..hub.card import eval_results, evaluation_body, plain
+from ..hub.card import eval_results, evaluation_body
 from ..hub.card_merge import states_results, with_evaluation
 from ..hub.export import README, is_vidprism_config
+from ..hub.markdown import Markdown, escape
+from ..hub.own_files import NotOwn, located, read_own
 from ..model import VidPrismConfig
 from ..training.callbacks import BadClipReport
 from ..training.card_facts import dataset_facts
@@ -193,7 +195,7 @@ def config_of(module: L.LightningModule) -> PreTrainedConfig:
 def chose_checkpoint(subject: Subject) -> bool:
     """Whether the clips chose the checkpoint of a local export, as its split.json says."""
     try:
-        split = json.loads((Path(subject.model) / "split.json").read_bytes())
+        split = json.loads(read_own(Path(subject.model), "split.json"))
         chosen, known = split["chosen_on_val"], split["val"]["sha256"]
         alike = (split["val"]["clips"], split["split"]) == (subject.num_clips, subject.split)
     except (OSError, ValueError, KeyError, TypeError):
@@ -233,29 +235,29 @@ def refresh_export(evaluation: Evaluation, export: Path) -> list[str]:
     files = {}
     try:
         with only_run(export):
-            readme = existing(export / README).decode()
-            title = f"On {plain(evaluation.dataset)} ({plain(evaluation.split)}), {evaluation.protocol}"
+            readme = existing(export, README).decode()
+            title = escape(f"On {evaluation.dataset} ({evaluation.split}), {evaluation.protocol}")
             refreshed = with_evaluation(readme, title, card_body(evaluation, states_results(readme)))
             if refreshed != readme:
                 files[README] = refreshed.encode()
             if evaluation.dataset_id:
                 notes = f"{evaluation.conditions}. By vidprism evaluate, {' '.join(told(evaluation))}"
-                known = {
-                    path.relative_to(export).as_posix(): path.read_bytes()
-                    for path in export.glob(".eval_results/*.yaml")
-                }
+                names = [f".eval_results/{path.name}" for path in export.glob(".eval_results/*.yaml")]
+                known = {name: read_own(export, name) for name in names}
                 measured = evaluation.dataset_id, evaluation.values
                 files |= eval_results(*measured, evaluation.conditions, notes, known)
             for path, content in files.items():
                 replace_file(export, path, content)
+    except NotOwn:
+        raise
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{export}: its card cannot be refreshed ({first_line(error)})") from error
     return list(files)
 
 
-def existing(file: Path) -> bytes:
-    """The content of a file; nothing where there is none."""
-    return file.read_bytes() if file.exists() else b""
+def existing(export: Path, name: str) -> bytes:
+    """The content of a file of an export; nothing where there is none."""
+    return read_own(export, name) if os.path.lexists(export / name) else b""
 
 
 def told(evaluation: Evaluation) -> list[str]:
@@ -271,17 +273,19 @@ def card_body(evaluation: Evaluation, has_results: bool) -> str:
         evaluation: What was found.
         has_results: Whether the card's metadata state results.
     """
-    sentences = ["By `vidprism evaluate`,", *told(evaluation)]
+    sentences = told(evaluation)
     if has_results:
         sentences.append("The metadata of this card have the results of its export.")
     measured = evaluation.values, evaluation.intervals, evaluation.evaluated
-    return evaluation_body(" ".join(sentences), *measured, len(evaluation.labels), evaluation.classes)
+    protocol = Markdown(f"By `vidprism evaluate`, {escape(' '.join(sentences))}")
+    return evaluation_body(protocol, *measured, len(evaluation.labels), evaluation.classes)
 
 
 def replace_file(export: Path, name: str, content: bytes) -> None:
     """Writes a file of an export whole, under its lock. Until it is, it lies where the lock does: with a strange file
     in it the folder would be no export, and what a killed process leaves is written over by the next.
     """
+    located(export, os.path.dirname(name))
     beside = lock_path(export).with_suffix(".tmp")
     beside.write_bytes(content)
     (export / name).parent.mkdir(exist_ok=True)

@@ -2,12 +2,17 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..fonts import lettering
+
 MOST_CLASSES = 40  # more rows would not be legible
+MOST_LETTERS = 40  # of a name
 
 
 def curves(epochs: Mapping[int, Mapping[str, float]]) -> bytes:
@@ -34,6 +39,14 @@ def curves(epochs: Mapping[int, Mapping[str, float]]) -> bytes:
     return png(figure)
 
 
+def expert_names(rates: Sequence[int]) -> list[str]:
+    """What the experts are called, each by another name."""
+    return [
+        f"rate {rate}" + (f" ({list(rates[: place + 1]).count(rate)})" if list(rates).count(rate) > 1 else "")
+        for place, rate in enumerate(rates)
+    ]
+
+
 def expert_weights(weights: np.ndarray, labels: Sequence[str], rates: Sequence[int]) -> bytes:
     """Mean weight of each expert for each class; with many classes their distribution.
 
@@ -42,18 +55,19 @@ def expert_weights(weights: np.ndarray, labels: Sequence[str], rates: Sequence[i
         labels: Of the K classes.
         rates: Of the N experts.
     """
-    experts = [f"rate {rate}" for rate in rates]
+    experts = expert_names(rates)
     if len(labels) > MOST_CLASSES:
         figure = Figure(figsize=(1.2 * len(rates) + 3, 4), layout="constrained")
         axes = figure.subplots()
         axes.boxplot(weights[~np.isnan(weights).any(axis=1)], tick_labels=experts)
         axes.set_ylabel("expert weight, one value a class")
         return png(figure)
-    figure = Figure(figsize=(1.2 * len(rates) + 3, 0.3 * len(labels) + 1.2), layout="constrained")
+    size = 1.2 * len(rates) + max(3, 2 + breadth(labels)), 0.3 * len(labels) + 1.2
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(weights, aspect="auto", cmap="viridis", vmin=0, vmax=1)
     axes.set_xticks(range(len(experts)), experts)
-    axes.set_yticks(range(len(labels)), [_tick(label) for label in labels])
+    name(axes.yaxis, labels)
     figure.colorbar(image, ax=axes, label="expert weight")
     return png(figure)
 
@@ -66,15 +80,14 @@ def confusion_matrix(counts: np.ndarray, labels: Sequence[str]) -> bytes:
         labels: Of the K classes.
     """
     named = len(labels) <= MOST_CLASSES
-    edge = 0.3 * len(labels) + 2.5 if named else 8
+    edge = 0.3 * len(labels) + max(2.5, 1.5 + breadth(labels)) if named else 8
     figure = Figure(figsize=(edge + 1, edge), layout="constrained")
     axes = figure.subplots()
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if named:
-        ticks = [_tick(label) for label in labels]
-        axes.set_xticks(range(len(labels)), ticks, rotation=90)
-        axes.set_yticks(range(len(labels)), ticks)
+        name(axes.xaxis, labels, rotation=90)
+        name(axes.yaxis, labels)
         for row, column in np.argwhere(counts):
             shade = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=7, color=shade)
@@ -84,9 +97,24 @@ def confusion_matrix(counts: np.ndarray, labels: Sequence[str]) -> bytes:
     return png(figure)
 
 
-def _tick(label: str) -> str:
-    # A dollar sign would begin a formula.
-    return label.replace("$", r"\$")[:40]
+def breadth(labels: Sequence[str]) -> float:
+    """Inches that the longest name may take."""
+    letters = lettering(labels)
+    return 0.15 * max(len(letters.text(label)[:MOST_LETTERS]) for label in labels)
+
+
+def name(axis: Axis, labels: Sequence[str], places: Sequence[float] | None = None, **settings: Any) -> None:
+    """Writes names at an axis.
+
+    Args:
+        axis: Of a figure.
+        labels: Of strangers, or our own.
+        places: Of each; the first few numbers where none are given.
+        settings: Of matplotlib's, for the text.
+    """
+    letters = lettering(labels)
+    shown = [letters.text(label)[:MOST_LETTERS] for label in labels]
+    axis.set_ticks(range(len(labels)) if places is None else places, shown, **letters.settings, **settings)
 
 
 def png(figure: Figure) -> bytes:

@@ -164,7 +164,7 @@ def print_predictions(predictions: Iterable[Prediction], as_json: bool) -> int:
             for place, (label, score) in enumerate(zip(prediction.labels, prediction.scores, strict=True)):
                 # As Text: names may look like rich's markup.
                 name = Text(printable(prediction.file) if place == 0 else "")
-                table.add_row(name, Text(label), f"{score:.4f}")
+                table.add_row(name, Text(printable(label)), f"{score:.4f}")
             table.add_section()
     if table.row_count:
         Console().print(table)

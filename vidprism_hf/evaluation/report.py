@@ -276,7 +276,8 @@ def rounded(value: Any) -> Any:
 
 def print_evaluation(evaluation: Evaluation) -> None:
     """Prints what a person wants to know of it."""
-    print(f"{evaluation.title} on {evaluation.counts.phrase('held-out clips')} of {printable(evaluation.dataset)}")
+    counts = evaluation.counts.phrase("held-out clips")
+    print(printable(f"{evaluation.title} on {counts} of {evaluation.dataset}"))
     print(f"{evaluation.protocol}; {printable(evaluation.split)}")
     for sentence in evaluation.caveats:
         print(sentence)

@@ -15,8 +15,10 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
-from ..errors import printable
-from .card_merge import BEGIN, SECTION, merge_card
+from ..model import VidPrismConfig
+from . import card_merge
+from .card_merge import BEGIN, merge_card, take_apart
+from .markdown import Markdown, compiled, escape, listed, table
 
 __all__ = ["CardFacts", "addressed", "eval_results_file", "merge_card", "render_card"]
 
@@ -32,7 +34,7 @@ SNIPPET = re.compile(r"^```(?:python|bash)\r?\n.*?^```", re.DOTALL | re.MULTILIN
 ADDRESS = re.compile(r'^(?P<python>model_id = )"[^\r\n]*|^(?P<bash>vidprism predict )\S+', re.MULTILINE)
 # What a generated card calls the model, in its metadata and as its title.
 NAME = re.compile(r"^(?P<key>model_name: |model-index:\r?\n- name: )(?P<name>[^\r\n]+)", re.MULTILINE)
-TITLE = re.compile(rf"(?P<begin>{re.escape(BEGIN)}[^\n]*\n\s*# )(?P<name>[^\r\n]+)")
+TITLE = re.compile(rf"(?P<begin>^{re.escape(BEGIN)}[^\n]*\n\s*# )(?P<name>[^\r\n]+)", re.MULTILINE)
 # Licence of a backbone's weights, by Hub id. Source: github.com/openai/CLIP (LICENSE); the Hub's pages state none.
 BASE_LICENSES = {f"openai/clip-vit-{size}": "MIT" for size in ("base-patch32", "base-patch16", "large-patch14")}
 TAGS = ("vidprism", "video-classification", "action-recognition", "mixture-of-experts")
@@ -74,6 +76,7 @@ class CardFacts:
         figures: Caption of each picture of the export, by its path.
         expert_weights: Mean weight of each expert over the held-out clips.
         license: Of the weights, an id of the Hub; None where nobody has stated it.
+        config: Of the model; None is the default one of these frames and rates.
     """
 
     model_name: str
@@ -107,6 +110,38 @@ class CardFacts:
     figures: dict[str, str] = field(default_factory=dict)
     expert_weights: dict[str, float] = field(default_factory=dict)
     license: str | None = None
+    config: VidPrismConfig | None = None
+
+    def __post_init__(self):
+        self.config = self.config or VidPrismConfig(num_frames=self.num_frames, rates=self.rates)
+
+    @property
+    def parts(self) -> str:
+        """What the model is made of."""
+        tower = (
+            "an image tower built as CLIP's are, but not pre-trained," if self.from_scratch else "a CLIP image tower"
+        )
+        experts = "a heterogeneous mixture of temporal experts" if len(self.rates) > 1 else "one temporal expert"
+        return f"{tower} with {experts}"
+
+    @property
+    def streams(self) -> str:
+        """What becomes of a clip's frames."""
+        kept = self.config.kept_per_window
+        of = {
+            "rgsta": "one frame kept in every {}" if kept == 1 else f"{kept} frames kept in every {{}}",
+            "stride": "the first frame of every {}",
+            "mean": "the mean of every {} frames",
+            "max": "the maximum of every {} frames",
+        }[self.config.aggregation]
+        windows = [kept * rate for rate in self.rates] if self.config.aggregation == "rgsta" else self.rates
+        number = f"{len(self.rates)} streams" if len(self.rates) > 1 else "one stream"
+        return f"{number} ({of.format(', '.join(map(str, windows)))})"
+
+    @property
+    def expert_share(self) -> str | None:
+        """What the experts' weights are shares of."""
+        return expert_share(self.config)
 
     @property
     def base_license(self) -> str:
@@ -116,15 +151,24 @@ class CardFacts:
         return BASE_LICENSES.get(self.base_model or "", NOT_STATED)
 
     @property
-    def evaluation(self) -> str:
+    def evaluation(self) -> Markdown:
         """What the card says of the evaluation."""
         measured = self.metrics, self.intervals, self.num_evaluated
         return evaluation_body(self.protocol or "", *measured, len(self.labels), self.per_class)
 
 
+def expert_share(config: VidPrismConfig) -> str | None:
+    """What the experts' weights of a model are shares of; None where they tell nothing of a clip.
+
+    Under the mean they follow from the lengths of the streams, and one expert has all the weight.
+    """
+    of = {"query": "the global query's attention that each expert holds", "max": "the channels that each expert gives"}
+    return of.get(config.readout) if len(config.rates) > 1 else None
+
+
 def render_card(facts: CardFacts) -> ModelCard:
     """Renders the card, with the metadata that the Hub reads; its generated part stands between two marks."""
-    data = ModelCardData(
+    data = Metadata(
         library_name="transformers",
         pipeline_tag="video-classification",
         base_model=facts.base_model,
@@ -136,9 +180,42 @@ def render_card(facts: CardFacts) -> ModelCard:
         eval_results=evaluation_results(facts) or None,
     )
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-    texts = {"plain": plain, "code": code, "cell": cell}
-    known = {"versions": versions, "needed": requirements(), "revision": git_revision(), "bibtex": bibtex()}
-    return ModelCard.from_template(data, template_path=TEMPLATE, facts=facts, **known, **texts)
+    ours = {"card_data": data.to_yaml(), "needed": requirements(), "bibtex": bibtex()}
+    text = compiled(TEMPLATE.read_text(encoding="utf-8")).render(
+        facts=facts,
+        versions=versions,
+        revision=git_revision(),
+        table=table,
+        listed=listed,
+        raw=Markdown,
+        **{name: Markdown(value) for name, value in ours.items()},
+    )
+    return Card(text)
+
+
+class Exact(yaml.SafeDumper):
+    """Writes texts so that they are read as they were: YAML folds some line breaks that it does not quote."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, None if text.isprintable() else '"')
+
+
+Exact.add_representer(str, Exact.represent_text)
+
+
+class Metadata(ModelCardData):
+    """The YAML of a card."""
+
+    def to_yaml(self, line_break: str | None = None, original_order: list[str] | None = None) -> str:
+        super().to_yaml(line_break, original_order)  # brings the keys into that order
+        told = {"sort_keys": False, "allow_unicode": True, "line_break": line_break}
+        return yaml.dump(self.to_dict(), Dumper=Exact, **told).strip()
+
+
+class Card(ModelCard):
+    """A card whose metadata are `Metadata`."""
+
+    card_data_class = Metadata
 
 
 def addressed(card_text: str, repo_id: str) -> str:
@@ -156,11 +233,11 @@ def addressed(card_text: str, repo_id: str) -> str:
     def name(line: re.Match) -> str:
         return f'{line["python"]}"{repo_id}"' if line["python"] else f"{line['bash']}{repo_id}"
 
-    def readdress(section: re.Match) -> str:
-        return SNIPPET.sub(lambda snippet: ADDRESS.sub(name, snippet[0]), section[0])
-
-    is_ours = len(SECTION.findall(card_text)) == 1 == card_text.count(BEGIN)
-    return titled(SECTION.sub(readdress, card_text), repo_id.rpartition("/")[2]) if is_ours else card_text
+    section = take_apart(card_text).section
+    if section is None:
+        return card_text
+    snippets = SNIPPET.sub(lambda snippet: ADDRESS.sub(name, snippet[0]), section)
+    return titled(card_text.replace(section, snippets), repo_id.rpartition("/")[2])
 
 
 def titled(card_text: str, name: str) -> str:
@@ -170,25 +247,10 @@ def titled(card_text: str, name: str) -> str:
         return yaml.safe_dump(text, allow_unicode=True).splitlines()[0]
 
     stated, title = NAME.search(card_text), TITLE.search(card_text)
-    if not stated or not title or stated["name"] != scalar(title["name"]):
+    if not stated or not title or escape(card_merge.value(f"name: {stated['name']}")) != title["name"]:
         return card_text
     renamed = NAME.sub(lambda found: found["key"] + scalar(name), card_text, count=1)
-    return TITLE.sub(lambda found: found["begin"] + name, renamed, count=1)
-
-
-def plain(text: object) -> str:
-    """Text of strangers, such as a label's name, as one line that is no markup and no mark of ours."""
-    return " ".join(printable(str(text)).split()).replace("<", "&lt;")
-
-
-def code(text: object) -> str:
-    """The same for a file's name, which keeps its stars and underscores."""
-    return "`" + " ".join(printable(str(text)).split()).replace("`", "'").replace("<!--", "<! --") + "`"
-
-
-def cell(value: object) -> str:
-    """A table's cell, with whatever markup it has."""
-    return " ".join(printable(str(value)).split()).replace("|", "\\|").replace("<!--", "<! --")
+    return TITLE.sub(lambda found: found["begin"] + escape(name), renamed, count=1)
 
 
 def evaluation_body(
@@ -198,7 +260,7 @@ def evaluation_body(
     num_evaluated: int | None,
     num_labels: int,
     per_class: Sequence[Mapping[str, Any]] = (),
-) -> str:
+) -> Markdown:
     """What a card says of an evaluation, in Markdown.
 
     Args:
@@ -210,7 +272,7 @@ def evaluation_body(
         per_class: Of each class `label`, `clips`, `unreadable`, `top1`, `low`, `high` and `taken_for`.
     """
     if not metrics:
-        return protocol
+        return escape(protocol)
     rows = ["| metric | value | 95 % interval | by guessing |", "| --- | --- | --- | --- |"]
     for name, value in metrics.items():
         unknown = "not known" if name in METRICS else ""
@@ -226,10 +288,10 @@ def evaluation_body(
         said.append("That of mean_class, the mean over the classes, puts theirs together (MOVER).")
     if "ece" in metrics:
         said.append("ece is the expected calibration error of the best label's score.")
-    parts = [protocol, "\n".join(rows), " ".join(said)]
+    parts = [escape(protocol), "\n".join(rows), " ".join(said)]
     if any(row["clips"] for row in per_class):
         parts.append(class_details(per_class))
-    return "\n\n".join(part for part in parts if part)
+    return Markdown("\n\n".join(part for part in parts if part))
 
 
 def class_details(per_class: Sequence[Mapping[str, Any]]) -> str:
@@ -238,7 +300,7 @@ def class_details(per_class: Sequence[Mapping[str, Any]]) -> str:
     titles = ["class", "clips", *["unreadable"] * lost, "top1", "95 % interval", "most often taken for"]
     lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
     for row in per_class:
-        label, other = (cell(plain(name or "")) for name in (row["label"], row["taken_for"]))
+        label, other = (escape(name or "") for name in (row["label"], row["taken_for"]))
         clips = f"{row['clips']} | {row['unreadable']}" if lost else row["clips"]
         shares = f"{row['top1']:.4f} | {row['low']:.4f} to {row['high']:.4f}" if row["clips"] else " | "
         lines.append(f"| {label} | {clips} | {shares} | {other} |")

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import yaml
 
+from .markdown import escape
+
 BEGIN = "<!-- vidprism:generated begin"
 END = "<!-- vidprism:generated end -->"
 SECTION = re.compile(re.escape(BEGIN) + r".*?" + re.escape(END), re.DOTALL)
@@ -136,7 +138,7 @@ def states_results(card: str) -> bool:
 def states_license(card: str) -> bool:
     """Whether the generated part of a card names the licence of the weights, as its export was told it."""
     parts = take_apart(card)
-    return f"\n| these weights | {value(parts.keys.get('license', ''))} |" in (parts.section or "")
+    return f"\n| these weights | {escape(value(parts.keys.get('license', '')))} |" in (parts.section or "")
 
 
 def left_out(generated: str, merged: str) -> list[str]:

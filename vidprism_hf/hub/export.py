@@ -31,6 +31,7 @@ from ..errors import UserError, first_line
 from ..model import VidPrismConfig, VidPrismForVideoClassification, VidPrismModel, VidPrismVideoProcessor
 from ..util import preview
 from .card import UNKNOWN, merge_card
+from .own_files import NotOwn, read_own
 
 WEIGHTS = "model.safetensors"
 README = "README.md"
@@ -164,9 +165,11 @@ def readme(folder: Path, card: ModelCard) -> str:
     """The card; where there is one already, that one with its generated part refreshed, and the licence if stated."""
     text = str(card).rstrip("\n") + "\n"
     try:
-        existing = (folder / README).read_bytes().decode()
-    except FileNotFoundError:
+        existing = read_own(folder, README).decode()
+    except (FileNotFoundError, NotADirectoryError):
         return text
+    except NotOwn as error:
+        raise ExportError(str(error)) from error
     except UnicodeDecodeError as error:
         raise ExportError(f"{folder / README}: is no UTF-8 text; save it as such, or remove it") from error
     stated = card.data.license not in (None, UNKNOWN)
@@ -266,6 +269,8 @@ def foreign_content(folder: Path) -> list[str]:
 
 def is_vidprism_config(file: Path) -> bool:
     """Whether a file is the configuration of a VidPrism."""
+    if not file.is_file():  # of a pipe reading may never end
+        return False
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):

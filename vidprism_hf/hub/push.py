@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import httpx2
@@ -17,17 +18,19 @@ from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
-from ..errors import LOG_IN, UserError, first_line
+from ..errors import LOG_IN, UserError, first_line, printable, printable_lines
 from ..util import preview
 from .card import addressed
 from .card_merge import is_kept, left_out, merge_card, states_license
+from .own_files import NotOwn
 from .pushed_files import RESULTS, WRITTEN, LocalFile, read_export
 from .refusals import PushError, explain
-from .remote import MAIN, README, Remote
+from .remote import COMMIT, MAIN, README, Remote
 from .retries import MOVED_STATUS, HubError, Patience, bounded_client, read_failure, safe
 
+DESCRIPTION = """Publish an exported model on the Hub. Links that leave the folder are refused; hard links cannot be
+told from files, so look through a folder that comes from somebody else before you push it."""
 MESSAGE = "Upload a VidPrism model"
-COMMIT = "the commit"
 SENT = ("new", "changed")
 TO_REPLACE = f"to have the local one instead, delete {README} on the Hub and push again"
 # Pushes of others that we let go first; each of them has a pause of its own.
@@ -102,18 +105,18 @@ class Plan:
         return lacking + stale(tree, self.wanted)
 
 
-def make_plan(files: dict[str, LocalFile], tree: dict[str, RepoFile], readme: Callable[[], bytes]) -> Plan:
+def make_plan(files: dict[str, LocalFile], tree: dict[str, RepoFile], readme: Callable[[RepoFile], bytes]) -> Plan:
     """Compares the folder with the files of a commit.
 
     Args:
         files: Of the folder.
         tree: Of the repository.
-        readme: Gives the repository's README.
+        readme: Gives the content of the repository's README.
     """
     wanted, kept, notes = dict(files), False, []
     card = files[README].source.decode()
     if README in tree and not files[README].is_same(tree[README]):
-        card, kept, notes = merge_readme(readme(), card)
+        card, kept, notes = merge_readme(readme(tree[README]), card)
         wanted[README] = LocalFile(README, card.encode())
     listed = []
     for path, file in wanted.items():
@@ -202,8 +205,12 @@ def push_export(
         raise PushError(f"{repo_id}: no token; {LOG_IN}")
     try:
         files, others = read_export(folder)
+    except NotOwn as error:
+        raise PushError(str(error)) from error
     except OSError as error:
-        raise PushError(f"{folder}: cannot be read ({error.strerror})") from error
+        raise PushError(
+            f"{error.filename or folder}: cannot be read ({error.strerror or first_line(error)})"
+        ) from error
     files[README] = LocalFile(README, addressed(files[README].source.decode(), repo_id).encode())
     remote = Remote(HfApi(endpoint=endpoint, token=token), repo_id, revision, patience)
     ask = Ask(private, tag, create_pr, message or MESSAGE)
@@ -243,7 +250,7 @@ def compare(remote: Remote, files: dict[str, LocalFile], ask: Ask) -> PushResult
         except RevisionNotFoundError:
             head = Remote(remote.api, remote.repo_id, None, remote.patience).head()  # where the branch would start
         tree = remote.tree(head)
-    plan = make_plan(files, tree, lambda: remote.readme(head))
+    plan = make_plan(files, tree, partial(remote.readme, head))
     if is_private is None:
         plan.notes.append(f"{remote.repo_id} is not there, or cannot be seen; a push would make it")
     return PushResult(remote.url, head, plan.files, plan.notes, plan.card)
@@ -291,7 +298,7 @@ def check_tag(remote: Remote, files: dict[str, LocalFile], tag: str, commit: str
     Raises:
         PushError: If it does.
     """
-    if commit != remote.head() or make_plan(files, remote.tree(commit), lambda: remote.readme(commit)).operations:
+    if commit != remote.head() or make_plan(files, remote.tree(commit), partial(remote.readme, commit)).operations:
         raise PushError(f"--tag {tag}: is there, at another commit; choose another name")
 
 
@@ -310,7 +317,7 @@ def send(remote: Remote, files: dict[str, LocalFile], ask: Ask) -> tuple[str, st
             return remote.url, head, sent
         if sent and on_top_of != head and (commit := remote.landed(on_top_of, sent.missing)):
             return remote.url, commit, sent
-        plan = make_plan(files, tree, lambda head=head: remote.readme(head))
+        plan = make_plan(files, tree, partial(remote.readme, head))
         operations = plan.operations
         if not operations:
             return remote.url, head, plan
@@ -318,7 +325,7 @@ def send(remote: Remote, files: dict[str, LocalFile], ask: Ask) -> tuple[str, st
             return *found, sent or plan
         remote.upload([step for step in operations if isinstance(step, CommitOperationAdd)], ask.create_pr)
         try:
-            url, commit = commit_plan(remote, operations, head, ask)
+            url, commit = remote.commit(operations, ask.message, head, ask.create_pr)
         except Exception as error:
             if read_failure(error).status in MOVED_STATUS:  # a "no" that is sure: others were faster
                 moved.pause(error, passing=True)
@@ -328,24 +335,6 @@ def send(remote: Remote, files: dict[str, LocalFile], ask: Ask) -> tuple[str, st
             continue
         check_arrived(remote, plan, commit)
         return url, commit, plan
-
-
-def commit_plan(remote: Remote, operations: list, head: str, ask: Ask) -> tuple[str, str]:
-    """Commits, once.
-
-    Returns:
-        URL of the branch or pull request, and the commit.
-    """
-    remote.step = COMMIT
-    made = remote.api.create_commit(
-        remote.repo_id,
-        operations,
-        commit_message=ask.message,
-        revision=remote.revision,
-        parent_commit=head,
-        create_pr=ask.create_pr,
-    )
-    return made.pr_url or remote.url, made.oid
 
 
 def check_arrived(remote: Remote, plan: Plan, commit: str) -> None:
@@ -366,7 +355,7 @@ def check_arrived(remote: Remote, plan: Plan, commit: str) -> None:
 
 def main(argv: list[str]) -> int:
     """`vidprism push`; the last line printed is the URL and the commit."""
-    parser = argparse.ArgumentParser("vidprism push", description="Publish an exported model on the Hub.")
+    parser = argparse.ArgumentParser("vidprism push", description=DESCRIPTION)
     parser.add_argument("folder", type=Path, help="the export, such as runs/demo/export")
     parser.add_argument("--repo", required=True, metavar="ORG/NAME", help="the repository; made if it is not there")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
@@ -384,16 +373,16 @@ def main(argv: list[str]) -> int:
 def print_result(result: PushResult, dry_run: bool, tag: str | None) -> None:
     """Files, notes and tag; the card for a dry run; URL and commit."""
     for file in result.files:
-        print(f"{file.state:<9} {file.size:>13,} bytes  {file.path}")
+        print(f"{file.state:<9} {file.size:>13,} bytes  {printable(file.path)}")
     for note in result.notes:
-        print(f"note: {note}")
+        print(f"note: {printable(note)}")
     total = sum(result.uploaded.values())
     print(f"{'To send' if dry_run else 'Sent'}: {len(result.uploaded)} files, {total:,} bytes")
     if tag:
         print(f"{'To tag' if dry_run else 'Tagged'}: {tag}")
     if dry_run:
-        print(f"\n{result.card}\n")
-    print(result.url, result.commit or "(no commit yet)")
+        print(f"\n{printable_lines(result.card)}\n")
+    print(printable(result.url), result.commit or "(no commit yet)")
 
 
 if __name__ == "__main__":

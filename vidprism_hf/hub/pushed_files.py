@@ -1,7 +1,9 @@
 """The files of an export as a push reads them, once it is sure that they are a whole export."""
 
 import json
+import os
 import re
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,7 +18,8 @@ from transformers.dynamic_module_utils import get_relative_imports
 from ..errors import UserError, first_line
 from ..model import VidPrismConfig, VidPrismForVideoClassification
 from ..util import preview
-from .export import EXPORT_FILES, README, WEIGHTS, is_vidprism_config
+from .export import EXPORT_FILES, FOLDERS, README, WEIGHTS, is_vidprism_config
+from .own_files import list_own, open_own, read_own
 from .refusals import PushError
 
 INDEX = f"{WEIGHTS}.index.json"
@@ -30,12 +33,22 @@ RESULTS = re.compile(r"\.eval_results/[^/]+\.yaml")  # of which others may have 
 
 
 class LocalFile:
-    """A file to push: the weights by their path, the small ones by the bytes that were read at first."""
+    """A file to push: a small one by its bytes, the weights by the file that was opened when the folder was checked."""
 
     def __init__(self, path: str, source: Path | bytes):
         self.path, self.source = path, source
         is_bytes = isinstance(source, bytes)
         self.info = UploadInfo.from_bytes(source) if is_bytes else UploadInfo.from_path(str(source))
+
+    @classmethod
+    def opened(cls, folder: Path, path: str) -> "LocalFile":
+        """A file that is sent from where it is open, whatever its name stands for by then."""
+        descriptor = open_own(folder, path)
+        # Systems without /proc open it by its name again; the Hub compares the hash then.
+        own = Path(f"/proc/self/fd/{descriptor}")
+        made = cls(path, own if own.exists() else folder / path)
+        weakref.finalize(made, os.close, descriptor)
+        return made
 
     def is_same(self, entry: RepoFile) -> bool:
         """Whether the repository has this content."""
@@ -62,17 +75,21 @@ def read_export(folder: Path) -> tuple[dict[str, LocalFile], list[str]]:
     """
     if not folder.is_dir():
         raise PushError(f"{folder}: no such folder; give a run's export folder")
-    if not is_vidprism_config(folder / "config.json"):
+    if not os.path.lexists(folder / "config.json"):
         if is_vidprism_config(folder / "export" / "config.json"):
             raise PushError(f"{folder}: a run's folder, not its export; did you mean {folder / 'export'}?")
-        raise PushError(f"{folder}: not an exported model (no config.json of a VidPrism); give a run's export folder")
-    found, others = {}, []
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        path = file.relative_to(folder).as_posix()
-        if EXPORT_FILES.fullmatch(path):
-            found[path] = LocalFile(path, file if file.suffix == ".safetensors" else file.read_bytes())
-        else:
+        raise not_exported(folder)
+    names, others = list_own(folder, FOLDERS)
+    found = {}
+    for path in names:
+        if not EXPORT_FILES.fullmatch(path):
             others.append(path)
+        elif path.endswith(".safetensors"):
+            found[path] = LocalFile.opened(folder, path)
+        else:
+            found[path] = LocalFile(path, read_own(folder, path))
+    if not is_vidprism_config(folder / "config.json"):
+        raise not_exported(folder)
     if lacking := missing_files(folder, found):
         raise PushError(f"{folder}: the export is not whole: it lacks {preview(lacking, 20)}; export it again")
     try:
@@ -80,7 +97,12 @@ def read_export(folder: Path) -> tuple[dict[str, LocalFile], list[str]]:
     except UnicodeDecodeError as error:
         raise PushError(f"{folder / README}: is no UTF-8 text; save it as such") from error
     check_loadable(folder, [folder / path for path in found if path.endswith(".safetensors")])
-    return found, others
+    return found, sorted(others)
+
+
+def not_exported(folder: Path) -> PushError:
+    """What to say of another folder."""
+    return PushError(f"{folder}: not an exported model (no config.json of a VidPrism); give a run's export folder")
 
 
 def missing_files(folder: Path, found: Iterable[str]) -> list[str]:

@@ -5,14 +5,13 @@ from collections.abc import Callable
 from huggingface_hub.errors import (
     DisabledRepoError,
     GatedRepoError,
-    HfHubHTTPError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
 from ..errors import LOG_IN, UserError
-from .retries import MOVED_STATUS, GaveUp, LongWait, read_failure, root
+from .retries import MOVED_STATUS, GaveUp, LongWait, OddAnswer, read_failure, root
 
 NO_ROOM_STATUS = frozenset({402, 413, 507})
 
@@ -41,6 +40,11 @@ def explain(error: Exception, step: str, endpoint: str, account: Callable[[], tu
         return f"{cause} at {step}; push again after it"
     if isinstance(error, GaveUp):
         return f"{endpoint} has failed at {step} for too long ({cause}); push again later to go on from there"
+    if isinstance(error, OddAnswer):
+        return (
+            f"{endpoint} answers {step} as no Hub does ({cause}); is it one, or a proxy's page to log in? push again "
+            "to go on from there"
+        )
     if isinstance(error, GatedRepoError):
         return f"{step}: the repository is gated and this token has no access; ask for it on its page ({cause})"
     if isinstance(error, DisabledRepoError):
@@ -63,7 +67,7 @@ def explain(error: Exception, step: str, endpoint: str, account: Callable[[], tu
         return f"the Hub fails at {step} ({cause}, status {status}); push again later to go on from there"
     if status is not None:
         return f"the Hub refuses {step} ({cause}, status {status})"
-    if isinstance(error, ValueError | RuntimeError | HfHubHTTPError):
+    if isinstance(error, ValueError | RuntimeError | OSError):
         return f"{step} failed ({' '.join(str(error).split())})"
     return None
 

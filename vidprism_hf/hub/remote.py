@@ -1,21 +1,25 @@
 """One branch of a repository on the Hub: what `vidprism push` asks of it, each request within bounds."""
 
+import reprlib
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_session
+from huggingface_hub.constants import REGEX_COMMIT_OID
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
+from .pushed_files import LocalFile
 from .refusals import PushError
-from .retries import Patience, Tries, repeat
+from .retries import OddAnswer, Patience, Tries, expect, repeat, understood
 
 T = TypeVar("T")
 README = "README.md"
 MAIN = "main"
+COMMIT = "the commit"
 
 
 class Remote:
@@ -39,7 +43,7 @@ class Remote:
     def ask(self, step: str, call: Callable[[], T]) -> T:
         """Calls what does no harm when it is done twice."""
         self.step = step
-        return repeat(call, self.tries(step))
+        return repeat(lambda: understood(call), self.tries(step))
 
     @property
     def url(self) -> str:
@@ -48,8 +52,9 @@ class Remote:
 
     def visibility(self) -> bool | None:
         """Whether the repository is private; None if there is none that this token sees."""
+        look = self.api.repo_info
         try:
-            return bool(self.ask("a look at the repository", lambda: self.api.repo_info(self.repo_id)).private)
+            return self.ask("a look at the repository", lambda: expect(look(self.repo_id).private, bool))
         except RepositoryNotFoundError:
             return None
 
@@ -77,8 +82,12 @@ class Remote:
 
     def refs(self, kind: str) -> dict[str, str]:
         """Commits by the names of the "branches" or "tags"."""
-        found = self.ask("a look at the branches", lambda: self.api.list_repo_refs(self.repo_id))
-        return {ref.name: ref.target_commit for ref in getattr(found, kind)}
+
+        def look() -> dict[str, str]:
+            found = getattr(self.api.list_repo_refs(self.repo_id), kind)
+            return {expect(ref.name, str): expect(ref.target_commit, str) for ref in found}
+
+        return self.ask("a look at the branches", look)
 
     def make_branch(self) -> None:
         """Makes sure that the branch is there.
@@ -99,24 +108,30 @@ class Remote:
     def head(self) -> str:
         """The branch's commit."""
         look = self.api.repo_info
-        return self.ask("a look at the branch", lambda: look(self.repo_id, revision=self.revision).sha)
+        return self.ask("a look at the branch", lambda: commit_id(look(self.repo_id, revision=self.revision).sha))
 
     def tree(self, revision: str) -> dict[str, RepoFile]:
         """The files of a commit."""
 
         def look() -> dict[str, RepoFile]:
             entries = self.api.list_repo_tree(self.repo_id, recursive=True, revision=revision)
-            return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+            found = {expect(entry.path, str): entry for entry in entries if isinstance(entry, RepoFile)}
+            # The client finds no files in `{}`, too, and what is there would be written over.
+            if not found and self.api.repo_info(self.repo_id, revision=revision).siblings:
+                raise OddAnswer("no files, where the repository has some")
+            return found
 
         return self.ask("a look at the files", look)
 
-    def readme(self, commit: str) -> bytes:
-        """The repository's README."""
+    def readme(self, commit: str, entry: RepoFile) -> bytes:
+        """The README of a commit, which its list of files has an entry of."""
         url = f"{self.api.endpoint}/{self.repo_id}/resolve/{commit}/{README}"
 
         def fetch() -> bytes:
             answer = get_session().get(url, headers=build_hf_headers(token=self.api.token))
             hf_raise_for_status(answer)
+            if not LocalFile(README, answer.content).is_same(entry):
+                raise OddAnswer(f"the content is not that of the {README} in the list of files")
             return answer.content
 
         return self.ask("a look at the README", fetch)
@@ -126,6 +141,24 @@ class Remote:
         send = self.api.preupload_lfs_files
         settings = {"revision": self.revision, "create_pr": create_pr, "free_memory": False}
         self.ask("the upload", lambda: send(self.repo_id, additions, **settings))
+        if ignored := [file.path_in_repo for file in additions if file._should_ignore]:
+            named = ", ".join(ignored)
+            raise PushError(f"a commit lacks {named}, which the repository's .gitignore names; take that out of it")
+
+    def commit(self, operations: list, message: str, head: str, create_pr: bool) -> tuple[str, str]:
+        """Commits, once.
+
+        Returns:
+            URL of the branch or pull request, and the commit.
+        """
+        self.step = COMMIT
+        settings = {"commit_message": message, "revision": self.revision, "parent_commit": head, "create_pr": create_pr}
+
+        def commit() -> tuple[str, str]:
+            made = self.api.create_commit(self.repo_id, operations, **settings)
+            return expect(made.pr_url, str, type(None)) or self.url, commit_id(made.oid)
+
+        return understood(commit)
 
     def landed(self, since: str, missing: Callable[[dict[str, RepoFile]], list[str]]) -> str | None:
         """The first whole commit after `since`, if there is one."""
@@ -151,9 +184,9 @@ class Remote:
         """Name of the token's owner and role of the token, if the Hub tells."""
         try:
             told = self.api.whoami()
+            return expect(told.get("name", ""), str), told.get("auth", {}).get("accessToken", {}).get("role", "")
         except Exception:  # asked for a better message, or a shorter list, only
             return None
-        return told.get("name", ""), told.get("auth", {}).get("accessToken", {}).get("role", "")
 
     def tag(self, name: str, commit: str) -> None:
         """Tags a commit.
@@ -168,3 +201,14 @@ class Remote:
                 raise
             if self.refs("tags").get(name) != commit:
                 raise PushError(f"--tag {name}: is there, at another commit; choose another name") from error
+
+
+def commit_id(name: Any) -> str:
+    """The name of a commit.
+
+    Raises:
+        OddAnswer: If it is none.
+    """
+    if not REGEX_COMMIT_OID.fullmatch(expect(name, str)):
+        raise OddAnswer(f"{reprlib.repr(name)} where a commit's name belongs")
+    return name

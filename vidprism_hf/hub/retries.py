@@ -4,10 +4,12 @@ huggingface_hub repeats some requests (preupload, LFS batch, upload, verify) and
 listings), knows no time-outs, and waits as long as a server asks for. Here is what it lacks.
 """
 
+import json
 import logging
 import math
 import random
 import re
+import reprlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,8 +35,11 @@ NOT_YET_STORED = "LFS pointer pointed to a file that does not exist"
 BUSY = "another conflicting operation is in progress"
 # Pauses differ between processes whatever a run has seeded, and leave the seeded state alone.
 jitter = random.SystemRandom()
+LONGEST = 1000  # characters of a message: an answer may be a whole page
+MOST_BYTES = 64 << 20  # of an answer; the longest, a listing, comes in pages
 lock = threading.RLock()
-answer = threading.local()  # `until`: when the answer that a thread waits for must be there
+# `until`: when the answer that a thread waits for must be there; `bytes`: that have come of it.
+answer = threading.local()
 
 
 class HubError(Exception):
@@ -51,6 +56,18 @@ class Busy(HubError):
 
 class GaveUp(HubError):
     """The client's own tries have failed for long enough."""
+
+
+class OddAnswer(HubError):
+    """An answer that cannot be one of the Hub's, such as the page of a proxy that wants a log-in."""
+
+
+# What the client tells of a failure by; all else that it raises comes of answers that it does not understand.
+TOLD = (
+    *(HfHubHTTPError, OfflineModeIsEnabled, httpx2.TransportError, HubError),
+    *(OSError, ValueError, RuntimeError, ImportError),
+)
+UNREADABLE = (json.JSONDecodeError, UnicodeError, RecursionError, NotImplementedError)
 
 
 @dataclass(frozen=True)
@@ -117,15 +134,41 @@ def read_failure(error: BaseException) -> Failure:
         return Failure("HF_HUB_OFFLINE is set")
     if isinstance(error, httpx2.TimeoutException):
         return Failure(f"no answer in time ({type(error).__name__})", passing=True)
-    if isinstance(error, Busy | httpx2.TransportError):
+    if isinstance(error, Busy | OddAnswer | httpx2.TransportError):
         return Failure(first_line(error), passing=True)
     # hf_xet raises ConnectionError for all, with the status in its words; it has tried for two minutes by then.
     if isinstance(error, ConnectionError | TimeoutError):
         told = re.search(r"HTTP status \w+ error \((\d{3})", str(error))
         status = int(told[1]) if told else None
         return Failure(first_line(error), status, status is None or status in PASSING_STATUS)
-    # No JSON: what a proxy or a cut answer leaves. requests-like clients raise it as a ValueError of its own kind.
-    return Failure(first_line(error), passing=type(error).__name__ == "JSONDecodeError")
+    return Failure(first_line(error))
+
+
+def understood(call: Callable[[], T]) -> T:
+    """Calls the client, and reads its answer.
+
+    Raises:
+        OddAnswer: If the client, or who reads the answer, stumbles over it: no JSON, other fields, redirects without
+            an end. What the client says of a failure itself comes through.
+    """
+    try:
+        return call()
+    except Exception as error:
+        cause = root(error)
+        if isinstance(cause, TOLD) and not isinstance(cause, UNREADABLE):
+            raise
+        raise OddAnswer(f"{type(cause).__name__}: {first_line(cause)}") from error
+
+
+def expect(value: Any, *kinds: type) -> Any:
+    """A value of an answer, if it is of one of these kinds.
+
+    Raises:
+        OddAnswer: If it is not.
+    """
+    if type(value) not in kinds:
+        raise OddAnswer(f"{reprlib.repr(value)} where a {kinds[0].__name__} belongs")
+    return value
 
 
 def read_answer(error: HfHubHTTPError) -> Failure:
@@ -138,7 +181,8 @@ def read_answer(error: HfHubHTTPError) -> Failure:
 def safe(text: str, token: str | None) -> str:
     """One printable line without the token, nor what looks like one: a server may send it back."""
     text = text.replace(token, "<token>") if token else text
-    return printable(" ".join(re.sub(r"\bhf_\w{8,}", "<token>", text).split()))
+    line = printable(" ".join(re.sub(r"\bhf_\w{8,}", "<token>", text).split()))
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
 
 
 def asked_pause(response: httpx2.Response) -> float:
@@ -288,7 +332,7 @@ class Bounds:
             stream = info["return_value"]
             stream.read = partial(read_in_time, stream.read)
         elif event.endswith(".send_request_headers.started"):
-            answer.until = math.inf
+            answer.until, answer.bytes = math.inf, 0
         elif event.endswith(".receive_response_headers.started"):
             answer.until = time.monotonic() + self.patience.answer_limit
         elif event.endswith(".failed"):
@@ -296,8 +340,12 @@ class Bounds:
 
 
 def read_in_time(read: Callable[..., bytes], size: int, timeout: float | None = None) -> bytes:
-    """Reads from a connection while there is time for the answer."""
+    """Reads from a connection while there is time for the answer, and room."""
     left = getattr(answer, "until", math.inf) - time.monotonic()
     if left <= 0:
         raise httpx2.ReadTimeout("the answer does not end")
-    return read(size, min(left, math.inf if timeout is None else timeout))
+    content = read(size, min(left, math.inf if timeout is None else timeout))
+    answer.bytes = getattr(answer, "bytes", 0) + len(content)
+    if answer.bytes > MOST_BYTES:
+        raise OddAnswer(f"the answer is larger than {MOST_BYTES >> 20} MiB")
+    return content

@@ -24,10 +24,12 @@ from ..data.hub_repository import stated_license
 from ..data.ranks import gathered
 from ..data.sources import DEMO, source_kind
 from ..evaluation.compute import cost, million_parameters
-from ..evaluation.figures import confusion_matrix, curves, expert_weights
+from ..evaluation.figures import confusion_matrix, curves, expert_names, expert_weights
 from ..evaluation.intervals import wilson_interval
 from ..evaluation.report import Evaluation
 from ..hub import CardFacts
+from ..hub.card import expert_share
+from ..model import VidPrismConfig
 from .averaging import WiseFT
 from .callbacks import BadClipReport
 from .module import VidPrismLightningModule
@@ -232,13 +234,14 @@ def run_facts(trainer: Trainer, cli: LightningCLI, measured: Measured) -> CardFa
     model, data = cli.model.model, cli.datamodule
     recorder = kept_by(trainer, CardRecorder)
     from_scratch = is_random(cli.model.hparams.checkpoint, cli.model.hparams.backbone)
-    weights = {} if recorder.mean_weights is None else dict(zip(model.config.rates, recorder.mean_weights, strict=True))
+    weights = [] if recorder.mean_weights is None else recorder.mean_weights
     return CardFacts(
         model_name=Path(cli.config.output).name,
         labels=[model.config.id2label[index] for index in range(model.config.num_labels)],
         num_frames=model.config.num_frames,
         rates=model.config.rates,
-        origin=f"It was {'trained from random weights' if from_scratch else 'fine-tuned'} with `vidprism finetune`.",
+        config=model.config,
+        origin=f"It was {'trained from random weights' if from_scratch else 'fine-tuned'} with vidprism finetune.",
         from_scratch=from_scratch,
         base_model=recorder.base_model,
         backbone=starting_point(cli.model.hparams.checkpoint, cli.model.hparams.backbone, recorder.base_model),
@@ -252,7 +255,9 @@ def run_facts(trainer: Trainer, cli: LightningCLI, measured: Measured) -> CardFa
         hyper_parameters=hyper_parameters(trainer, cli),
         augmentation=data.augmentation,
         compute=compute_facts(trainer, cli.model, recorder, measured.evaluation),
-        expert_weights={f"rate {rate}": f"{weight:.4f}" for rate, weight in weights.items()},
+        expert_weights={
+            name: f"{weight:.4f}" for name, weight in zip(expert_names(model.config.rates), weights, strict=False)
+        },
         license=cli.config_init.export.license,
     )
 
@@ -298,8 +303,8 @@ def hyper_parameters(trainer: Trainer, cli: LightningCLI) -> dict[str, Any]:
         "batch size (clips)": clips,
         "optimiser": "AdamW, betas 0.9 and 0.999, eps 1e-08",
         "learning rate": learning_rate(hparams, clips),
-        "schedule": "linear warm-up, then cosine to zero, stepped every step",
-        "warm-up steps": cli.model.warmup_steps,
+        "schedule": f"{'linear warm-up, then ' * bool(cli.model.warmup_steps)}cosine to zero, stepped every step",
+        "warm-up steps": cli.model.warmup_steps or None,
         "weight decay": hparams.weight_decay,
         **switched_on(trainer, cli),
         "precision": trainer.precision,
@@ -381,14 +386,14 @@ def duration(seconds: float) -> str:
 
 
 def run_figures(
-    recorder: CardRecorder, rates: list[int], labels: list[str], evaluation: Evaluation | None
+    recorder: CardRecorder, config: VidPrismConfig, labels: list[str], evaluation: Evaluation | None
 ) -> dict[str, tuple[str, bytes]]:
     """The pictures of a run's card: caption and PNG by path."""
     drawn = {}
     if recorder.epochs:
         drawn["figures/curves.png"] = ("Loss and held-out top-1 over the epochs", curves(recorder.epochs))
-    if recorder.class_weights is not None:
-        picture = expert_weights(recorder.class_weights, labels, rates)
+    if recorder.class_weights is not None and expert_share(config):
+        picture = expert_weights(recorder.class_weights, labels, config.rates)
         drawn["figures/experts.png"] = ("Mean expert weights of the held-out clips, by class", picture)
     if evaluation is not None:
         picture = confusion_matrix(evaluation.metrics.confusion, labels)

@@ -164,7 +164,7 @@ def write_export(
     """Puts card, figures, recipe and split manifest together and exports."""
     settings: ExportSettings = cli.config_init.export
     facts = run_facts(trainer, cli, measured)
-    figures = run_figures(kept_by(trainer, CardRecorder), facts.rates, facts.labels, measured.evaluation)
+    figures = run_figures(kept_by(trainer, CardRecorder), facts.config, facts.labels, measured.evaluation)
     facts.figures = {path: caption for path, (caption, _) in figures.items()}
     files = {path: picture for path, (_, picture) in figures.items()}
     files["recipe.yaml"] = portable_recipe(cli).encode()
