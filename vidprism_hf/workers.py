@@ -35,6 +35,20 @@ ONE_THREAD = {
     **dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"), "1"),
     "JE_ARROW_MALLOC_CONF": "background_thread:false",
 }
+# What workers import, as far as this process has imported it.
+OF_WORKERS = (
+    "vidprism_hf",
+    *(
+        f"vidprism_hf.{name}"
+        for name in (
+            "data.datamodule",
+            "data.inspection",
+            "data.hub_tables",
+            "data.streamed_rows",
+            "evaluation.predict",
+        )
+    ),
+)
 SHARED_MEMORY_FULL = re.compile(r"shared memory|</torch_|torch_shm_manager")
 NO_BATCH = 77  # exit status of a worker that could not hand its batch over, having said why
 
@@ -71,8 +85,8 @@ class _Context(context.ForkServerContext if FORKS else context.SpawnContext):
 CONTEXT = _Context()
 
 
-def start_server(*modules: str) -> None:
-    """Starts the server that forks workers, unless it runs; it imports the modules meanwhile.
+def start_server() -> None:
+    """Starts the server that forks workers, unless it runs; it imports what they need beside this process.
 
     Signals to a whole job leave it alone: it ends with this process.
     """
@@ -81,8 +95,7 @@ def start_server(*modules: str) -> None:
     signals = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
     with _blocked({signal.SIGUSR1}):
         resource_tracker.ensure_running()  # unblocks the others when it starts
-    if modules:
-        CONTEXT.set_forkserver_preload(list(modules))
+    CONTEXT.set_forkserver_preload([name for name in OF_WORKERS if name in sys.modules])
     kept = {name: os.environ.get(name) for name in ONE_THREAD}
     with _blocked(signals):
         os.environ.update(ONE_THREAD)

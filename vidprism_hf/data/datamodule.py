@@ -1,7 +1,6 @@
 """The Lightning data module: from a source of clips to batches of normalised pixels on the device."""
 
 import inspect
-import sys
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -219,7 +218,7 @@ class VideoDataModule(L.LightningDataModule):
         """Lists the clips and loads the processor, so that bad names show before training starts."""
         splits = self.splits
         if self.hparams.num_workers:  # while what follows is made ready
-            start_server(__name__, *(["datasets"] if "datasets" in sys.modules else []))
+            start_server()
         _ = self.video_processor
         if stage in ("fit", None):
             seen = "training clips are seen as in the evaluation"

@@ -118,7 +118,7 @@ def read_clips(
     Raises:
         UserError: If the processes do not start.
     """
-    start_server(__name__)
+    start_server()
     waiting = iter(clips)
     limit = math.inf if time_limit is None else time_limit
     workers: list[_Worker] = []

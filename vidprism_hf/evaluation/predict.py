@@ -145,7 +145,7 @@ def main(argv: list[str]) -> int:
     files = list_files(args.files)
     workers = default_workers(len(files), args.batch_size) if args.workers is None else args.workers
     if workers:  # it imports while the model is loaded
-        start_server(__name__)
+        start_server()
     model, processor = load(args.model, args.revision)
     model = model.to(args.device).eval()
     predictions = predict(model, processor, files, args.top_k, args.batch_size, workers)
