@@ -20,6 +20,16 @@ from vidprism_hf.data import dataset
 from vidprism_hf.workers import LostWorkers, clip_loader, start_server
 
 ROOT = Path(__file__).parents[1]
+IDLE = """
+import os, sys, time
+sys.path.insert(0, "tests")
+from test_workers import Calls, collate
+from vidprism_hf.workers import clip_loader
+batches = iter(clip_loader(Calls(os.getpid), 2, collate, batch_size=1))
+print(*[worker.pid for worker in batches._workers], flush=True)
+next(batches)
+time.sleep(600)
+"""
 KILLED = "a loader process was killed, most often for want of memory: give the job more"
 FULL = r"shared memory \(/dev/shm\) is full: give the container more \(docker run --shm-size=8g\)"
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes and signals as Linux has them")
@@ -82,6 +92,19 @@ def test_the_server_has_one_thread_and_leaves_signals_alone():
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         os.kill(server, getattr(signal, name))
     assert last(os.getppid) == server
+
+
+@linux
+@pytest.mark.slow
+def test_workers_end_with_a_run_that_is_killed():
+    with subprocess.Popen([sys.executable, "-c", IDLE], stdout=subprocess.PIPE, text=True, cwd=ROOT) as run:
+        workers = [int(number) for number in run.stdout.readline().split()]
+        assert len(workers) == 2
+        run.kill()
+    deadline = time.monotonic() + 100
+    while any(Path(f"/proc/{number}").exists() for number in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 @linux

@@ -152,12 +152,13 @@ def shield_worker(worker_id: int) -> None:
     if hasattr(signal, "sigwaitinfo"):  # Linux: it tells who sent the signal
         # In this thread, and so in all that it starts: the one that waits gets each SIGTERM.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey, args=(parent_process().pid,), daemon=True).start()
+        threading.Thread(target=_obey, args=(parent_process(),), daemon=True).start()
 
 
-def _obey(parent: int) -> None:
-    started_by, told = os.getppid(), None
-    while os.getppid() == started_by and (told is None or told.si_pid != parent):
+def _obey(parent: Any) -> None:
+    told = None
+    # Not by whose child this is: the server lives as long as any of its workers.
+    while parent.is_alive() and (told is None or told.si_pid != parent.pid):
         told = signal.sigtimedwait({signal.SIGTERM}, LOOK_SECONDS)
     os._exit(0)
 
