@@ -1,9 +1,10 @@
 """Claim: the table of clips costs a loader worker no memory that grows with the epochs.
 
-Workers are forked and share the table with their parent. Of a Python list each row is an object whose reference count
-is written as it is read, which copies its page into the worker; Arrow buffers and NumPy arrays stay shared. Four
-workers read the rows in random order, epoch after epoch, through a real DataLoader; unique memory (USS: pages that no
-other process shares) and proportional memory (PSS) are read from /proc/<pid>/smaps_rollup, so this runs on Linux.
+Workers get a pickled copy of the table when they start. Of a Python list that is an object for each row and each name;
+Arrow buffers and NumPy arrays are little more than the text that they hold, and nothing in them is written as it is
+read. Four workers read the rows in random order, epoch after epoch, through a real DataLoader; unique memory (USS:
+pages that no other process shares) and proportional memory (PSS) are read from /proc/<pid>/smaps_rollup, so this runs
+on Linux.
 
     python benchmarks/table_memory.py
 """
@@ -19,6 +20,7 @@ from report import add_report_options, write_report
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vidprism_hf.data import FileTable
+from vidprism_hf.workers import CONTEXT
 
 NUM_CLASSES = 400
 
@@ -109,7 +111,7 @@ def measure(make_table, count, num_workers, epochs):
         sampler=order,
         num_workers=num_workers,
         persistent_workers=True,
-        multiprocessing_context="fork",
+        multiprocessing_context=CONTEXT,
     )
     figures, total = [], 0
     for epoch in range(1 + epochs):

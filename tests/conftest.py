@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,14 @@ for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "ARGS"):  # of `make test`: not
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).parent))  # `from clips import ...`
+
+import fork_watch  # noqa: E402
+
+# A file for each of pytest's processes; those that tests start inherit it.
+os.environ[fork_watch.VARIABLE] = FORKS = tempfile.mkstemp(prefix="forks-")[1]
+SITE = str(Path(__file__).parent / "fork_watch_site")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [SITE, os.environ.get("PYTHONPATH")]))
+fork_watch.arm()
 
 
 # Marks in transformers' own suite, which strict markers would refuse.
@@ -31,6 +40,19 @@ SUITE_MARKS = (
 def pytest_configure(config):
     for name in SUITE_MARKS:
         config.addinivalue_line("markers", f"{name}: set by transformers' tests")
+
+
+@pytest.fixture(autouse=True)
+def no_forks_of_several_threads():
+    """Fails a test that has led to such a fork, in whatever process: see fork_watch."""
+    yield
+    if found := Path(FORKS).read_text():
+        Path(FORKS).write_text("")
+        pytest.fail(found, pytrace=False)
+
+
+def pytest_unconfigure(config):
+    Path(FORKS).unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")

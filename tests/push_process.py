@@ -1,10 +1,9 @@
 """`vidprism push` as a process of its own, which a test may kill.
 
-Processes are forked from one that has imported all that a push needs: a fresh interpreter takes seconds for that.
+Processes are forked from one that has imported most of what a push needs: a fresh interpreter takes seconds for that.
 """
 
 import importlib
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -14,9 +13,7 @@ import huggingface_hub.constants
 
 from vidprism_hf.errors import UserError
 from vidprism_hf.hub.push import main
-
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["vidprism_hf.hub.push"])
+from vidprism_hf.workers import CONTEXT
 
 
 class PushProcess:
@@ -36,7 +33,7 @@ class PushProcess:
         environment = hub.environment(home, token, xet) | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"} | more
         self.output = Path(tempfile.mkdtemp(dir=home)) / "output"
         arguments = (environment, self.output, str(folder), "--repo", "alice/m")
-        self.process = FORKS.Process(target=run, args=arguments)
+        self.process = CONTEXT.Process(target=run, args=arguments)
         self.process.start()
 
     def kill(self) -> None:

@@ -149,14 +149,13 @@ def test_time_limit_answers_belong_to_their_calls():
     assert within(sum, (1, 2)) == 3
 
 
-def test_time_limit_survives_a_fork(processor, table):
-    """DataLoader workers are forked from a process that may have decoded before."""
-    from torch.utils.data import DataLoader
+def test_time_limit_in_a_worker(processor, table):
+    """Which is given clips of a process that has decoded before."""
+    from vidprism_hf.workers import clip_loader
 
     clips = dataset(table, processor, time_limit=30)
     alone = [clips[index]["clip_index"] for index in range(5)]
-    loader = DataLoader(clips, batch_size=5, num_workers=1, collate_fn=collate, multiprocessing_context="fork")
-    (batch,) = loader
+    (batch,) = clip_loader(clips, 1, collate, batch_size=5)
     assert batch["clip_index"].tolist() == alone
 
 

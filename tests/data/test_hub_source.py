@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -22,6 +23,7 @@ from vidprism_hf.data.hub_source import hub_splits
 from vidprism_hf.data.streaming import hub_streams
 from vidprism_hf.data.tables import DataError
 from vidprism_hf.model import decode_video
+from vidprism_hf.workers import CONTEXT
 
 FEATURES = datasets.Features({"video": datasets.Video(decode=False), "label": datasets.ClassLabel(names=list(LABELS))})
 
@@ -117,12 +119,22 @@ def test_parquet_with_embedded_videos(hub, tmp_path, motion_clips):
     assert frames(some.video(1)) == frames(str(motion_clips / "train" / LABELS[0] / "0.mp4"))
 
 
+def size(table, index):
+    return len(table.video(index))
+
+
 def test_a_table_in_loader_workers(hub, tmp_path, motion_clips):
     hub.add_dataset("org/motions", parquet_repository(tmp_path / "repo", motion_clips))
     table = hub_splits("org/motions", tmp_path / "root").train
     for workers in (0, 2):
         sizes = list(
-            DataLoader(range(8), batch_size=None, num_workers=workers, collate_fn=lambda i: len(table.video(i)))
+            DataLoader(
+                range(8),
+                batch_size=None,
+                num_workers=workers,
+                collate_fn=partial(size, table),
+                multiprocessing_context=CONTEXT if workers else None,
+            )
         )
         assert sizes == [len(table.video(index)) for index in range(8)]
 
@@ -446,7 +458,7 @@ def test_streamed_parquet_in_workers(hub, tmp_path, motion_clips):
     first.unlink()
     hub.add_dataset("org/motions", repository)
     streams = hub_streams("org/motions", batch_size=2)
-    loader = DataLoader(streams.train, batch_size=2, num_workers=2, collate_fn=list)
+    loader = DataLoader(streams.train, batch_size=2, num_workers=2, collate_fn=list, multiprocessing_context=CONTEXT)
     batches = list(loader)
     assert [len(batch) for batch in batches] == [2] * len(loader) == [2] * 4
     assert sorted(row.video for batch in batches for row in batch) == sorted(row["video"]["bytes"] for row in data)
@@ -469,8 +481,7 @@ def test_streamed_class_folders(hub, tmp_path):
     assert sorted((row.name, row.label, frames(row.video)) for row in streams.val) == [
         (name, "ab".index(name.split("/")[1]), 2 + number) for number, name in enumerate(names) if "test" in name
     ]
-    # Workers are forked from a process that has spoken to the Hub.
-    loader = DataLoader(streams.val, batch_size=None, num_workers=2, collate_fn=tuple)
+    loader = DataLoader(streams.val, batch_size=None, num_workers=2, collate_fn=tuple, multiprocessing_context=CONTEXT)
     assert sorted(row[0] for row in loader) == [name for name in sorted(names) if "test" in name]
     with pytest.raises(DataError, match="it has test, train"):
         hub_streams("org/folders", train_split="all")

@@ -21,6 +21,7 @@ from vidprism_hf.data.streamed_rows import StreamedRow, StreamedRows
 from vidprism_hf.data.streaming import shard_classes
 from vidprism_hf.data.tables import DataError
 from vidprism_hf.model import VideoDecodeError
+from vidprism_hf.workers import CONTEXT
 
 SIZES = [5, 1, 7, 4, 2]
 
@@ -46,7 +47,13 @@ def read(monkeypatch, rows: StreamedRows, rank: int, world: int, workers: int, b
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_rank", lambda: rank)
     monkeypatch.setattr(dist, "get_world_size", lambda: world)
-    loader = DataLoader(rows, batch_size=batch_size, num_workers=workers, collate_fn=list)
+    loader = DataLoader(
+        rows,
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=list,
+        multiprocessing_context=CONTEXT if workers else None,
+    )
     batches = [[int(row.video) for row in batch] for batch in loader]
     if rows.training:
         assert len(batches) == len(loader)
@@ -113,7 +120,7 @@ def test_each_process_evaluates_a_row_if_there_are_enough(tmp_path, monkeypatch)
 
 def test_workers_that_stay_learn_of_the_epoch(tmp_path):
     rows = streamed(tmp_path, [20], training=True)
-    loader = DataLoader(rows, batch_size=None, num_workers=1, persistent_workers=True)
+    loader = DataLoader(rows, batch_size=None, num_workers=1, persistent_workers=True, multiprocessing_context=CONTEXT)
     orders = []
     for epoch in (0, 1, 0):
         rows.set_epoch(epoch)
@@ -302,7 +309,10 @@ def test_a_loader_begins_within_an_epoch(tmp_path):
     rows = streamed(tmp_path, SIZES, training=True, batch_size=3, buffer_size=2)
     clips, resumed = (StreamedClips(rows, Numbers()) for _ in range(2))
     loaders = [
-        DataLoader(c, batch_size=3, num_workers=2, collate_fn=str, persistent_workers=True) for c in (clips, resumed)
+        DataLoader(
+            c, batch_size=3, num_workers=2, collate_fn=str, persistent_workers=True, multiprocessing_context=CONTEXT
+        )
+        for c in (clips, resumed)
     ]
     clips.set_epoch(1)
     resumed.begin(1, 3)

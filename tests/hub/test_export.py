@@ -20,6 +20,7 @@ from transformers import pipeline
 from vidprism_hf import VidPrismForVideoClassification, VidPrismVideoProcessor
 from vidprism_hf.hub import export, export_model, render_card
 from vidprism_hf.hub.export import ExportError
+from vidprism_hf.workers import CONTEXT
 
 CODE = {
     "configuration_vidprism.py",
@@ -405,24 +406,29 @@ def test_old_export_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, 
 def killed(folder: Path, new: Path, call: str, number: int) -> bool:
     """Whether a process that replaces an export by another one was killed right before its n-th such call.
 
-    As SIGKILL does it: nothing of the process runs any more. It only copies files, which a forked process may.
+    As SIGKILL does it: nothing of the process runs any more.
     """
-    if (child := os.fork()) == 0:
-        original, calls = getattr(os, call), []
+    child = CONTEXT.Process(target=replace_and_die, args=(folder, new, call, number))
+    child.start()
+    child.join()
+    return child.exitcode == 9
 
-        def kill(*args, **kwargs):
-            calls.append(args)
-            if len(calls) == number:
-                os._exit(9)
-            return original(*args, **kwargs)
 
-        setattr(os, call, kill)
-        try:
-            with export.written_beside(folder) as partial:
-                shutil.copytree(new, partial, dirs_exist_ok=True)
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+def replace_and_die(folder: Path, new: Path, call: str, number: int) -> None:
+    original, calls = getattr(os, call), []
+
+    def kill(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == number:
+            os._exit(9)
+        return original(*args, **kwargs)
+
+    setattr(os, call, kill)
+    try:
+        with export.written_beside(folder) as partial:
+            shutil.copytree(new, partial, dirs_exist_ok=True)
+    finally:
+        os._exit(0)
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")

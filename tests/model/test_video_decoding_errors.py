@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from vidprism_hf.model.video_decoding_vidprism import VideoDecodeError, decode_video, segment_centers
+from vidprism_hf.workers import CONTEXT
 
 
 def every(total):
@@ -166,8 +167,9 @@ class _Clips(torch.utils.data.Dataset):
 
 
 def test_errors_keep_their_class_across_loader_workers(clip, tmp_path):
-    good = torch.utils.data.DataLoader(_Clips([clip, clip]), batch_size=2, num_workers=1)
+    worker = {"num_workers": 1, "multiprocessing_context": CONTEXT}
+    good = torch.utils.data.DataLoader(_Clips([clip, clip]), batch_size=2, **worker)
     assert next(iter(good)).shape == (2, 4, 48, 64, 3)
-    bad = torch.utils.data.DataLoader(_Clips([tmp_path / "none.mp4"]), num_workers=1)
+    bad = torch.utils.data.DataLoader(_Clips([tmp_path / "none.mp4"]), **worker)
     with pytest.raises(VideoDecodeError, match=r"none\.mp4: no such file"):
         next(iter(bad))

@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+# With these no library that it imports starts a thread.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 
 
 class RunServer:
@@ -24,7 +26,7 @@ class RunServer:
 
     def __init__(self, folder: Path, environment: dict[str, str] | None = None):
         self.folder, self._number = folder, 0
-        environment = (environment or dict(os.environ)) | {"OMP_NUM_THREADS": "1"}
+        environment = (environment or dict(os.environ)) | ONE_THREAD  # it forks
         self._server = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,

@@ -12,6 +12,7 @@ import torch
 from vidprism_hf.data.ranks import Ranks
 from vidprism_hf.training.safeguard import Safeguard
 from vidprism_hf.training.signals import STOPPING, SignalWatch, Stopped
+from vidprism_hf.workers import CONTEXT
 
 
 @pytest.fixture(autouse=True)
@@ -75,8 +76,7 @@ def _work(rank: int, address: str) -> None:
 
 
 def test_processes_end_together(tmp_path):
-    context = torch.multiprocessing.get_context("fork")
-    processes = [context.Process(target=_work, args=(rank, f"file://{tmp_path}/store")) for rank in (0, 1)]
+    processes = [CONTEXT.Process(target=_work, args=(rank, f"file://{tmp_path}/store")) for rank in (0, 1)]
     for process in processes:
         process.start()
     for process in processes:

@@ -3,7 +3,7 @@
 import errno
 import fcntl
 import os
-import time
+import subprocess
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,16 +52,13 @@ def test_the_lock_goes_with_the_run_and_a_killed_ones_is_taken_over(tmp_path):
 def test_processes_that_a_run_has_started_do_not_keep_it(tmp_path):
     """Loaders live on for seconds when their run is killed."""
     with only_run(tmp_path / "run"):
-        pid = os.fork()
-        if pid == 0:
-            time.sleep(60)
-            os._exit(0)
+        process = subprocess.Popen(["sleep", "60"])
     try:
         with only_run(tmp_path / "run"):
             pass
     finally:
-        os.kill(pid, 9)
-        os.waitpid(pid, 0)
+        process.kill()
+        process.wait()
 
 
 def test_one_folder_has_one_lock(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from ..errors import printable
 from ..model import VidPrismVideoProcessor
+from ..workers import clip_loader, start_server
 from .arguments import check_arguments
 from .dataset import ClipDataset, ClipReader, ClipSampler, collate
 from .demo import DEMO_CLASSES, demo_folder
@@ -24,7 +25,6 @@ from .streamed_clips import StreamedClips
 from .tables import ClipSplits, ClipTable, DataError, stable_hash
 from .transforms import BatchMixing
 from .views import describe_training_views, mirrored, part_reader
-from .workers import shield_worker
 
 if TYPE_CHECKING:
     from .streaming import ClipStreams
@@ -48,6 +48,7 @@ class VideoDataModule(L.LightningDataModule):
         num_frames: Frames per clip. The command line takes it from the model.
         batch_size: Clips per batch in each process.
         num_workers: Loader processes beside each training process; 0 loads in the training process.
+        worker_timeout: Seconds to wait for a batch of the loader processes before the run ends; null is no limit.
         split: Which of a benchmark's official splits, 1 to 3 (ucf101, hmdb51).
         verify_counts: Whether a benchmark must have as many clips as its official lists say.
         train_list: List file of the training clips, with labels (lists.py tells the forms).
@@ -101,6 +102,7 @@ class VideoDataModule(L.LightningDataModule):
         num_frames: int = 32,
         batch_size: int = 8,
         num_workers: int = 2,
+        worker_timeout: float | None = 600.0,
         split: int = 1,
         verify_counts: bool = True,
         train_list: str | None = None,
@@ -215,7 +217,10 @@ class VideoDataModule(L.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Lists the clips and loads the processor, so that bad names show before training starts."""
-        splits, _ = self.splits, self.video_processor
+        splits = self.splits
+        if self.hparams.num_workers:  # while what follows is made ready
+            start_server()
+        _ = self.video_processor
         if stage in ("fit", None):
             seen = "training clips are seen as in the evaluation"
             if self.hparams.augment:
@@ -240,6 +245,8 @@ class VideoDataModule(L.LightningDataModule):
             (rank_zero_info if exact else rank_zero_warn)(said)
         if self.hparams.streaming:
             loader.dataset.begin(begin["epoch"], batches, again=begin["bad"])
+            if batches:  # its workers come to the first one by way of those
+                loader.timeout = 0
             self._bad_epoch = begin["epoch"] if begin["bad"] else -1
         else:
             loader.sampler.begin(begin["epoch"], batches * self.hparams.batch_size)
@@ -345,16 +352,16 @@ class VideoDataModule(L.LightningDataModule):
             sampler = ClipSampler(len(clips), split == "train", hparams.seed, hparams.batch_size)
         if hparams.feature_cache:
             clips, workers = self._cached_clips(part), 0  # to hand features over would take longer than to read them
-        return DataLoader(
+        return clip_loader(
             clips,
+            workers,
+            collate,
+            hparams.worker_timeout,
             # Several views of a clip take the place of as many clips.
             batch_size=max(1, hparams.batch_size // (clips.reader.num_clips * clips.reader.num_crops)),
             sampler=sampler,
-            num_workers=workers,
-            collate_fn=collate,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=shield_worker,
             # Its own: the loader draws from it each epoch, and the run's random states go on without.
             generator=torch.Generator(),
         )
@@ -376,7 +383,8 @@ class VideoDataModule(L.LightningDataModule):
             settings = hparams.feature_cache_limit, encoder, hparams.batch_size, hparams.num_workers
             # A callback that takes note of signals may end the run in between.
             callbacks = (getattr(callback, "between_shards", None) for callback in self.trainer.callbacks)
-            cache = FeatureCache(hparams.feature_cache, *settings, next(filter(None, callbacks), None))
+            between = next(filter(None, callbacks), None)
+            cache = FeatureCache(hparams.feature_cache, *settings, between, hparams.worker_timeout)
             found = cache.cached({name: self._clips(name) for name in parts})
             self._cached |= {(*key, name): clips for name, clips in found.items()}
         return self._cached[(*key, part)]

@@ -31,9 +31,9 @@ from typing import Any, NamedTuple
 import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.utils.data import DataLoader
 
 from ..util import atomic_write
+from ..workers import clip_loader
 from .bad_clips import Note
 from .clip_contents import ContentHashes, Signature
 from .dataset import ClipDataset, collate
@@ -42,7 +42,6 @@ from .feature_shards import SUFFIX, ShardFolder
 from .frame_encoder import FrameEncoder
 from .ranks import Ranks
 from .tables import DataError
-from .workers import shield_worker
 
 # To be raised by whoever changes what the tower sees of a clip: decoding, sampling of frames, transforms.
 FORMAT = 2
@@ -96,6 +95,7 @@ class FeatureCache:
         num_workers: Processes that decode.
         between_shards: Called on each process when all have written a shard, and on the first now and then while
             another run fills the folder. It may raise SystemExit, which ends all processes and leaves the folder whole.
+        worker_timeout: Seconds to wait for a batch of the decoding processes; None is no limit.
     """
 
     def __init__(
@@ -106,9 +106,10 @@ class FeatureCache:
         batch_size: int,
         num_workers: int = 0,
         between_shards: Callable[[], None] | None = None,
+        worker_timeout: float | None = None,
     ):
         self.folder, self.limit, self.encoder = Path(folder), limit, encoder
-        self.batch_size, self.num_workers = batch_size, num_workers
+        self.batch_size, self.num_workers, self.worker_timeout = batch_size, num_workers, worker_timeout
         self._between_shards = between_shards or (lambda: None)
 
     def cached(self, wanted: dict[str, ClipDataset]) -> dict[str, CachedClips]:
@@ -273,12 +274,12 @@ class FeatureCache:
         """Computes rows and writes them, and tells each shard."""
         causes, lasting, done, since = {}, {}, 0, time.monotonic()
         views = part.clips.reader.num_clips * part.clips.reader.num_crops
-        loader = DataLoader(
+        loader = clip_loader(
             Pixels(part, rows),
+            self.num_workers,
+            collate,
+            self.worker_timeout,
             batch_size=max(1, self.batch_size // views),
-            num_workers=self.num_workers,
-            collate_fn=collate,
-            worker_init_fn=shield_worker,
             generator=torch.Generator(),  # what the head draws later must not depend on how much is computed here
         )
         order = iter(rows)

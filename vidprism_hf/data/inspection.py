@@ -5,7 +5,6 @@ with the cause, and the others go on.
 """
 
 import math
-import multiprocessing
 import os
 import signal
 import time
@@ -25,6 +24,7 @@ from .. import fonts
 from ..errors import UserError, first_line
 from ..model import VideoDecodeError, check_video
 from ..util import atomic_path, preview
+from ..workers import CONTEXT, start_server
 from .dataset import ClipReader
 from .tables import ClipTable, stable_hash
 
@@ -120,16 +120,12 @@ def read_clips(
     Raises:
         UserError: If the processes do not start.
     """
-    # Fork servers import once and hold no threads; where there are none each process imports anew.
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if "forkserver" in methods:
-        context.set_forkserver_preload([__name__])
+    start_server()
     waiting = iter(clips)
     limit = math.inf if time_limit is None else time_limit
     workers: list[_Worker] = []
     try:
-        workers.extend(_Worker(context, parts, read) for _ in range(num_workers))
+        workers.extend(_Worker(parts, read) for _ in range(num_workers))
         while workers:
             patience = max(0.0, min(worker.deadline for worker in workers) - time.monotonic())
             wait([worker.connection for worker in workers], None if patience == math.inf else patience)
@@ -143,7 +139,7 @@ def read_clips(
                 if outcome is not None:
                     yield outcome
                 if not worker.alive:
-                    workers[place] = _Worker(context, parts, read)
+                    workers[place] = _Worker(parts, read)
                 elif (clip := next(waiting, None)) is not None:
                     worker.give(clip, limit)
                 else:
@@ -157,9 +153,9 @@ def read_clips(
 class _Worker:
     """A process that reads clips one by one, until it is ended from here."""
 
-    def __init__(self, context: Any, parts: Parts, read: Callable[[str | bytes], Any]):
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, parts, read), daemon=True)
+    def __init__(self, parts: Parts, read: Callable[[str | bytes], Any]):
+        self.connection, theirs = CONTEXT.Pipe()
+        self.process = CONTEXT.Process(target=_serve, args=(theirs, parts, read), daemon=True)
         self.process.start()
         theirs.close()  # so that the end of the process shows here as the end of the connection
         self.clip: tuple[int, int] | None = None  # none until it says that it has started
@@ -201,6 +197,8 @@ class _Worker:
 def _serve(connection: Connection, parts: Parts, read: Callable[[str | bytes], Any]) -> None:
     """What a worker does: says that it has started, then answers each (part, row) with (result, cause)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
+    if hasattr(signal, "pthread_sigmask"):  # the server that has forked this process blocks it
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     with suppress(EOFError, BrokenPipeError):  # the first process is gone
         connection.send(None)
         while True:

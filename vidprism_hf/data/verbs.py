@@ -60,8 +60,18 @@ SOURCE and its options are those of a recipe's data part; --config RECIPE reads 
 # What the data part says of training, and what a look at the clips does without.
 OF_TRAINING = {
     *("processor", "num_frames", "batch_size", "num_workers", "train_views", "frame_stride", "test_clips"),
-    *("test_crops", "augment", "min_crop_scale", "horizontal_flip", "grayscale", "rand_augment", "random_erasing"),
-    *("mixup_alpha", "cutmix_alpha", "max_bad_fraction", "clip_time_limit", "feature_cache", "feature_cache_limit"),
+    *(
+        "worker_timeout",
+        "test_crops",
+        "augment",
+        "min_crop_scale",
+        "horizontal_flip",
+        "grayscale",
+        "rand_augment",
+        "random_erasing",
+    ),
+    *("mixup_alpha", "cutmix_alpha", "max_bad_fraction", "clip_time_limit"),
+    *("feature_cache", "feature_cache_limit"),
 }
 PARAMETERS = inspect.signature(VideoDataModule).parameters
 

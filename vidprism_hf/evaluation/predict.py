@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
 from ..errors import UserError, first_line, printable, why_not_loaded
 from ..model import VideoDecodeError, VidPrismForVideoClassification, VidPrismVideoProcessor
+from ..workers import clip_loader, start_server
 
 STDIN = "-"
 MOST_WORKERS = 8  # without --workers: each holds two batches, and decoding is seldom short of more
@@ -71,13 +72,15 @@ def predict(
         batch_size: Files that go through the model together.
         workers: Processes that decode the next batches meanwhile; 0 decodes in between.
     """
-    loader = DataLoader(
-        DecodedFiles(files, processor, model.config.num_frames),
+    clips = DecodedFiles(files, processor, model.config.num_frames)
+    loader = clip_loader(
+        clips,
+        workers,
+        _collate,
         batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=_collate,
         pin_memory=model.device.type == "cuda",
     )
+    loader.setting = "--workers"
     names = iter(files)
     for pixels, errors in loader:
         best = iter(_classify(model, processor, pixels, top_k) if len(pixels) else ())
@@ -140,8 +143,10 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--device {args.device}: {first_line(error)}") from error
 
     files = list_files(args.files)
-    model, processor = load(args.model, args.revision)
     workers = default_workers(len(files), args.batch_size) if args.workers is None else args.workers
+    if workers:  # it imports while the model is loaded
+        start_server()
+    model, processor = load(args.model, args.revision)
     model = model.to(args.device).eval()
     predictions = predict(model, processor, files, args.top_k, args.batch_size, workers)
     failed = print_predictions(predictions, as_json=args.json)

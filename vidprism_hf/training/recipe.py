@@ -5,6 +5,7 @@ Keys are those of `vidprism finetune --help`; evaluate and ablate read recipes i
 
 import os
 import warnings
+from datetime import timedelta
 
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import Trainer
@@ -22,6 +23,7 @@ from .checkpointing import CheckpointSettings
 from .exporting import ExportSettings
 from .module import VidPrismLightningModule, check_frozen
 from .resuming import AUTO
+from .stalls import LONG, StallWatch, check_timeout
 from .strategies import ddp_settings, named_strategy
 from .whitening import check_whitening
 
@@ -47,6 +49,13 @@ class FinetuneCLI(LightningCLI):
             "<folder>.1; a checkpoint of the folder goes on from there, with other settings if they are given. The "
             "same command typed again goes on.",
         )
+        parser.add_argument(
+            "--collective_timeout",
+            type=float,
+            default=900.0,
+            help="Seconds that one of several processes waits for another in a step before all end, saying where each "
+            "is; twice as many while checkpoints and exports are written.",
+        )
         parser.add_class_arguments(CheckpointSettings, "checkpoint")
         parser.add_class_arguments(ExportSettings, "export")
         parser.add_class_arguments(EvaluationSettings, "evaluation")
@@ -61,6 +70,7 @@ class FinetuneCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Looks for licence and backbone before data are fetched, which may be hundreds of gigabytes."""
         check_license("export.license", self.config.export.license)
+        check_timeout(self.config.collective_timeout)
         data = self.config.data
         if data.feature_cache:
             check_frozen(self.config.model.freeze_backbone)
@@ -78,16 +88,23 @@ class FinetuneCLI(LightningCLI):
         asked = trainer.callbacks or []
         # A list of its own for each trainer, which puts default callbacks into the list that it is given. The run's
         # own come first: what a recipe's callback exports holds what they keep of the same epoch.
-        callbacks = [*settings.pop("callbacks", []), *(asked if isinstance(asked, list) else [asked])]
+        seconds = self.config.collective_timeout
+        callbacks = [
+            *settings.pop("callbacks", []),
+            *(asked if isinstance(asked, list) else [asked]),
+            StallWatch(seconds),
+        ]
         accumulates = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
         accumulates = accumulates or trainer.accumulate_grad_batches > 1
-        strategy = named_strategy(trainer.strategy, accumulates)
+        limit = timedelta(seconds=LONG * seconds)  # where StallWatch does not look
+        strategy = named_strategy(trainer.strategy, accumulates, limit)
         try:
             built = super().instantiate_trainer(callbacks=callbacks, strategy=strategy, **settings)
         except (MisconfigurationException, ValueError, TypeError) as error:
             raise UserError(f"trainer: {first_line(error)}") from error
         if strategy == "auto" and type(built.strategy) is DDPStrategy:  # Lightning has found several devices
             built.strategy._ddp_kwargs.update(ddp_settings(accumulates))
+            built.strategy._timeout = limit
         return built
 
 

@@ -33,7 +33,7 @@ HARMLESS = {
     "model": {"gradient_checkpointing"},
     "data": {
         *("root", "num_workers", "verify_counts", "max_bad_fraction", "clip_time_limit", "test_clips", "test_crops"),
-        *("feature_cache", "feature_cache_limit"),
+        *("feature_cache", "feature_cache_limit", "worker_timeout"),
     },
 }
 OF_THE_TRAINER = {

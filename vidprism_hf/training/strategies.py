@@ -6,12 +6,14 @@ and gathers a block's weights only while it computes with them. `shard` says whi
 
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
+from torch.distributed import default_pg_timeout
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -22,12 +24,15 @@ from ..errors import UserError
 from ..model import VidPrismForVideoClassification
 
 
-def named_strategy(name: str | Strategy, accumulates: bool = False) -> str | Strategy:
+def named_strategy(
+    name: str | Strategy, accumulates: bool = False, timeout: timedelta = default_pg_timeout
+) -> str | Strategy:
     """What a trainer is given for the recipe's `trainer.strategy`.
 
     Args:
         name: `ddp` and `fsdp` are built here; Lightning knows the others: `auto` (one device, or DDP), `deepspeed`.
         accumulates: Whether gradients are accumulated over several batches.
+        timeout: How long a collective operation may take.
 
     Raises:
         UserError: If it is one whose weights cannot be exported, or that leaves nothing to evaluate.
@@ -37,8 +42,8 @@ def named_strategy(name: str | Strategy, accumulates: bool = False) -> str | Str
     if isinstance(name, str) and name.startswith(("ddp_spawn", "ddp_fork", "ddp_notebook")):
         raise UserError(f"trainer.strategy={name}: its processes keep their results to themselves; take ddp")
     if name == "ddp":
-        return DDPStrategy(**ddp_settings(accumulates))
-    return FullyShardedStrategy() if name == "fsdp" else name
+        return DDPStrategy(timeout=timeout, **ddp_settings(accumulates))
+    return FullyShardedStrategy(timeout=timeout) if name == "fsdp" else name
 
 
 def ddp_settings(accumulates: bool) -> dict[str, bool]:
