@@ -108,7 +108,7 @@ def _classify(
         processor.image_std,
     )
     with torch.inference_mode():
-        scores = model(pixels.to(model.dtype)).logits.float().softmax(-1)
+        scores = model(pixels.to(model.dtype), return_dict=True).logits.float().softmax(-1)
     best = scores.topk(min(top_k, model.config.num_labels))
     labels = [[model.config.id2label[index] for index in row] for row in best.indices.tolist()]
     return list(zip(labels, best.values.tolist(), strict=True))

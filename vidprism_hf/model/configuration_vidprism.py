@@ -120,6 +120,16 @@ class VidPrismConfig(PreTrainedConfig):
     ```"""
 
     model_type = "vidprism"
+    # Trainer's predictions are what is left: the logits, and hidden states and attentions where they are asked for.
+    keys_to_ignore_at_inference = [  # noqa: RUF012 (Trainer adds a list to it)
+        "classification_loss",
+        "rank_loss",
+        "gate_loss",
+        "diversity_loss",
+        "pooler_output",
+        "expert_weights",
+        "gates",
+    ]
     sub_configs_defaults = {"vision_config": SubConfigSpec(config_class=CLIPVisionConfig)}  # noqa: RUF012 (transformers' convention)
 
     vision_config: dict | PreTrainedConfig | None = None

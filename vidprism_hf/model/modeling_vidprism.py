@@ -9,6 +9,7 @@ Shapes: B clips, T frames, D width, N streams (= experts), L_i frames in stream 
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,6 +36,9 @@ from .temporal_vidprism import (
 )
 from .tower_vidprism import VidPrismVisionTower, load_vision_tower
 
+# What any forward pass takes besides its inputs.
+OPTIONS = {"output_attentions", "output_hidden_states", "output_losses", "output_streams"}
+
 
 class VidPrismPreTrainedModel(PreTrainedModel):
     """What the VidPrism models share: configuration, initialisation and the abilities they declare."""
@@ -47,6 +51,9 @@ class VidPrismPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
+    # The loss is a mean over the batch's clips, whatever else a batch is part of: Trainer has to divide it among the
+    # batches that it accumulates. It believes the opposite of any forward with **kwargs.
+    accepts_loss_kwargs = False
     _no_split_modules = ["CLIPEncoderLayer", "VidPrismClassTokenLayer", "VidPrismExpert"]  # noqa: RUF012 (transformers' convention)
 
     @torch.no_grad()
@@ -74,6 +81,23 @@ class VidPrismPreTrainedModel(PreTrainedModel):
             init.normal_(module.query, std=0.02)
         elif isinstance(module, VidPrismTemporalModel) and module.position_embedding is not None:
             init.normal_(module.position_embedding, std=0.02)
+
+
+def known_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of a forward pass's further arguments that are given.
+
+    PEFT and others hand every model the arguments of a text model, as None where a caller has not set them.
+
+    Raises:
+        TypeError: If one is given that no VidPrism model takes.
+    """
+    given = {name: value for name, value in arguments.items() if value is not None}
+    if unknown := sorted(given.keys() - OPTIONS):
+        raise TypeError(
+            f"VidPrism takes no {', '.join(unknown)}: it reads pixel_values_videos, or frame_features (with PEFT pass "
+            f"them by name), and takes labels and {', '.join(sorted(OPTIONS))}."
+        )
+    return given
 
 
 class VidPrismTemporalModel(VidPrismPreTrainedModel):
@@ -132,7 +156,9 @@ class VidPrismTemporalModel(VidPrismPreTrainedModel):
             frame_features: (B, T, D_features), any T >= 1.
             output_streams: Also return the streams, the frames' importance and the frames kept.
             output_losses: Also return the three auxiliary losses, unweighted.
+            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
         """
+        kwargs = known_arguments(kwargs)
         to_width = self.feature_norm or self.input_projection
         frames = frame_features if to_width is None else to_width(frame_features)
         if self.position_embedding is not None:
@@ -203,13 +229,17 @@ class VidPrismModel(VidPrismPreTrainedModel):
             pixel_values_videos: (B, T, 3, H, W), normalised by the video processor; any T >= 1.
             frame_features: (B, T, D_features) instead of pixels, where the tower has run already.
             kwargs: `output_streams`, `output_losses`, `output_hidden_states`, `output_attentions`: see
-                `VidPrismModelOutput`.
+                `VidPrismModelOutput`; `return_dict`.
+
+        Raises:
+            TypeError: If there is any other argument that is not None.
         """
+        kwargs = known_arguments(kwargs)
         if (pixel_values_videos is None) == (frame_features is None):
             raise ValueError("Give either pixel_values_videos or frame_features.")
         if frame_features is None:
             frame_features = self.get_frame_features(pixel_values_videos)
-        return self.temporal_model(frame_features, **kwargs)
+        return self.temporal_model(frame_features, return_dict=True, **kwargs)
 
     def get_frame_features(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
         """Frame features (B, T, D_features) of clips (B, T, 3, H, W)."""
@@ -226,11 +256,16 @@ class VidPrismModel(VidPrismPreTrainedModel):
         """
         if self.projection_head is None:
             raise ValueError("This model has no projection head (config.projection_head is false).")
-        return self.projection_head(self(pixel_values_videos).pooler_output)
+        return self.projection_head(self(pixel_values_videos, return_dict=True).pooler_output)
 
 
 class VidPrismForVideoClassification(VidPrismPreTrainedModel):
-    """VidPrism with a linear classifier on the clip vector."""
+    """VidPrism with a linear classifier on the clip vector.
+
+    In transformers' `Trainer` predictions are the logits, and the loss is the one below. With
+    `label_smoothing_factor` it is not: `Trainer` then computes its own from the logits alone, without the auxiliary
+    losses, and the score heads of RgSTA, which learn from the rank loss only, stay as they are.
+    """
 
     def __init__(self, config: VidPrismConfig):
         super().__init__(config)
@@ -256,11 +291,16 @@ class VidPrismForVideoClassification(VidPrismPreTrainedModel):
             labels: (B,) class indices ((B, K) for multi-label problems). With labels the loss and its parts are
                 returned.
             kwargs: `output_streams`, `output_losses` (always with labels), `output_hidden_states`,
-                `output_attentions`: see `VidPrismModelOutput`.
+                `output_attentions`: see `VidPrismModelOutput`; `return_dict`. Of other tools' text arguments, such as
+                `attention_mask`, None is accepted.
+
+        Raises:
+            TypeError: If there is any other argument that is not None.
         """
+        kwargs = known_arguments(kwargs)
         if labels is not None:
             kwargs["output_losses"] = True
-        clip = self.vidprism(pixel_values_videos, frame_features=frame_features, **kwargs)
+        clip = self.vidprism(pixel_values_videos, frame_features=frame_features, return_dict=True, **kwargs)
         logits = self.classifier(self.dropout(clip.pooler_output))
         output = VidPrismForVideoClassificationOutput(logits=logits)
         if labels is not None:

@@ -151,7 +151,7 @@ class VidPrismLightningModule(L.LightningModule):
         frame_features: torch.Tensor | None = None,
     ) -> VidPrismForVideoClassificationOutput:
         """Classifies clips (B, T, 3, H, W), or frame features of clips (B, T, D)."""
-        return self.model(pixel_values_videos, labels=labels, frame_features=frame_features)
+        return self.model(pixel_values_videos, labels=labels, frame_features=frame_features, return_dict=True)
 
     def configure_callbacks(self) -> list[L.Callback]:
         """What the trainer lacks of these: the account of bad clips, the scores of a test, the place in an epoch, and
