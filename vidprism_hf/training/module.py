@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors import SafetensorError
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoConfig, get_cosine_schedule_with_warmup
@@ -23,7 +24,7 @@ from ..model import VidPrismConfig, VidPrismForVideoClassification, VidPrismForV
 from ..model.temporal_vidprism import gate_balance_loss
 from .averaging import WeightEMA
 from .callbacks import BadClipReport, EpochPlace
-from .optimization import check_settings, clips_per_step, parameter_groups, scaled_learning_rate
+from .optimization import check_settings, clips_per_step, extend_schedule, parameter_groups, scaled_learning_rate
 from .strategies import shard
 from .whitening import fit_whitening
 
@@ -167,10 +168,18 @@ class VidPrismLightningModule(L.LightningModule):
         fit_whitening(self.model, getattr(self.trainer.train_dataloader, "dataset", None))
 
     def on_train_epoch_start(self) -> None:
-        """Tells streamed clips the epoch; Lightning tells samplers only."""
+        """Tells streamed clips the epoch, as Lightning does samplers, and allows for what a callback has unfrozen.
+
+        Raises:
+            UserError: If that is the tower, and its features come from the cache.
+        """
         set_epoch = getattr(getattr(self.trainer.train_dataloader, "dataset", None), "set_epoch", None)
         if set_epoch is not None:
             set_epoch(self.current_epoch)
+        if getattr(getattr(self.trainer.datamodule, "hparams", None), "feature_cache", None):
+            check_frozen(not any(p.requires_grad for p in self.model.vidprism.vision_tower.parameters()))
+        if isinstance(schedule := self.lr_schedulers(), LambdaLR):
+            extend_schedule(schedule)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         name, clips = clip_input(batch)
