@@ -12,6 +12,7 @@ from transformers import (
     TrainingArguments,
 )
 
+
 class Clips(torch.utils.data.Dataset):
     """Random clips of alternating classes; the second class is brighter."""
 
