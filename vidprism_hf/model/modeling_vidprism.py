@@ -29,6 +29,7 @@ from .temporal_vidprism import (
     VidPrismGateOutput,
     VidPrismInteraction,
     VidPrismReadout,
+    VidPrismWeights,
     expert_diversity_loss,
     gate_balance_loss,
     interaction_edges,
@@ -54,7 +55,13 @@ class VidPrismPreTrainedModel(PreTrainedModel):
     # The loss is a mean over the batch's clips, whatever else a batch is part of: Trainer has to divide it among the
     # batches that it accumulates. It believes the opposite of any forward with **kwargs.
     accepts_loss_kwargs = False
-    _no_split_modules = ["CLIPEncoderLayer", "VidPrismClassTokenLayer", "VidPrismExpert"]  # noqa: RUF012 (transformers' convention)
+    # What runs on one device: beside the layers all that puts results of several parts together.
+    _no_split_modules = [  # noqa: RUF012 (transformers' convention)
+        "CLIPVisionEmbeddings",
+        "CLIPEncoderLayer",
+        "VidPrismClassTokenLayer",
+        "VidPrismTemporalModel",
+    ]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -63,16 +70,16 @@ class VidPrismPreTrainedModel(PreTrainedModel):
             # All gates start half open, whatever the scale of the features: a closed one gets no gradient.
             init.normal_(module.weight, std=1e-3)
             init.zeros_(module.bias)
-        elif isinstance(module, (nn.Linear, nn.Conv1d)):
+        elif isinstance(module, nn.LayerNorm) or (isinstance(module, VidPrismWeights) and module.weight.dim() == 1):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, (nn.Linear, VidPrismWeights)):
             if self.config.zero_init_residual and getattr(module, "ends_residual", False):
                 init.zeros_(module.weight)
             else:
                 init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
         elif isinstance(module, VidPrismFeatureWhitening):
             init.zeros_(module.mean)
             init.eye_(module.weight)
