@@ -101,7 +101,7 @@ class ContentHashes:
             return
         with suppress(OSError), FileLock(self.memo.with_name(f".{self.memo.name}.lock")):
             self._known = self._read() | self._new
-            write_whole(self.memo, json.dumps(self._known).encode())
+            write_whole(self.memo, json.dumps(self._known, allow_nan=False).encode())
             self._new = {}
 
     def _read(self) -> dict[str, Any]:

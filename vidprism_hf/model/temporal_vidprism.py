@@ -69,7 +69,7 @@ class VidPrismFeatureWhitening(nn.Module):
         rotation, as from another seed.
 
         Raises:
-            ValueError: If there are no two different frames.
+            ValueError: If there are no two different frames, or features are not finite.
         """
         number, total, products = 0, 0.0, 0.0
         for clip in clips:
@@ -78,6 +78,8 @@ class VidPrismFeatureWhitening(nn.Module):
             products = products + frames.T @ frames
         if number < 2:
             raise ValueError(f"{number} frames, whitening needs two at least")
+        if not torch.isfinite(products).all():
+            raise ValueError("features of frames are not finite numbers")
         mean = total / number
         variances, directions = torch.linalg.eigh(products / number - torch.outer(mean, mean))
         if variances.max() <= 1e-12 * products.diagonal().sum() / number:

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         results[str(split)] = json.loads((run / "metrics.json").read_text())
     summary = {"splits": results, "mean": _mean(results)}
     beside = output / (FILE_NAME + ".tmp")
-    beside.write_text(json.dumps(summary, indent=2) + "\n")
+    beside.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
     os.replace(beside, output / FILE_NAME)
     _print(summary, output)
     return 0
