@@ -269,6 +269,13 @@ class VidPrismModel(VidPrismPreTrainedModel):
 class VidPrismForVideoClassification(VidPrismPreTrainedModel):
     """VidPrism with a linear classifier on the clip vector.
 
+    transformers' video pipeline takes one video at a time until it is told that there is nothing to pad:
+
+    ```python
+    classify.feature_extractor = classify.video_processor
+    classify(videos, batch_size=8)
+    ```
+
     In transformers' `Trainer` predictions are the logits, and the loss is the one below. With
     `label_smoothing_factor` it is not: `Trainer` then computes its own from the logits alone, without the auxiliary
     losses, and the score heads of RgSTA, which learn from the rank loss only, stay as they are.

@@ -8,7 +8,6 @@ import lightning as L
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from safetensors import SafetensorError
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MetricCollection
@@ -21,6 +20,7 @@ from ..errors import UserError, first_line, why_not_loaded
 from ..evaluation.labels import matched_labels
 from ..evaluation.scores import ScoreRecorder
 from ..model import VidPrismConfig, VidPrismForVideoClassification, VidPrismForVideoClassificationOutput
+from ..model.loading import load_classifier
 from ..model.temporal_vidprism import gate_balance_loss
 from .averaging import WeightEMA
 from .callbacks import BadClipReport, EpochPlace
@@ -383,10 +383,8 @@ def load_checkpoint(name_or_path: str, id2label: dict[int, str], num_frames: int
     """
     config, order = fitting_config(name_or_path, id2label, num_frames)
     config.num_frames = num_frames
-    try:
-        model = VidPrismForVideoClassification.from_pretrained(name_or_path, config=config, dtype=torch.float32)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"model.checkpoint {name_or_path}: cannot be loaded ({first_line(error)})") from error
+    place = f"model.checkpoint {name_or_path}"
+    model = load_classifier(name_or_path, config=config, dtype=torch.float32, place=place)
     with torch.no_grad():
         for parameter in model.classifier.parameters():
             parameter.copy_(parameter[order])
@@ -417,8 +415,8 @@ def read_checkpoint_config(name_or_path: str) -> VidPrismConfig:
         UserError: If it is no VidPrism checkpoint.
     """
     try:
-        config = AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError, StrictDataclassError) as error:
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    except Exception as error:  # what a file holds decides how transformers fails at it
         raise UserError(
             f"model.checkpoint {name_or_path}: cannot be loaded ({why_not_loaded(name_or_path, error)})"
         ) from error
