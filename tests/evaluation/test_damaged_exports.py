@@ -42,7 +42,7 @@ def refused(export, clip, capsys) -> str:
     [
         ({"rates": [0]}, "rates must be positive"),
         ({"rates": list(range(1, 2000))}, "rates must be 1 to 16"),
-        ({"num_frames": -1}, "num_frames must be at least 1"),
+        ({"num_frames": -1}, "must be at least 1, got -1"),
         ({"num_frames": 10**9}, "num_frames must be at least 1 and at most"),
         ({"merge_temperature": math.nan}, "merge_temperature must be a finite number"),
         ({"vision_config": []}, "vision_config"),

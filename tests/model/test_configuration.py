@@ -86,7 +86,7 @@ def test_labels_that_are_set_later_are_saved_with_their_inverse(tmp_path):
         ({"rates": [0]}, "rates must be positive integers"),
         ({"rates": [1, 10**9]}, "rates must be positive integers"),
         ({"rates": list(range(1, 2000))}, "rates must be 1 to 16 .*, got 1999"),
-        ({"num_frames": -1}, "num_frames must be at least 1 and at most 1024, got -1"),
+        ({"num_frames": -1}, "num_frames and kept_per_window must be at least 1, got -1"),
         ({"num_frames": 10**9}, "num_frames must be at least 1 and at most 1024"),
         ({"kept_per_window": 10**9}, "kept_per_window must be at least 1"),
         ({"hidden_size": 0}, "hidden_size must be at least 1"),

@@ -314,6 +314,10 @@ class VidPrismConfig(PreTrainedConfig):
 
     def validate_streams(self):
         """Part of `@strict` validation: the streams."""
+        if self.num_frames < 1 or self.kept_per_window < 1:
+            raise ValueError(
+                f"num_frames and kept_per_window must be at least 1, got {self.num_frames} and {self.kept_per_window}."
+            )
         check_range("num_frames", self.num_frames, MOST_FRAMES)
         check_range("kept_per_window", self.kept_per_window, MOST_FRAMES)
         check_range("slow_rate", self.slow_rate)
