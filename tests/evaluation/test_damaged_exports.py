@@ -49,7 +49,7 @@ def refused(export, clip, capsys) -> str:
         ({"vision_config": {"hidden_act": "none"}}, "is damaged"),
         ({"vision_config": {"num_hidden_layers": 60}}, "weights are missing"),
         ({"vision_config": {"hidden_size": 16384, "intermediate_size": 65536}}, "has shape"),
-        ({"vision_config": {"image_size": 4096}}, "position_embedding.weight has shape"),
+        ({"vision_config": {"image_size": 4096}}, "its processor crops to 32 x 32, its tower takes 4096 x 4096"),
         ({"id2label": {"0": "a", "1": "b", "2": "c"}, "label2id": None}, "classifier.bias has shape (3,), not (2,)"),
         ({"id2label": {"0": "a", "1": "a"}, "label2id": None}, "several indices have the name 'a'"),
         ({"id2label": {"0": "a", "2": "b"}, "label2id": None}, "indices must be 0 to 1"),
