@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from small import tiny_model, tiny_processor
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForVideoClassification,
+    Trainer,
+    TrainingArguments,
     VideoMAEConfig,
     VideoMAEForVideoClassification,
     pipeline,
@@ -110,6 +113,57 @@ def test_snippet_of_the_card_runs_in_the_folder(tmp_path, exported, clip, preamb
     snippet = f"import json\n{snippet.rstrip()}".replace('print(classify("clip.mp4"))', 'found = classify("clip.mp4")')
     found, _ = execute(tmp_path, preamble, snippet + "\nprint(json.dumps(found))", folder)
     assert {each["label"] for each in found} == {"growing", "shrinking"}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder for each way to save a model from Python, with its processor; it has the labels of the demo."""
+    root = tmp_path_factory.mktemp("saved")
+    model, processor = tiny_model(), tiny_processor()
+    model.save_pretrained(root / "save_pretrained")
+    processor.save_pretrained(root / "save_pretrained")
+    Trainer(model, TrainingArguments(root / "runs", report_to=[], use_cpu=True), processing_class=processor).save_model(
+        root / "trainer"
+    )
+    pipeline("video-classification", model=str(root / "trainer")).save_pretrained(root / "pipeline")
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["save_pretrained", "trainer", "pipeline"])
+def test_models_saved_from_python_need_no_package(tmp_path, saved, clip, way):
+    names = {path.name for path in (saved / way).iterdir()}
+    assert {path.name for path in (ROOT / "vidprism_hf" / "model").glob("*_vidprism.py")} <= names
+    result, _ = run(tmp_path, BLOCKED, saved / way, clip)
+    assert result["classes"][1:3] == ["VidPrismModel", "VidPrismForVideoClassification"]
+    found = pipeline("video-classification", model=str(saved / "save_pretrained"))(str(clip))
+    assert [each["label"] for each in result["found"]] == [each["label"] for each in found]
+    assert [each["score"] for each in result["found"]] == pytest.approx([each["score"] for each in found], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_code_that_came_with_a_model_is_saved_with_it(tmp_path, exported, clip):
+    """By a reader without the package, who changes a model and hands it on."""
+    script = """
+import json, sys
+from transformers import AutoModelForVideoClassification, pipeline
+
+folder, again, clip = sys.argv[1:]
+pipeline("video-classification", model=folder, **options).save_pretrained(again)
+"""
+    script += "found = pipeline('video-classification', model=again, **options)(clip)\nprint(json.dumps(found))"
+    found, _ = execute(tmp_path, BLOCKED, script, tmp_path, str(exported), str(tmp_path / "again"), str(clip))
+    assert {each["label"] for each in found} == {"growing", "shrinking"}
+
+
+def test_batches_of_a_pipeline(exported, motion_clips):
+    clips = sorted(str(path) for path in (motion_clips / "val").rglob("*.mp4"))[:3]
+    classify = pipeline("video-classification", model=str(exported))
+    expected = [classify(clip) for clip in clips]
+    classify.feature_extractor = classify.video_processor  # the line of the model's docstring
+    for one, alone in zip(classify(clips, batch_size=2), expected, strict=True):
+        assert [each["label"] for each in one] == [each["label"] for each in alone]
+        assert [each["score"] for each in one] == pytest.approx([each["score"] for each in alone], abs=1e-5)
 
 
 def test_pipeline_in_this_process(exported, clip, capsys):

@@ -33,7 +33,8 @@ class UserError(ValueError):
 
 def first_line(error: BaseException) -> str:
     """The first line of a library's message, which tells the cause; what follows are its hints."""
-    if isinstance(error, StrictDataclassError):  # its first line names the field alone
+    if isinstance(error, StrictDataclassError):  # its first line names the field or our validator alone
+        error = error.__cause__ if isinstance(error.__cause__, ValueError) else error
         return " ".join(str(error).split())
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 

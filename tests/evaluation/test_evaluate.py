@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shlex
 import shutil
@@ -16,6 +17,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from small import LABELS, NUM_FRAMES, complaint, files_of, motion_folder, tiny_export
 from stalled_files import stalled, wait_for_reader
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification, VideoMAEVideoProcessor
@@ -289,6 +291,20 @@ def test_a_revision_that_is_not_there(export, source, our_hub, capsys):
     ):
         assert main(["evaluate", *arguments(name, source, *options)]) == 1
         assert complaint(capsys).startswith(f"vidprism evaluate: {said}")
+
+
+@pytest.mark.parametrize(("value", "said"), [(math.nan, "holds values that are not finite"), (3e38, "the scores of ")])
+def test_scores_that_are_no_numbers_are_no_result(export, source, capsys, value, said):
+    state = load_file(export / "model.safetensors")
+    for name in ("classifier.weight", "vidprism.temporal_model.readout.norm.weight"):
+        state[name].fill_(value)
+    save_file(state, export / "model.safetensors", metadata={"format": "pt"})
+    before = (export / "README.md").read_bytes()
+    assert main(["evaluate", *arguments(export, source)]) == 1
+    message = complaint(capsys)
+    assert said in message
+    assert str(export) in message
+    assert (export / "README.md").read_bytes() == before
 
 
 def test_the_makefiles_folder_of_results(export, source, tmp_path, monkeypatch):

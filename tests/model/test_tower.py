@@ -1,9 +1,14 @@
 """The frame encoder: CLIP's own numbers at less cost, and freezing it, as a whole or up to a layer."""
 
+import weakref
+
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import BaseFinetuning
 from test_modeling import VISION, clips, enable_checkpointing, small
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import CLIPVisionModelWithProjection
 
 from vidprism_hf import VidPrismConfig
@@ -47,17 +52,19 @@ def test_attentions_of_all_layers():
 
 def stored(run) -> int:
     """Bytes of the activations that a forward pass keeps for the backward pass, each storage once."""
-    kept = {}
+    kept = []
 
-    def keep(tensor):
-        if not isinstance(tensor, torch.nn.Parameter):
-            kept[tensor.untyped_storage().data_ptr()] = tensor  # alive, so that no place is used twice
-        return tensor
+    class Saved:  # what the graph refers to: it goes when the graph lets go of the tensor
+        def __init__(self, tensor):
+            self.tensor = tensor
+            if not isinstance(tensor, torch.nn.Parameter):
+                kept.append(weakref.ref(self))
 
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
+    with saved_tensors_hooks(Saved, lambda saved: saved.tensor):
         output = run()
+    storages = [saved().tensor.untyped_storage() for saved in kept if saved() is not None]
     del output
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def test_keeps_less_than_clip():
@@ -79,24 +86,12 @@ def test_a_frozen_tower_stores_nothing(checkpointing):
     assert stored(lambda: vision_tower(pixels)) == 0
     features = model.vidprism.get_frame_features(pixels)
     assert not features.requires_grad
-    assert not features.is_inference()
     # The step from pixels keeps what the step from finished features keeps.
     from_pixels = stored(lambda: model(pixels, labels=labels).loss)
     assert from_pixels == stored(lambda: model(frame_features=features, labels=labels).loss)
     model(pixels, labels=labels).loss.backward()
     assert all(parameter.grad is None for parameter in vision_tower.parameters())
     assert all(parameter.grad is not None for parameter in model.vidprism.temporal_model.parameters())
-
-
-def test_a_frozen_tower_runs_in_inference_mode():
-    frozen, inside = tower(), []
-    for layer in frozen.vision_model.encoder.layers:
-        layer.register_forward_hook(lambda _, __, output: inside.append(output.is_inference()))
-    expected = frozen(clips())
-    frozen.freeze()
-    features = frozen(clips())
-    assert inside == [False] * LAYERS + [True] * LAYERS
-    torch.testing.assert_close(features, expected.detach())
 
 
 def test_a_frozen_tower_is_compiled_and_exported():
@@ -112,6 +107,98 @@ def test_a_frozen_tower_is_compiled_and_exported():
     compiled.sum().backward()
     torch.testing.assert_close(model[1].weight.grad, gradient)
     torch.testing.assert_close(torch.export.export(model, (pixels,)).module()(pixels), plain)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_requires_grad_unfreezes_a_frozen_tower(checkpointing):
+    model, labels = small().train(), torch.tensor([0, 2])
+    if checkpointing:
+        enable_checkpointing(model)
+    vision_tower = model.vidprism.vision_tower
+    model(clips(), labels=labels).loss.backward()
+    expected = {name: p.grad for name, p in vision_tower.named_parameters()}
+    model.zero_grad()
+    vision_tower.freeze()
+    model(clips(), labels=labels).loss.backward()
+    vision_tower.requires_grad_(True).train()
+    model.zero_grad()
+    model(clips(), labels=labels).loss.backward()
+    torch.testing.assert_close({name: p.grad for name, p in vision_tower.named_parameters()}, expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_pixels_get_a_gradient_through_a_frozen_tower(checkpointing, training):
+    model, saliency = small().train(training), []
+    if checkpointing:
+        enable_checkpointing(model)
+    for _ in range(2):
+        pixels = clips().requires_grad_()
+        model(pixels).logits.sum().backward()
+        saliency.append(pixels.grad)
+        model.vidprism.vision_tower.freeze()
+        model.train(training)
+    assert saliency[0].abs().sum() > 0
+    torch.testing.assert_close(*saliency)
+
+
+def test_part_of_a_frozen_tower_can_learn():
+    frozen = tower()
+    frozen.freeze()
+    frozen.vision_model.post_layernorm.requires_grad_(True)
+    frozen(clips()).square().sum().backward()
+    learns = {name for name, p in frozen.named_parameters() if p.grad is not None}
+    assert learns == {"vision_model.post_layernorm.weight", "vision_model.post_layernorm.bias"}
+
+
+def test_a_hook_can_add_what_learns_to_a_frozen_tower():
+    frozen, shift = tower(), torch.nn.Parameter(torch.zeros(VISION["hidden_size"]))
+    frozen.freeze()
+    frozen.vision_model.encoder.layers[0].register_forward_hook(lambda _, __, output: output + shift)
+    frozen(clips()).square().sum().backward()
+    assert shift.grad.abs().sum() > 0
+
+
+class Unfreeze(BaseFinetuning):
+    """Lightning's gradual unfreezing: the head first, the tower from epoch 1 on."""
+
+    def freeze_before_training(self, module):
+        self.freeze(module.model.vidprism.vision_tower)
+
+    def finetune_function(self, module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(module.model.vidprism.vision_tower, optimizer, lr=1e-2)
+
+
+class Classifier(L.LightningModule):
+    """Another project's module around the model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.moved = model, []
+        self.start = self.patches()
+
+    def patches(self):
+        return self.model.vidprism.vision_tower.vision_model.embeddings.patch_embedding.weight.detach().clone()
+
+    def training_step(self, batch, _):
+        return self.model(pixel_values_videos=batch[0], labels=batch[1]).loss
+
+    def on_train_epoch_end(self):
+        self.moved.append(not torch.equal(self.patches(), self.start))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+
+def test_lightning_unfreezes_a_frozen_tower():
+    model = small()
+    model.vidprism.vision_tower.freeze()
+    module = Classifier(model)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = L.Trainer(max_epochs=2, accelerator="cpu", callbacks=[Unfreeze()], **quiet)
+    trainer.fit(module, DataLoader(TensorDataset(clips(), torch.tensor([0, 2])), 2))
+    assert module.moved == [False, True]
 
 
 def tower_gradients(model) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ from small import complaint, motion_folder, run_arguments
 from vidprism_hf import VidPrismLightningModule
 from vidprism_hf.cli import main
 from vidprism_hf.data import VideoDataModule
+from vidprism_hf.errors import UserError
 from vidprism_hf.model.modeling_vidprism import VidPrismForVideoClassification, VidPrismVisionTower
 
 ROOT = Path(__file__).parents[2]
@@ -165,6 +166,22 @@ def test_it_needs_a_trainer(motion_clips, tmp_path):
     data = VideoDataModule(str(motion_clips), processor="tiny", train_views=1, feature_cache=str(tmp_path))
     with pytest.raises(ValueError, match="needs the tower"):
         data.train_dataloader()
+
+
+def test_a_tower_that_is_unfrozen_on_the_way_ends_the_run(motion_clips, tmp_path):
+    class Unfreeze(L.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            pl_module.model.vidprism.vision_tower.requires_grad_(trainer.current_epoch == 1)
+
+    settings = {"feature_cache": str(tmp_path / "cache"), "train_views": 1, "processor": "tiny", "num_workers": 0}
+    data = VideoDataModule(str(motion_clips), num_frames=8, batch_size=4, **settings)
+    labels = {0: "growing", 1: "shrinking"}
+    module = VidPrismLightningModule(id2label=labels, backbone="tiny", num_frames=8, freeze_backbone=True)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = L.Trainer(max_epochs=2, accelerator="cpu", callbacks=[Unfreeze()], **quiet)
+    with pytest.raises(UserError, match=r"data.feature_cache: a tower that learns has no features to keep"):
+        trainer.fit(module, data)
+    assert trainer.current_epoch == 1
 
 
 def test_views_repeat_after_their_number(motion_clips):

@@ -3,6 +3,7 @@
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import BaseFinetuning
 from small import LABELS, NUM_FRAMES, tiny_export
 from synthetic import random_batches, trainer
 from torch.utils.data import DataLoader
@@ -86,6 +87,40 @@ def test_frozen_backbone(tmp_path, frozen):
     changed = {name for name, tensor in model.model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert any(name.startswith("vidprism.vision_tower.") for name in changed) is not frozen
     assert {"classifier.weight", "vidprism.temporal_model.readout.query"} <= changed
+
+
+class Unfreeze(BaseFinetuning):
+    """Lightning's gradual unfreezing: the head first, the tower from epoch 1 on, ten times as fast."""
+
+    def freeze_before_training(self, pl_module):
+        pl_module.configure_model()
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            tower = pl_module.model.vidprism.vision_tower
+            self.unfreeze_and_add_param_group(tower, optimizer, lr=0.1, initial_denom_lr=1)
+
+
+class Rates(L.Callback):
+    """The learning rates at each step, and the layers that moved in it."""
+
+    def __init__(self):
+        self.rates, self.patches = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+        embeddings = pl_module.model.vidprism.vision_tower.vision_model.embeddings
+        self.patches.append(embeddings.patch_embedding.weight.detach().clone())
+
+
+def test_a_callback_unfreezes_the_backbone(tmp_path):
+    watch = Rates()
+    trainer(tmp_path, max_epochs=2, callbacks=[Unfreeze(), watch]).fit(module(freeze_backbone=True), random_batches(2))
+    assert torch.equal(watch.patches[0], watch.patches[1])
+    assert not torch.equal(watch.patches[1], watch.patches[2])
+    assert len(watch.rates[1]) < len(watch.rates[2])
+    head, tower = watch.rates[2][0], watch.rates[2][-1]  # both on the cosine
+    assert tower == pytest.approx(head / 1e-2 * 0.1)
 
 
 def test_partly_frozen_backbone(tmp_path):

@@ -71,3 +71,13 @@ def test_only_a_whitening_asks_for_kept_features():
     fit_whitening(tiny_model(), None)  # a training on a loader of one's own
     with pytest.raises(UserError, match="fitted to kept features"):
         fit_whitening(tiny_model(feature_norm="whitened"), None)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_no_numbers_are_not_fitted_to(value):
+    whitening = VidPrismFeatureWhitening(4, 4)
+    frames = torch.randn(2, 3, 4)
+    frames[1, 2, 0] = value
+    with pytest.raises(ValueError, match="features of frames are not finite numbers"):
+        whitening.fit(frames)
+    assert not whitening.num_frames

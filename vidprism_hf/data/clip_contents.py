@@ -94,7 +94,7 @@ class ContentHashes:
             return
         with suppress(OSError), FileLock(self.memo.with_name(f".{self.memo.name}.lock")):
             self._known = self._read() | self._new
-            atomic_write(self.memo, json.dumps(self._known).encode())
+            atomic_write(self.memo, json.dumps(self._known, allow_nan=False).encode())
             self._new = {}
 
     def _read(self) -> dict[str, Any]:

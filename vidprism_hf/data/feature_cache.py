@@ -140,7 +140,7 @@ class FeatureCache:
     def _part(self, clips: ClipDataset, ranks: Ranks) -> Part:
         about = self._about(clips)
         kind = "train" if clips.reader.augmentation else "test"
-        folder = self.folder / f"{kind}-{row_hash(json.dumps(about, sort_keys=True))}"
+        folder = self.folder / f"{kind}-{row_hash(json.dumps(about, sort_keys=True, allow_nan=False))}"
         hashes = ContentHashes(self.folder / "contents.json", clips.reader.time_limit)
         contents: list[tuple[str | None, Signature | None]] = [(None, None)] * len(clips)
         share = ranks.share(range(len(clips)))
@@ -221,7 +221,13 @@ class FeatureCache:
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Features (B, T', D) of pixels (B, T, 3, H, W), both on the CPU, or the same with views, (B, views, ...)."""
-        return self.encoder.encode(pixels.flatten(0, -5)).cpu().unflatten(0, pixels.shape[:-4])
+        features = self.encoder.encode(pixels.flatten(0, -5)).cpu()
+        if not torch.isfinite(features).all():
+            raise DataError(
+                "data.feature_cache: the tower gives features that are not finite numbers; its weights or its "
+                "processor's settings are damaged, or it needs a wider trainer.precision"
+            )
+        return features.unflatten(0, pixels.shape[:-4])
 
     def _check_room(self, parts: dict[str, Part], blanks: dict[str, torch.Tensor]) -> None:
         """Reports what the features come to, before they are computed.
@@ -266,7 +272,7 @@ class FeatureCache:
         folder = part.shards.folder
         folder.mkdir(exist_ok=True)
         part.shards.sweep()
-        atomic_write(folder / "about.json", (json.dumps(part.about, indent=2) + "\n").encode())
+        atomic_write(folder / "about.json", (json.dumps(part.about, indent=2, allow_nan=False) + "\n").encode())
 
     def _compute(
         self, name: str, part: Part, rows: list[tuple[int, int]], new: dict[str, torch.Tensor]

@@ -112,7 +112,7 @@ class Part:
         """Adds to them."""
         if new:
             content = {"decoder": DECODER, "causes": self.known_causes() | new}
-            atomic_write(self.shards.folder / BAD, json.dumps(content).encode())
+            atomic_write(self.shards.folder / BAD, json.dumps(content, allow_nan=False).encode())
 
     def learn(self, known: dict[str, str]) -> None:
         """Takes the clips for bad of which a row is among the keys."""

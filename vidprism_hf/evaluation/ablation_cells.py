@@ -42,7 +42,9 @@ def read_cells(path: Path) -> dict[str, Cell]:
 def append_cell(path: Path, key: str, cell: Cell) -> None:
     """Adds a finished cell in one write, on a line of its own."""
     right = "".join(str(int(right)) for right in cell.right)
-    line = json.dumps({"key": key, "right": right, "parameters": cell.parameters, "seconds": cell.seconds})
+    line = json.dumps(
+        {"key": key, "right": right, "parameters": cell.parameters, "seconds": cell.seconds}, allow_nan=False
+    )
     torn = path.exists() and not path.read_bytes().endswith(b"\n")
     with open(path, "ab") as file:
         file.write(b"\n" * torn + line.encode() + b"\n")

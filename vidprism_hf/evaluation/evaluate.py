@@ -12,7 +12,6 @@ from pathlib import Path
 import lightning as L
 import yaml
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import StrictDataclassError
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities import rank_zero_only
 from transformers import AutoConfig, PreTrainedConfig
@@ -127,7 +126,7 @@ def find(name: str, revision: str | None) -> tuple[PreTrainedConfig, str | None]
     place = name if revision is None else f"{name} at {revision}"
     try:
         config = AutoConfig.from_pretrained(name, revision=commit or revision, trust_remote_code=False)
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except Exception as error:  # what a file holds decides how transformers fails at it
         raise UserError(f"{place}: cannot be loaded ({why_not_loaded(name, error)})") from error
     if unknown is not None:
         raise UserError(f"{place}: cannot be loaded ({first_line(unknown)})") from unknown

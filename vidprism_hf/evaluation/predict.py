@@ -11,12 +11,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from safetensors import SafetensorError
 from torch.utils.data import Dataset
-from transformers import AutoModelForVideoClassification, AutoVideoProcessor
+from transformers import AutoVideoProcessor
 
-from ..errors import UserError, first_line, printable, why_not_loaded
+from ..errors import UserError, first_line, printable
 from ..model import VideoDecodeError, VidPrismForVideoClassification, VidPrismVideoProcessor
+from ..model.loading import load_classifier, load_config, named, one_line
 from ..workers import clip_loader, start_server
 
 STDIN = "-"
@@ -71,6 +71,9 @@ def predict(
         top_k: Labels per file; no more than there are.
         batch_size: Files that go through the model together.
         workers: Processes that decode the next batches meanwhile; 0 decodes in between.
+
+    Raises:
+        UserError: If scores are not finite.
     """
     clips = DecodedFiles(files, processor, model.config.num_frames)
     loader = clip_loader(
@@ -111,7 +114,12 @@ def _classify(
         processor.image_std,
     )
     with torch.inference_mode():
-        scores = model(pixels.to(model.dtype)).logits.float().softmax(-1)
+        scores = model(pixels.to(model.dtype), return_dict=True).logits.float().softmax(-1)
+    if not torch.isfinite(scores).all():
+        raise UserError(
+            f"{model.name_or_path or 'the model'}: gives scores that are not finite numbers in {model.dtype}; its "
+            "weights or its processor's settings are damaged, or it needs a precision with a wider range"
+        )
     best = scores.topk(min(top_k, model.config.num_labels))
     labels = [[model.config.id2label[index] for index in row] for row in best.indices.tolist()]
     return list(zip(labels, best.values.tolist(), strict=True))
@@ -162,7 +170,7 @@ def print_predictions(predictions: Iterable[Prediction], as_json: bool) -> int:
     for prediction in predictions:
         failed += prediction.error is not None
         if as_json:
-            print(json.dumps(vars(prediction)), flush=True)
+            print(json.dumps(vars(prediction), allow_nan=False), flush=True)
         elif prediction.error:
             print(f"vidprism predict: {printable(prediction.error)}", file=sys.stderr, flush=True)
         else:
@@ -226,20 +234,16 @@ def load(
         revision: Branch, tag or commit on the Hub; main if None.
 
     Raises:
-        UserError: If there is no such model, it is no VidPrism, or some of its weights are not there.
+        UserError: If there is no such model, it is no VidPrism, or its files are damaged.
     """
     if revision is not None and os.path.isdir(name_or_path):
         raise UserError(f"--revision {revision}: {name_or_path} is a folder, which has none; leave it out")
-    try:
-        model, info = AutoModelForVideoClassification.from_pretrained(
-            name_or_path, revision=revision, output_loading_info=True
-        )
-        processor = AutoVideoProcessor.from_pretrained(name_or_path, revision=revision)
-    except (OSError, ValueError, SafetensorError) as error:
-        place = name_or_path if revision is None else f"{name_or_path} at {revision}"
-        raise UserError(f"{place}: cannot be loaded ({why_not_loaded(name_or_path, error)})") from error
-    if not isinstance(model, VidPrismForVideoClassification):
-        raise UserError(f"{name_or_path}: a {model.config.model_type} model, not a VidPrism")
-    if missing := sorted(info["missing_keys"]):  # transformers has filled them with random numbers
-        raise UserError(f"{name_or_path}: not a whole classifier, {len(missing)} weights are missing ({missing[0]})")
-    return model, processor
+    config = load_config(name_or_path, revision)
+    with one_line(name_or_path, named(name_or_path, revision), "video_preprocessor_config.json"):
+        processor = AutoVideoProcessor.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
+        crop, edge = processor.crop_size, config.vision_config.image_size
+        if processor.do_center_crop and (crop["height"], crop["width"]) != (edge, edge):
+            raise ValueError(
+                f"its processor crops to {crop['height']} x {crop['width']}, its tower takes {edge} x {edge}"
+            )
+    return load_classifier(name_or_path, revision, config=config), processor

@@ -258,7 +258,7 @@ class Evaluation(Subject):
             "confusion": {"labels": self.labels, "counts": self.metrics.confusion.tolist()},
             "versions": {name: version(name) for name in PACKAGES},
         }
-        text = json.dumps(rounded(content), indent=2)
+        text = json.dumps(rounded(content), indent=2, allow_nan=False)
         # A row of the matrix is a line.
         return re.sub(r"\[\n[\d\s,]+\]", lambda row: "[" + " ".join(row[0][1:-1].split()) + "]", text) + "\n"
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import lightning as L
+import numpy as np
 from lightning.pytorch import Trainer
 from transformers import PreTrainedConfig
 
@@ -98,6 +99,11 @@ def evaluate_held_out(
         raise NotEvaluated(
             f"{found.repeated[0]}: was evaluated more than once ({len(found.repeated)} such clips); list each held-out "
             "clip once, and leave trainer.use_distributed_sampler false"
+        )
+    if nowhere := int((found.readable & np.isnan(found.scores).any(axis=1)).sum()):
+        raise NotEvaluated(
+            f"{subject.model}: the scores of {nowhere} clips are not finite numbers; its weights or its processor's "
+            "settings are damaged, or it needs a precision with a wider range (trainer.precision)"
         )
     unreadable = [BadClip("val", name, data.id2label[label], cause) for name, (label, cause) in found.notes.items()]
     metrics = measure(found.scores, found.labels, found.readable)

@@ -26,9 +26,9 @@ import torch
 from huggingface_hub import ModelCard, save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 
-from .. import model as model_package
 from ..errors import UserError, first_line
-from ..model import VidPrismConfig, VidPrismForVideoClassification, VidPrismModel, VidPrismVideoProcessor
+from ..model import VidPrismConfig, VidPrismForVideoClassification, VidPrismVideoProcessor
+from ..model.loading import empty_model
 from ..util import preview
 from .card import UNKNOWN, merge_card
 from .own_files import NotOwn, read_own
@@ -45,13 +45,6 @@ EXPORT_FILES = re.compile(
     r"|figures/\w+\.png|recipe\.yaml|split\.json|train_clips\.txt|\.eval_results/[\w-]+\.yaml"
 )
 FOLDERS = frozenset({"figures", ".eval_results"})
-# What each Auto class finds in the exported code files under trust_remote_code.
-AUTO_CLASSES = {
-    "AutoConfig": VidPrismConfig,
-    "AutoModel": VidPrismModel,
-    "AutoModelForVideoClassification": VidPrismForVideoClassification,
-    "AutoVideoProcessor": VidPrismVideoProcessor,
-}
 
 
 class ExportError(UserError):
@@ -94,8 +87,6 @@ def export_model(
         save_torch_state_dict(state, partial, max_shard_size=max_shard_size)
         save_configuration(model.config, next(t.dtype for t in state.values() if t.is_floating_point()), partial)
         save_processor(processor, model.config.num_frames, partial)
-        for code in Path(model_package.__file__).parent.glob("*_vidprism.py"):
-            shutil.copyfile(code, partial / code.name)
         for name, content in (files or {}).items():
             if not EXPORT_FILES.fullmatch(name):
                 raise ValueError(f"{name}: no file of an export")
@@ -134,16 +125,9 @@ def prepare_weights(
     return prepared
 
 
-def empty_model(config: VidPrismConfig) -> VidPrismForVideoClassification:
-    """A model without weights, which tells their names, shapes and precisions."""
-    with torch.device("meta"):
-        return VidPrismForVideoClassification(copy.deepcopy(config))
-
-
 def save_configuration(config: VidPrismConfig, dtype: torch.dtype, folder: Path) -> None:
-    """Writes config.json, which must not depend on the class that a strategy wraps the model in."""
+    """Writes config.json, whatever class a strategy wraps the model in, and the code that it names."""
     config = copy.deepcopy(config)
-    config.auto_map = auto_map()
     config.architectures = [VidPrismForVideoClassification.__name__]
     config.dtype = dtype
     config.save_pretrained(folder)
@@ -152,13 +136,7 @@ def save_configuration(config: VidPrismConfig, dtype: torch.dtype, folder: Path)
 def save_processor(processor: VidPrismVideoProcessor, num_frames: int, folder: Path) -> None:
     """Writes the processor's configuration with the model's number of frames."""
     processor = VidPrismVideoProcessor(**processor.to_dict() | {"num_frames": num_frames})
-    processor.auto_map = {"AutoVideoProcessor": auto_map()["AutoVideoProcessor"]}
     processor.save_pretrained(folder)
-
-
-def auto_map() -> dict[str, str]:
-    """The Auto classes and where trust_remote_code finds each, as config.json states it."""
-    return {auto: f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}" for auto, cls in AUTO_CLASSES.items()}
 
 
 def readme(folder: Path, card: ModelCard) -> str:

@@ -11,6 +11,9 @@ from .outputs_vidprism import VidPrismForVideoClassificationOutput, VidPrismMode
 from .video_decoding_vidprism import VideoDecodeError, VideoInfo, check_video, decode_video, segment_centers
 from .video_processing_vidprism import VidPrismVideoProcessor
 
+# Its save_pretrained then writes its code, too; the configuration's does for the models.
+VidPrismVideoProcessor.register_for_auto_class("AutoVideoProcessor")
+
 __all__ = [
     "VISION_PRESETS",
     "VidPrismConfig",

@@ -9,6 +9,7 @@ Shapes: B clips, T frames, D width, N streams (= experts), L_i frames in stream 
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,12 +29,16 @@ from .temporal_vidprism import (
     VidPrismGateOutput,
     VidPrismInteraction,
     VidPrismReadout,
+    VidPrismWeights,
     expert_diversity_loss,
     gate_balance_loss,
     interaction_edges,
     pool_windows,
 )
 from .tower_vidprism import VidPrismVisionTower, load_vision_tower
+
+# What any forward pass takes besides its inputs.
+OPTIONS = {"output_attentions", "output_hidden_states", "output_losses", "output_streams"}
 
 
 class VidPrismPreTrainedModel(PreTrainedModel):
@@ -47,7 +52,16 @@ class VidPrismPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
-    _no_split_modules = ["CLIPEncoderLayer", "VidPrismClassTokenLayer", "VidPrismExpert"]  # noqa: RUF012 (transformers' convention)
+    # The loss is a mean over the batch's clips, whatever else a batch is part of: Trainer has to divide it among the
+    # batches that it accumulates. It believes the opposite of any forward with **kwargs.
+    accepts_loss_kwargs = False
+    # What runs on one device: beside the layers all that puts results of several parts together.
+    _no_split_modules = [  # noqa: RUF012 (transformers' convention)
+        "CLIPVisionEmbeddings",
+        "CLIPEncoderLayer",
+        "VidPrismClassTokenLayer",
+        "VidPrismTemporalModel",
+    ]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -56,16 +70,16 @@ class VidPrismPreTrainedModel(PreTrainedModel):
             # All gates start half open, whatever the scale of the features: a closed one gets no gradient.
             init.normal_(module.weight, std=1e-3)
             init.zeros_(module.bias)
-        elif isinstance(module, (nn.Linear, nn.Conv1d)):
+        elif isinstance(module, nn.LayerNorm) or (isinstance(module, VidPrismWeights) and module.weight.dim() == 1):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, (nn.Linear, VidPrismWeights)):
             if self.config.zero_init_residual and getattr(module, "ends_residual", False):
                 init.zeros_(module.weight)
             else:
                 init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
         elif isinstance(module, VidPrismFeatureWhitening):
             init.zeros_(module.mean)
             init.eye_(module.weight)
@@ -74,6 +88,23 @@ class VidPrismPreTrainedModel(PreTrainedModel):
             init.normal_(module.query, std=0.02)
         elif isinstance(module, VidPrismTemporalModel) and module.position_embedding is not None:
             init.normal_(module.position_embedding, std=0.02)
+
+
+def known_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of a forward pass's further arguments that are given.
+
+    PEFT and others hand every model the arguments of a text model, as None where a caller has not set them.
+
+    Raises:
+        TypeError: If one is given that no VidPrism model takes.
+    """
+    given = {name: value for name, value in arguments.items() if value is not None}
+    if unknown := sorted(given.keys() - OPTIONS):
+        raise TypeError(
+            f"VidPrism takes no {', '.join(unknown)}: it reads pixel_values_videos, or frame_features (with PEFT pass "
+            f"them by name), and takes labels and {', '.join(sorted(OPTIONS))}."
+        )
+    return given
 
 
 class VidPrismTemporalModel(VidPrismPreTrainedModel):
@@ -132,7 +163,9 @@ class VidPrismTemporalModel(VidPrismPreTrainedModel):
             frame_features: (B, T, D_features), any T >= 1.
             output_streams: Also return the streams, the frames' importance and the frames kept.
             output_losses: Also return the three auxiliary losses, unweighted.
+            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
         """
+        kwargs = known_arguments(kwargs)
         to_width = self.feature_norm or self.input_projection
         frames = frame_features if to_width is None else to_width(frame_features)
         if self.position_embedding is not None:
@@ -203,13 +236,17 @@ class VidPrismModel(VidPrismPreTrainedModel):
             pixel_values_videos: (B, T, 3, H, W), normalised by the video processor; any T >= 1.
             frame_features: (B, T, D_features) instead of pixels, where the tower has run already.
             kwargs: `output_streams`, `output_losses`, `output_hidden_states`, `output_attentions`: see
-                `VidPrismModelOutput`.
+                `VidPrismModelOutput`; `return_dict`.
+
+        Raises:
+            TypeError: If there is any other argument that is not None.
         """
+        kwargs = known_arguments(kwargs)
         if (pixel_values_videos is None) == (frame_features is None):
             raise ValueError("Give either pixel_values_videos or frame_features.")
         if frame_features is None:
             frame_features = self.get_frame_features(pixel_values_videos)
-        return self.temporal_model(frame_features, **kwargs)
+        return self.temporal_model(frame_features, return_dict=True, **kwargs)
 
     def get_frame_features(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
         """Frame features (B, T, D_features) of clips (B, T, 3, H, W)."""
@@ -226,11 +263,23 @@ class VidPrismModel(VidPrismPreTrainedModel):
         """
         if self.projection_head is None:
             raise ValueError("This model has no projection head (config.projection_head is false).")
-        return self.projection_head(self(pixel_values_videos).pooler_output)
+        return self.projection_head(self(pixel_values_videos, return_dict=True).pooler_output)
 
 
 class VidPrismForVideoClassification(VidPrismPreTrainedModel):
-    """VidPrism with a linear classifier on the clip vector."""
+    """VidPrism with a linear classifier on the clip vector.
+
+    transformers' video pipeline takes one video at a time until it is told that there is nothing to pad:
+
+    ```python
+    classify.feature_extractor = classify.video_processor
+    classify(videos, batch_size=8)
+    ```
+
+    In transformers' `Trainer` predictions are the logits, and the loss is the one below. With
+    `label_smoothing_factor` it is not: `Trainer` then computes its own from the logits alone, without the auxiliary
+    losses, and the score heads of RgSTA, which learn from the rank loss only, stay as they are.
+    """
 
     def __init__(self, config: VidPrismConfig):
         super().__init__(config)
@@ -256,11 +305,16 @@ class VidPrismForVideoClassification(VidPrismPreTrainedModel):
             labels: (B,) class indices ((B, K) for multi-label problems). With labels the loss and its parts are
                 returned.
             kwargs: `output_streams`, `output_losses` (always with labels), `output_hidden_states`,
-                `output_attentions`: see `VidPrismModelOutput`.
+                `output_attentions`: see `VidPrismModelOutput`; `return_dict`. Of other tools' text arguments, such as
+                `attention_mask`, None is accepted.
+
+        Raises:
+            TypeError: If there is any other argument that is not None.
         """
+        kwargs = known_arguments(kwargs)
         if labels is not None:
             kwargs["output_losses"] = True
-        clip = self.vidprism(pixel_values_videos, frame_features=frame_features, **kwargs)
+        clip = self.vidprism(pixel_values_videos, frame_features=frame_features, return_dict=True, **kwargs)
         logits = self.classifier(self.dropout(clip.pooler_output))
         output = VidPrismForVideoClassificationOutput(logits=logits)
         if labels is not None:

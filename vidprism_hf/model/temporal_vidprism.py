@@ -5,7 +5,8 @@ w = k * r frames in a window, W = ceil(T / w) windows, L_i frames in stream i, H
 
 Loops run over streams and edges, which are few and fixed by the configuration; never over clips, frames or
 windows. Nothing branches on data or waits for the device. At these sizes a step costs what its operations cost to
-start, so what is small goes through all streams in one operation: RgSTA, the gates, the way up of DBI.
+start, so what is small goes through all streams in one operation: RgSTA, the gates, the way up of DBI. The layers of
+these are `VidPrismWeights`; all others compute in their own forward.
 """
 
 import math
@@ -68,7 +69,7 @@ class VidPrismFeatureWhitening(nn.Module):
         rotation, as from another seed.
 
         Raises:
-            ValueError: If there are no two different frames.
+            ValueError: If there are no two different frames, or features are not finite.
         """
         number, total, products = 0, 0.0, 0.0
         for clip in clips:
@@ -77,6 +78,8 @@ class VidPrismFeatureWhitening(nn.Module):
             products = products + frames.T @ frames
         if number < 2:
             raise ValueError(f"{number} frames, whitening needs two at least")
+        if not torch.isfinite(products).all():
+            raise ValueError("features of frames are not finite numbers")
         mean = total / number
         variances, directions = torch.linalg.eigh(products / number - torch.outer(mean, mean))
         if variances.max() <= 1e-12 * products.diagonal().sum() / number:
@@ -96,6 +99,29 @@ def _rotation(size: int) -> torch.Tensor:
     """A rotation that is the same each time."""
     generator = torch.Generator().manual_seed(0)
     return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
+
+
+class VidPrismWeights(nn.Module):
+    """A layer that hands over its weight and bias, for one operation on those of several layers.
+
+    The weights pass through its call, so that whatever hooks into calls finds it: offloading (accelerate), weight
+    norm, parametrisations. It is neither `nn.Linear` nor `nn.Conv1d`: what replaces these computes outputs of its own
+    (LoRA's "all-linear", dynamic quantisation), for which nobody would ask here.
+    """
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.weight = layer.weight
+        self.register_parameter("bias", layer.bias)
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.weight, self.bias
+
+
+def stacked(layers: Iterable[VidPrismWeights]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weights and biases of equal layers along a new first axis."""
+    weights, biases = zip(*(layer() for layer in layers), strict=True)
+    return torch.stack(weights), None if biases[0] is None else torch.stack(biases)
 
 
 def split_into_windows(frames: torch.Tensor, window: int, fill: float = 0.0) -> torch.Tensor:
@@ -127,9 +153,9 @@ class VidPrismFrameMerger(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.metric_proj = nn.Linear(width, width)
-        self.score_norm = nn.LayerNorm(width)
-        self.score_head = nn.Linear(width, 1, bias=False)
+        self.metric_proj = VidPrismWeights(nn.Linear(width, width))
+        self.score_norm = VidPrismWeights(nn.LayerNorm(width))
+        self.score_head = VidPrismWeights(nn.Linear(width, 1, bias=False))
 
 
 class VidPrismFrameMergers(nn.ModuleList):
@@ -191,14 +217,13 @@ class VidPrismFrameMergers(nn.ModuleList):
 
     def _project(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The unit metric vectors (B, N, T, D) and the predicted scores (B, N, T) of all streams, in float32."""
-        weight = torch.cat([merger.metric_proj.weight for merger in self])
-        bias = torch.cat([merger.metric_proj.bias for merger in self])
-        metric = F.linear(frames, weight, bias).unflatten(-1, (len(self), -1))  # (B, T, N, D)
+        weight, bias = stacked(merger.metric_proj for merger in self)
+        metric = F.linear(frames, weight.flatten(0, 1), bias.flatten()).unflatten(-1, (len(self), -1))  # (B, T, N, D)
         # The norms' scale and shift go into the score heads, so that one normalisation serves all streams.
-        heads = torch.cat([merger.score_head.weight for merger in self])
-        scale = torch.stack([merger.score_norm.weight for merger in self]) * heads
-        shift = torch.stack([merger.score_norm.bias for merger in self]) * heads
-        normed = F.layer_norm(metric, metric.shape[-1:], eps=self[0].score_norm.eps)
+        scale, shift = stacked(merger.score_norm for merger in self)
+        heads = stacked(merger.score_head for merger in self)[0].squeeze(1)
+        scale, shift = scale * heads, shift * heads
+        normed = F.layer_norm(metric, metric.shape[-1:])
         predicted = (normed * scale).sum(dim=-1, dtype=torch.float32) + shift.sum(dim=-1, dtype=torch.float32)
         return F.normalize(metric.float(), dim=-1).transpose(1, 2), predicted.transpose(1, 2)
 
@@ -243,7 +268,7 @@ class VidPrismInteraction(nn.Module):
 
     def __init__(self, config: VidPrismConfig):
         super().__init__()
-        rates, width = config.rates, config.hidden_size
+        self.rates, width = config.rates, config.hidden_size
         self.threshold = config.gate_threshold
         self.last_wins = config.interaction_update == "last"
         self.edges = interaction_edges(config)
@@ -258,9 +283,7 @@ class VidPrismInteraction(nn.Module):
         self.slow_to_fast = nn.Linear(width, width) if upward else None
         self.fast_to_slow = nn.ModuleDict(
             {
-                f"{src}_{dst}": nn.Conv1d(
-                    width, width, 5, stride=max(1, rates[dst] // rates[src]), padding=2, bias=False
-                )
+                f"{src}_{dst}": VidPrismWeights(nn.Conv1d(width, width, 5, bias=False))
                 for src, dst in self.edges
                 if src < dst
             }
@@ -283,7 +306,7 @@ class VidPrismInteraction(nn.Module):
         padded = {src: F.pad(streams[src], (0, 0, 2, 2)) for src in {src for src, dst in self.edges if src < dst}}
         for src, dst in self.edges:
             if src < dst:
-                message = self._message_down(padded[src], streams[dst].shape[1], self.fast_to_slow[f"{src}_{dst}"])
+                message = self._message_down(padded[src], streams[dst].shape[1], src, dst)
                 updated[dst] = updated[dst] + strengths[src * len(streams) + dst][:, None, None] * message
         return updated, gates
 
@@ -292,9 +315,8 @@ class VidPrismInteraction(nn.Module):
         means = [stream.mean(dim=1) for stream in streams]
         inputs = torch.cat([means[index] for pair in self.gate_inputs for index in pair], dim=-1)
         values = inputs.unflatten(-1, (len(self.gates), -1)).transpose(0, 1)  # (gates, B, 2 D)
-        first, relu, second, sigmoid = zip(*self.gates.values(), strict=True)
-        values = relu[0](_linear_of_each(values, first))
-        values = sigmoid[0](_linear_of_each(values, second)).squeeze(-1)
+        values = _linear_of_each(values, [gate["0"] for gate in self.gates.values()]).relu()
+        values = _linear_of_each(values, [gate["2"] for gate in self.gates.values()]).sigmoid().squeeze(-1)
         by_gate = dict(zip(self.gate_inputs, values.unbind(), strict=True))
         none = -torch.ones_like(values[0])  # below every threshold
         pairs = [(src, dst) for src in range(len(streams)) for dst in range(len(streams))]
@@ -322,22 +344,23 @@ class VidPrismInteraction(nn.Module):
         mixing = upward * interpolation(lengths, frames.device).to(upward.dtype)
         return list((frames + mixing @ self.slow_to_fast(frames)).split(lengths, dim=1))
 
-    def _message_down(self, stream: torch.Tensor, length: int, conv: nn.Conv1d) -> torch.Tensor:
-        """The temporal convolution of a padded stream, resampled to a length where it comes out at another one.
+    def _message_down(self, stream: torch.Tensor, length: int, src: int, dst: int) -> torch.Tensor:
+        """The temporal convolution of an edge on a padded stream, resampled where it comes out at another length.
 
         As a matrix product over unfolded frames: the libraries' convolutions are slow at so few frames.
         """
-        frames = stream.unfold(1, 5, conv.stride[0]).flatten(2)  # (B, L, 5 D)
-        message = F.linear(frames, conv.weight.flatten(1))
+        stride = max(1, self.rates[dst] // self.rates[src])
+        frames = stream.unfold(1, 5, stride).flatten(2)  # (B, L, 5 D)
+        weight, _ = self.fast_to_slow[f"{src}_{dst}"]()
+        message = F.linear(frames, weight.flatten(1))
         if message.shape[1] != length:
             message = F.interpolate(message.transpose(1, 2), size=length, mode="linear").transpose(1, 2)
         return message
 
 
-def _linear_of_each(values: torch.Tensor, layers: Sequence[nn.Linear]) -> torch.Tensor:
+def _linear_of_each(values: torch.Tensor, layers: Iterable[VidPrismWeights]) -> torch.Tensor:
     """Layer i on values[i], (G, B, in) -> (G, B, out)."""
-    weight = torch.stack([layer.weight for layer in layers])
-    bias = torch.stack([layer.bias for layer in layers])
+    weight, bias = stacked(layers)
     return torch.baddbmm(bias[:, None], values, weight.transpose(1, 2))
 
 
@@ -370,7 +393,7 @@ def interaction_edges(config: VidPrismConfig) -> list[tuple[int, int]]:
     return edges
 
 
-class VidPrismGateOutput(nn.Linear):
+class VidPrismGateOutput(VidPrismWeights):
     """The last linear layer of a gate: a class of its own because it is initialised in its own way."""
 
 
@@ -380,9 +403,14 @@ def end_residual(*layers: nn.Module) -> None:
         layer.ends_residual = True
 
 
-def gate_mlp(width: int) -> nn.Sequential:
-    """The gate's MLP, 2D -> D/4 -> 1, ending in a sigmoid."""
-    return nn.Sequential(nn.Linear(2 * width, width // 4), nn.ReLU(), VidPrismGateOutput(width // 4, 1), nn.Sigmoid())
+def gate_mlp(width: int) -> nn.ModuleDict:
+    """The layers of a gate's MLP, 2D -> D/4 -> 1, by their places between ReLU and sigmoid."""
+    return nn.ModuleDict(
+        {
+            "0": VidPrismWeights(nn.Linear(2 * width, width // 4)),
+            "2": VidPrismGateOutput(nn.Linear(width // 4, 1)),
+        }
+    )
 
 
 class VidPrismAttention(nn.Module):
@@ -499,6 +527,7 @@ __all__ = [
     "VidPrismGateOutput",
     "VidPrismInteraction",
     "VidPrismReadout",
+    "VidPrismWeights",
     "expert_diversity_loss",
     "gate_balance_loss",
     "interaction_edges",

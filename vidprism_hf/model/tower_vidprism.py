@@ -68,18 +68,9 @@ class VidPrismVisionTower(nn.Module):
             self.visual_projection = nn.Linear(
                 config.vision_config.hidden_size, config.vision_config.projection_dim, bias=False
             )
-        self.frozen = False
 
     def forward(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
-        if not self.frozen:
-            return self._encode(pixel_values_videos)
-        # The compilers capture no inference mode. No later layer may keep its tensors for a gradient: a copy it may.
-        with torch.no_grad() if torch.compiler.is_compiling() else torch.inference_mode():
-            features = self._encode(pixel_values_videos)
-        return features.clone()
-
-    def _encode(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
-        features = self.vision_model(pixel_values=pixel_values_videos.flatten(0, 1)).pooler_output
+        features = self.vision_model(pixel_values=pixel_values_videos.flatten(0, 1), return_dict=True).pooler_output
         if self.visual_projection is not None:
             features = self.visual_projection(features)
         return features.unflatten(0, pixel_values_videos.shape[:2])
@@ -87,8 +78,11 @@ class VidPrismVisionTower(nn.Module):
     def freeze(self, num_layers: int | None = None) -> None:
         """Freezes the tower, or the embeddings and the first layers only; what is frozen goes into eval mode.
 
-        The backward pass ends at the first layer that trains and nothing below it is stored. A tower that is frozen
-        as a whole runs in inference mode: no gradients, to pixels neither.
+        That is all there is to it: what requires a gradient decides at each forward pass. The backward pass ends at
+        the first layer that trains, nothing below it is stored, and `requires_grad_(True)` on any part, adapters that
+        are added later or pixels that require a gradient bring the graph back. As of any module, `train()` on the
+        tower or the model puts frozen parts into training mode again, which in a tower with `attention_dropout` (CLIP
+        has none by default) means dropout.
 
         Args:
             num_layers: Layers to freeze beside the embeddings, 0 and up; the whole tower if not given.
@@ -98,7 +92,6 @@ class VidPrismVisionTower(nn.Module):
         """
         layers = self.vision_model.encoder.layers
         if num_layers is None:
-            self.frozen = True
             frozen = [self]
         elif 0 <= num_layers <= len(layers):
             frozen = [self.vision_model.embeddings, self.vision_model.pre_layrnorm, *layers[:num_layers]]

@@ -168,7 +168,9 @@ def write_export(
     facts.figures = {path: caption for path, (caption, _) in figures.items()}
     files = {path: picture for path, (_, picture) in figures.items()}
     files["recipe.yaml"] = portable_recipe(cli).encode()
-    files["split.json"] = (json.dumps(split_manifest(trainer, measured.chosen), indent=2) + "\n").encode()
+    files["split.json"] = (
+        json.dumps(split_manifest(trainer, measured.chosen), indent=2, allow_nan=False) + "\n"
+    ).encode()
     if (listed := Path(trainer.default_root_dir) / TRAIN_LIST).is_file():
         files[TRAIN_LIST] = listed.read_bytes()
     export_model(

@@ -197,7 +197,8 @@ def finish(trainer: Trainer, evaluation: Evaluation, output: Path) -> None:
     counts = {split: dataclasses.asdict(clip_counts(trainer, split)) for split in ("train", "val")}
     counts["val"]["evaluated"] = evaluation.evaluated
     atomic_write(
-        output / METRICS, (json.dumps({**rounded(evaluation.values), "clips": counts}, indent=2) + "\n").encode()
+        output / METRICS,
+        (json.dumps({**rounded(evaluation.values), "clips": counts}, indent=2, allow_nan=False) + "\n").encode(),
     )
     (output / "checkpoints" / PREVIOUS).unlink(missing_ok=True)
 

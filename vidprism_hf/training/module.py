@@ -8,8 +8,8 @@ import lightning as L
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from safetensors import SafetensorError
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoConfig, get_cosine_schedule_with_warmup
@@ -20,10 +20,11 @@ from ..errors import UserError, first_line, why_not_loaded
 from ..evaluation.labels import matched_labels
 from ..evaluation.scores import ScoreRecorder
 from ..model import VidPrismConfig, VidPrismForVideoClassification, VidPrismForVideoClassificationOutput
+from ..model.loading import load_classifier
 from ..model.temporal_vidprism import gate_balance_loss
 from .averaging import WeightEMA
 from .callbacks import BadClipReport, EpochPlace
-from .optimization import check_settings, clips_per_step, parameter_groups, scaled_learning_rate
+from .optimization import check_settings, clips_per_step, extend_schedule, parameter_groups, scaled_learning_rate
 from .strategies import shard
 from .whitening import fit_whitening
 
@@ -151,7 +152,7 @@ class VidPrismLightningModule(L.LightningModule):
         frame_features: torch.Tensor | None = None,
     ) -> VidPrismForVideoClassificationOutput:
         """Classifies clips (B, T, 3, H, W), or frame features of clips (B, T, D)."""
-        return self.model(pixel_values_videos, labels=labels, frame_features=frame_features)
+        return self.model(pixel_values_videos, labels=labels, frame_features=frame_features, return_dict=True)
 
     def configure_callbacks(self) -> list[L.Callback]:
         """What the trainer lacks of these: the account of bad clips, the scores of a test, the place in an epoch, and
@@ -167,10 +168,18 @@ class VidPrismLightningModule(L.LightningModule):
         fit_whitening(self.model, getattr(self.trainer.train_dataloader, "dataset", None))
 
     def on_train_epoch_start(self) -> None:
-        """Tells streamed clips the epoch; Lightning tells samplers only."""
+        """Tells streamed clips the epoch, as Lightning does samplers, and allows for what a callback has unfrozen.
+
+        Raises:
+            UserError: If that is the tower, and its features come from the cache.
+        """
         set_epoch = getattr(getattr(self.trainer.train_dataloader, "dataset", None), "set_epoch", None)
         if set_epoch is not None:
             set_epoch(self.current_epoch)
+        if getattr(getattr(self.trainer.datamodule, "hparams", None), "feature_cache", None):
+            check_frozen(not any(p.requires_grad for p in self.model.vidprism.vision_tower.parameters()))
+        if isinstance(schedule := self.lr_schedulers(), LambdaLR):
+            extend_schedule(schedule)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         name, clips = clip_input(batch)
@@ -374,10 +383,8 @@ def load_checkpoint(name_or_path: str, id2label: dict[int, str], num_frames: int
     """
     config, order = fitting_config(name_or_path, id2label, num_frames)
     config.num_frames = num_frames
-    try:
-        model = VidPrismForVideoClassification.from_pretrained(name_or_path, config=config, dtype=torch.float32)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"model.checkpoint {name_or_path}: cannot be loaded ({first_line(error)})") from error
+    place = f"model.checkpoint {name_or_path}"
+    model = load_classifier(name_or_path, config=config, dtype=torch.float32, place=place)
     with torch.no_grad():
         for parameter in model.classifier.parameters():
             parameter.copy_(parameter[order])
@@ -408,8 +415,8 @@ def read_checkpoint_config(name_or_path: str) -> VidPrismConfig:
         UserError: If it is no VidPrism checkpoint.
     """
     try:
-        config = AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError, StrictDataclassError) as error:
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    except Exception as error:  # what a file holds decides how transformers fails at it
         raise UserError(
             f"model.checkpoint {name_or_path}: cannot be loaded ({why_not_loaded(name_or_path, error)})"
         ) from error

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from ..errors import UserError
 
@@ -87,6 +88,16 @@ def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
 def scaled_learning_rate(learning_rate: float, clips: int, reference: int | None) -> float:
     """The learning rate for a batch of so many clips, where it is stated for the reference; None leaves it alone."""
     return learning_rate if reference is None else learning_rate * math.sqrt(clips / reference)
+
+
+def extend_schedule(schedule: LambdaLR) -> None:
+    """Lets parameter groups that were added to an optimiser later follow the schedule of the others, from their rate.
+
+    As Lightning's BaseFinetuning adds them; LambdaLR has one function for each group there was when it was built.
+    """
+    for group in schedule.optimizer.param_groups[len(schedule.base_lrs) :]:
+        schedule.base_lrs.append(group.setdefault("initial_lr", group["lr"]))
+        schedule.lr_lambdas.append(schedule.lr_lambdas[0])
 
 
 def clips_per_step(trainer: L.Trainer) -> int:

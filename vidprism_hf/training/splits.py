@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
             return status
         results[str(split)] = json.loads((run / "metrics.json").read_text())
     summary = {"splits": results, "mean": _mean(results)}
-    atomic_write(output / FILE_NAME, f"{json.dumps(summary, indent=2)}\n".encode())
+    atomic_write(output / FILE_NAME, f"{json.dumps(summary, indent=2, allow_nan=False)}\n".encode())
     _print(summary, output)
     return 0
 

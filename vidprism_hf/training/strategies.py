@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import UserError
 from ..model import VidPrismForVideoClassification
@@ -176,5 +177,5 @@ def shard(model: VidPrismForVideoClassification, mesh: DeviceMesh, precision: st
 def blocks(model: VidPrismForVideoClassification) -> list[nn.Module]:
     """The parts that compute one after another, the inner ones first: layers and experts, and the rest of the head."""
     head = model.vidprism.temporal_model
-    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     return [*layers, *([] if head.interaction is None else [head.interaction]), head.readout, head]
