@@ -15,6 +15,7 @@ from pathlib import Path
 from ..data.tables import DataError
 from ..errors import UserError
 from ..training.recipe import FinetuneCLI, check_length, parse
+from ..training.trust import HELP
 from .ablation_grids import GRIDS, grid_rows
 from .ablation_report import summarise, write_report
 from .ablation_sweep import OF_TRAINER, Sweep
@@ -93,7 +94,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="vidprism ablate",
         description="Trains variants of the head by cross-validation on cached features and compares them in a table; "
-        "other options are those of finetune, such as --config recipes/ablations/head.yaml --data.source CLIPS.",
+        "other options are those of finetune, such as --config recipes/ablations/head.yaml --data.source CLIPS. "
+        + HELP,
         allow_abbrev=False,
     )
     names = ["all", *GRIDS]

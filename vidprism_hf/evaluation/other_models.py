@@ -113,10 +113,10 @@ def load_other(
     """
     frames = frames_of(name, config)
     try:
-        where = {"revision": revision, "trust_remote_code": False}
-        settings = {"config": config, "dtype": torch.float32, **where}
-        model, info = AutoModelForVideoClassification.from_pretrained(name, output_loading_info=True, **settings)
-        processor = OtherProcessor(AutoVideoProcessor.from_pretrained(name, **where), frames)
+        settings = {"revision": revision, "config": config, "dtype": torch.float32, "output_loading_info": True}
+        model, info = AutoModelForVideoClassification.from_pretrained(name, trust_remote_code=False, **settings)
+        processor = AutoVideoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
+        processor = OtherProcessor(processor, frames)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, StrictDataclassError, SafetensorError) as error:
         raise UserError(f"{name}: cannot be evaluated ({why_not_loaded(name, error)})") from error
     if missing := sorted(info["missing_keys"]):

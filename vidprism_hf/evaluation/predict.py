@@ -227,9 +227,9 @@ def load(
         raise UserError(f"--revision {revision}: {name_or_path} is a folder, which has none; leave it out")
     try:
         model, info = AutoModelForVideoClassification.from_pretrained(
-            name_or_path, revision=revision, output_loading_info=True
+            name_or_path, revision=revision, output_loading_info=True, trust_remote_code=False
         )
-        processor = AutoVideoProcessor.from_pretrained(name_or_path, revision=revision)
+        processor = AutoVideoProcessor.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, SafetensorError) as error:
         place = name_or_path if revision is None else f"{name_or_path} at {revision}"
         raise UserError(f"{place}: cannot be loaded ({why_not_loaded(name_or_path, error)})") from error

@@ -16,6 +16,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from ..errors import printable
+from ..safe_yaml import parse_yaml
 from .card_merge import BEGIN, SECTION, merge_card
 
 __all__ = ["CardFacts", "addressed", "eval_results_file", "merge_card", "render_card"]
@@ -313,7 +314,7 @@ def eval_results(
         path = (
             f".eval_results/{dataset_id.replace('/', '--').replace('.', '-')}{f'-{number}' if number > 1 else ''}.yaml"
         )
-        known = yaml.safe_load(existing.get(path, b"")) or []
+        known = parse_yaml(existing.get(path, b"")) or []
         if not isinstance(known, list) or not all(isinstance(entry, dict) for entry in known):
             raise ValueError(f"{path} is no list of results")
         same = [entry for entry in known if (entry.get("dataset") or {}).get("task_id") in tasks]

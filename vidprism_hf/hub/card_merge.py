@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import yaml
 
+from ..safe_yaml import parse_yaml
+
 BEGIN = "<!-- vidprism:generated begin"
 END = "<!-- vidprism:generated end -->"
 SECTION = re.compile(re.escape(BEGIN) + r".*?" + re.escape(END), re.DOTALL)
@@ -170,7 +172,7 @@ def merge_metadata(existing: str, generated: str, anew: Collection[str] = ()) ->
 def value(text: str) -> object:
     """What the lines of one key say; the lines themselves if they are no YAML on their own."""
     try:
-        return next(iter((yaml.safe_load(text) or {None: None}).values()))
+        return next(iter((parse_yaml(text) or {None: None}).values()))
     except (yaml.YAMLError, ValueError, AttributeError):
         return text
 

@@ -142,7 +142,7 @@ def base_tower(backbone: str, checkpoint: str | None = None) -> dict[str, torch.
     try:
         if checkpoint is None:
             return load_vision_tower(name, dtype=torch.float32).state_dict()
-        model = VidPrismForVideoClassification.from_pretrained(checkpoint, dtype=torch.float32)
+        model = VidPrismForVideoClassification.from_pretrained(checkpoint, dtype=torch.float32, trust_remote_code=False)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"export.wise_ft_alpha: {name}, from which the run started, cannot be loaded again ({first_line(error)}); "

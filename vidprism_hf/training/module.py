@@ -375,7 +375,9 @@ def load_checkpoint(name_or_path: str, id2label: dict[int, str], num_frames: int
     config, order = fitting_config(name_or_path, id2label, num_frames)
     config.num_frames = num_frames
     try:
-        model = VidPrismForVideoClassification.from_pretrained(name_or_path, config=config, dtype=torch.float32)
+        model = VidPrismForVideoClassification.from_pretrained(
+            name_or_path, config=config, dtype=torch.float32, trust_remote_code=False
+        )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model.checkpoint {name_or_path}: cannot be loaded ({first_line(error)})") from error
     with torch.no_grad():
@@ -408,7 +410,7 @@ def read_checkpoint_config(name_or_path: str) -> VidPrismConfig:
         UserError: If it is no VidPrism checkpoint.
     """
     try:
-        config = AutoConfig.from_pretrained(name_or_path)
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise UserError(
             f"model.checkpoint {name_or_path}: cannot be loaded ({why_not_loaded(name_or_path, error)})"

@@ -5,6 +5,7 @@ Keys are those of `vidprism finetune --help`; evaluate and ablate read recipes i
 
 import os
 import warnings
+from typing import Any
 
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import Trainer
@@ -23,6 +24,7 @@ from .exporting import ExportSettings
 from .module import VidPrismLightningModule, check_frozen
 from .resuming import AUTO
 from .strategies import ddp_settings, named_strategy
+from .trust import HELP, RecipeParser, check_places, check_recipes, reading, refusal, take_trust
 from .whitening import check_whitening
 
 # What a recipe need not say.
@@ -35,7 +37,16 @@ TRAINER_DEFAULTS = {
 
 
 class FinetuneCLI(LightningCLI):
-    """LightningCLI with the run's folder, and the links between data and model."""
+    """LightningCLI with the run's folder, and the links between data and model.
+
+    Args:
+        trusted: Whether the recipe may name any class, and any folder for it.
+    """
+
+    def __init__(self, *args: Any, trusted: bool = False, **settings: Any):
+        self.trusted = trusted
+        with reading(trusted):
+            super().__init__(*args, **settings)
 
     def add_arguments_to_parser(self, parser):
         parser.add_argument("--output", type=str, default="runs/finetune", help="Folder of the run.")
@@ -60,6 +71,8 @@ class FinetuneCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Looks for licence and backbone before data are fetched, which may be hundreds of gigabytes."""
+        if not self.trusted:
+            check_places(self.config.trainer)
         check_license("export.license", self.config.export.license)
         data = self.config.data
         if data.feature_cache:
@@ -67,6 +80,19 @@ class FinetuneCLI(LightningCLI):
         check_whitening(self.config.model.config, data.feature_cache)
         if source_kind(data.source) in ("benchmark", "hub"):
             load_processor(data.processor, data.num_frames)
+
+    def instantiate_classes(self) -> None:
+        """Builds data, model and what the recipe names for the trainer.
+
+        Raises:
+            UserError: If a class of the trainer's does not take what the recipe gives it.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if not str(error).startswith("Does not validate"):  # jsonargparse's beginning, around the class's own error
+                raise
+            raise UserError(f"trainer: {first_line(error.__cause__ or error)}") from error
 
     def instantiate_trainer(self, **settings) -> Trainer:
         """Builds the recipe's trainer.
@@ -95,12 +121,14 @@ def parse(argv: list[str], description: str | None = None) -> FinetuneCLI:
     """Parses a recipe and overrides, and builds data and model.
 
     Args:
-        argv: `--config recipes/X.yaml` and any `--key value`.
+        argv: `--config recipes/X.yaml`, any `--key value`, and --trust-recipe if the recipe may name any class.
         description: What `--help` says above the keys.
 
     Raises:
         UserError: With jsonargparse's message as one line, if a key does not exist or a value does not fit.
     """
+    trusted, argv = take_trust(argv)
+    check_recipes(argv)
     try:
         # LightningCLI warns of its own arguments where the process has some too, which are the same here.
         warnings.filterwarnings("ignore", "LightningCLI's args parameter")
@@ -108,6 +136,8 @@ def parse(argv: list[str], description: str | None = None) -> FinetuneCLI:
             VidPrismLightningModule,
             VideoDataModule,
             args=argv,
+            trusted=trusted,
+            parser_class=RecipeParser,
             run=False,
             seed_everything_default=0,
             save_config_callback=None,
@@ -117,11 +147,11 @@ def parse(argv: list[str], description: str | None = None) -> FinetuneCLI:
                 "exit_on_error": False,
                 "allow_abbrev": False,  # a misspelt key is an error, not the beginning of another one
                 "prog": "vidprism finetune",
-                "description": description,
+                "description": f"{description or ''} {HELP}".strip(),
             },
         )
     except ArgumentError as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(refusal(error) or " ".join(str(error).split())) from error
 
 
 def check_length(trainer: Namespace) -> None:

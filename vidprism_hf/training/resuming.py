@@ -16,10 +16,10 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-import yaml
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from ..errors import UserError
+from ..safe_yaml import read_mapping
 from .checkpointing import BEST, LAST, PREVIOUS, UNFINISHED, read_checkpoint
 from .run_lock import INSIDE, not_writable
 
@@ -253,13 +253,10 @@ def set_aside(paths: list[Path], folder: Path) -> None:
 
 def changed_settings(output: Path, settings: dict[str, Any]) -> list[str]:
     """What of a run's settings was otherwise when it was started, as far as it makes another training of it."""
-    try:
-        before = yaml.safe_load((output / "config.yaml").read_text()) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{output / 'config.yaml'}: cannot be read ({type(error).__name__}); mend it") from error
+    before = read_mapping(output / "config.yaml")
     found = []
     for section, key, value in _leaves(settings):
-        had = before.get(section, {}).get(key, value) if section else before.get(key, value)
+        had = (before.get(section) or {}).get(key, value) if section else before.get(key, value)
         if had != value:
             found.append(f"{section}{'.' * bool(section)}{key} {had!s:.60}, now {value!s:.60}")
     return found
