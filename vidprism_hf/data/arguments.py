@@ -3,6 +3,7 @@
 What the kind of source has to do with it is in sources.py.
 """
 
+import sys
 from typing import Any
 
 from .feature_cache import parse_size
@@ -63,14 +64,14 @@ def check_arguments(settings: dict[str, Any]) -> None:
 def _check_values(settings: dict[str, Any]) -> None:
     for name, (least, most) in BOUNDS.items():
         value = settings[name]
-        if value is None or (value >= least and (most is None or value <= most)):
+        if value is None or least <= value <= (sys.float_info.max if most is None else most):
             continue
         bounds = f"at least {least}" if most is None else f"between {least} and {most}"
         raise DataError(f"data.{name}={value}: must be {bounds}")
     scale, limit, crops = (settings[name] for name in ("min_crop_scale", "clip_time_limit", "test_crops"))
     if not 0 < scale <= 1:
         raise DataError(f"data.min_crop_scale={scale}: must be above 0 and at most 1")
-    if limit is not None and limit <= 0:
+    if limit is not None and not limit > 0:
         raise DataError(f"data.clip_time_limit={limit}: must be above 0, or null for no limit")
     if crops not in (1, 3):
         raise DataError(f"data.test_crops={crops}: must be 1 or 3")

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import UserError, printable
-from ..safe_yaml import read_mapping
+from ..safe_yaml import read_yaml
 from .bad_clips import FILE_NAME, BadClip, bad_clip_table, write_bad_clips
 from .benchmarks import BENCHMARKS, prepare
 from .datamodule import VideoDataModule
@@ -228,7 +228,8 @@ def _parse_source(parser: ArgumentParser, argv: list[str], *of_training: str) ->
 
 
 def _data_part(recipe: Path) -> dict[str, Any]:
-    data = read_mapping(recipe).get("data")
+    content = read_yaml(recipe)
+    data = content.get("data") if isinstance(content, dict) else None
     if not isinstance(data, dict):
         raise UserError(f"{recipe}: has no data part; give a recipe such as recipes/folder.yaml")
     return data

@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 
 from ..data.few_shot import clip_list_hash
-from ..errors import one_line_or_traceback
+from ..errors import UserError, one_line_or_traceback
 from ..evaluation.report import Evaluation, Protocol
 from ..hub import export_model, render_card
 from ..hub.card import eval_results_file
@@ -29,6 +29,7 @@ TRAIN_LIST = "train_clips.txt"  # in the run's folder, where the clips were draw
 SECRET_NAME = re.compile(
     r"(^|_)(token|auth|password|passwd|passphrase|secrets?|credentials?|api_?keys?|\w+_keys?)(_|$)", re.IGNORECASE
 )
+SIZE = re.compile(r"[1-9]\d*\s*[KMGT]B", re.IGNORECASE)  # as huggingface_hub takes it
 SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}|://[^/@\s]+@")  # a token of the Hub, or an address with a user
 
 
@@ -51,6 +52,10 @@ class ExportSettings:
     checkpoints: bool = False
     license: str | None = None
     wise_ft_alpha: float | None = None
+
+    def __post_init__(self):
+        if not SIZE.fullmatch(self.max_shard_size):
+            raise UserError(f"export.max_shard_size={self.max_shard_size}: is no size; write one like 5GB or 300MB")
 
 
 class ExportedCheckpoint(KeptCheckpoint):

@@ -7,7 +7,7 @@ import os
 import warnings
 from typing import Any
 
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import ArgumentError
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningCLI
@@ -20,6 +20,7 @@ from ..errors import UserError, first_line
 from ..evaluation.testing import EvaluationSettings
 from ..hub.licenses import check_license
 from .checkpointing import CheckpointSettings
+from .checks import check_callbacks
 from .exporting import ExportSettings
 from .module import VidPrismLightningModule, check_frozen
 from .resuming import AUTO
@@ -69,10 +70,17 @@ class FinetuneCLI(LightningCLI):
         )
         parser.link_arguments("data.id2label", "model.id2label", apply_on="instantiate")
 
-    def before_instantiate_classes(self) -> None:
-        """Looks for licence and backbone before data are fetched, which may be hundreds of gigabytes."""
+    def parse_arguments(self, parser, args) -> None:
+        """Parses, and looks at what is used before anything is built."""
+        super().parse_arguments(parser, args)
+        seed = self.config.seed_everything
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise UserError(f"seed_everything={seed}: must be from 0 to {2**32 - 1}")
         if not self.trusted:
             check_places(self.config.trainer)
+
+    def before_instantiate_classes(self) -> None:
+        """Looks for licence and backbone before data are fetched, which may be hundreds of gigabytes."""
         check_license("export.license", self.config.export.license)
         data = self.config.data
         if data.feature_cache:
@@ -104,7 +112,9 @@ class FinetuneCLI(LightningCLI):
         asked = trainer.callbacks or []
         # A list of its own for each trainer, which puts default callbacks into the list that it is given. The run's
         # own come first: what a recipe's callback exports holds what they keep of the same epoch.
-        callbacks = [*settings.pop("callbacks", []), *(asked if isinstance(asked, list) else [asked])]
+        asked = asked if isinstance(asked, list) else [asked]
+        check_callbacks(asked, len(self.model.id2label), others=self.trusted)
+        callbacks = [*settings.pop("callbacks", []), *asked]
         accumulates = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
         accumulates = accumulates or trainer.accumulate_grad_batches > 1
         strategy = named_strategy(trainer.strategy, accumulates)
@@ -152,19 +162,6 @@ def parse(argv: list[str], description: str | None = None) -> FinetuneCLI:
         )
     except ArgumentError as error:
         raise UserError(refusal(error) or " ".join(str(error).split())) from error
-
-
-def check_length(trainer: Namespace) -> None:
-    """Looks whether a trainer's settings train at all.
-
-    Raises:
-        UserError: If they do not.
-    """
-    for name in ("max_epochs", "max_steps"):
-        if trainer[name] == 0:
-            raise UserError(f"trainer.{name}=0: nothing would be trained; set it to 1 or more")
-    if trainer.accumulate_grad_batches < 1:
-        raise UserError(f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: must be at least 1")
 
 
 def progress_bars(cli: FinetuneCLI) -> list[Callback]:

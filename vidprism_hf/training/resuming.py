@@ -8,7 +8,9 @@ in the epoch that was (VideoDataModule.state_dict), Lightning's counters as they
 
 import os
 import random
+import re
 import shutil
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from ..safe_yaml import read_mapping
 from .checkpointing import BEST, LAST, PREVIOUS, UNFINISHED, read_checkpoint
 from .run_lock import INSIDE, not_writable
 
+IDENTITY = re.compile(r"# Run (\w+)$", re.MULTILINE)
 METRICS = "metrics.json"  # written last: it tells that a run is finished
 AUTO, NONE = "auto", "none"
 ASIDE = "aside"  # in the checkpoints' folder: those of the branch that was left last
@@ -50,11 +53,13 @@ class Start:
         begun: The `resume` that the run, or its present branch, begins with: "auto", "none" or a file's name. Its
             checkpoints hold it, and so the same command typed again goes on. None is what the checkpoint says.
         data: State of the data module in it.
+        run: The run's identity, which config.yaml and each of its checkpoints have.
     """
 
     checkpoint: str | None = None
     begun: str | None = None
     data: dict[str, Any] = field(default_factory=dict)
+    run: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 def begin(output: Path, resume: str, settings: dict[str, Any]) -> Start:
@@ -152,6 +157,7 @@ def _from_checkpoint(output: Path, checkpoint: Path, settings: dict[str, Any]) -
     done, most = epochs_done(content), settings["trainer"].get("max_epochs")
     if most is not None and 0 <= most < done:
         raise UserError(f"trainer.max_epochs={most}: {checkpoint} has had {done} epochs; set it to more")
+    identity(output, checkpoint, content)  # before anything is moved
     if changes:
         print(f"With other settings than before: {'; '.join(changes)}", flush=True)
     if left := later(checkpoints, checkpoint.name, content):
@@ -161,6 +167,7 @@ def _from_checkpoint(output: Path, checkpoint: Path, settings: dict[str, Any]) -
 
 
 def _start(output: Path, checkpoint: Path, content: dict[str, Any], begun: str | None = None) -> Start:
+    run = identity(output, checkpoint, content)
     _sweep(output)
     last = checkpoint.with_name(LAST)
     if checkpoint.name != LAST and last.exists():
@@ -169,7 +176,29 @@ def _start(output: Path, checkpoint: Path, content: dict[str, Any], begun: str |
     (output / METRICS).unlink(missing_ok=True)  # the run is not finished any more
     where = f"step {content['global_step']}, epoch {epochs_done(content) + 1}" if content else "its last step"
     print(f"Going on with the run in {output} from {where} ({checkpoint.name})", flush=True)
-    return Start(str(checkpoint), begun, dict(content.get("VideoDataModule", {})))
+    return Start(str(checkpoint), begun, dict(content.get("VideoDataModule", {})), run)
+
+
+def identity(output: Path, checkpoint: Path, content: dict[str, Any]) -> str:
+    """The identity of a run that goes on from a checkpoint. Where one of the two has none, the other's counts.
+
+    Raises:
+        UserError: If the checkpoint is another run's.
+    """
+    with open(output / "config.yaml", encoding="utf-8", errors="replace") as file:
+        found = IDENTITY.match(file.readline())
+    known, its_own = found and found[1], content.get("callbacks", {}).get("Safeguard", {}).get("run")
+    if known and its_own and known != its_own:
+        raise UserError(
+            f"{checkpoint}: is of another run than {output / 'config.yaml'}; put the run's own there, or begin anew by "
+            f"--resume {NONE}, which keeps the folder"
+        )
+    return known or its_own or Start().run
+
+
+def identified(run: str, settings: str) -> str:
+    """The text of config.yaml: a run's settings, and its identity above them."""
+    return f"# Run {run}\n{settings}"
 
 
 def epochs_done(content: dict[str, Any]) -> int:
