@@ -116,6 +116,7 @@ def strangers_model(folder: Path, marker: Path, model_type: str) -> Path:
         tiny_export(folder)
     folder.mkdir(exist_ok=True)
     shutil.copy(marker.with_name("path") / f"{MODULE}.py", folder)
+    (folder / "labels.txt").write_text("growing\nshrinking\n")
     for name in ("config", "video_preprocessor_config", "preprocessor_config", "processor_config"):
         file = folder / f"{name}.json"
         content = json.loads(file.read_text()) if file.exists() else {"model_type": model_type}
@@ -152,28 +153,53 @@ def walk(folder: Path, clips: Path, out: Path) -> dict[str, list[str]]:
         "evaluate": ["evaluate", str(folder), *data],
         "predict": ["predict", str(folder), clip],
         "push": ["push", str(folder), "--repo", "alice/m"],
-        "convert": ["convert", str(folder / "pytorch_model.bin"), str(out / "converted")],
+        "convert": [
+            "convert",
+            str(folder / "pytorch_model.bin"),
+            str(out / "converted"),
+            "--num-frames=8",
+            f"--labels={folder / 'labels.txt'}",
+        ],
         "data check": ["data", "check", str(clips), "--processor", str(folder), "--workers", "1"],
         "data show": ["data", "show", str(clips), "--processor", str(folder), "--output", str(out / "sheet.png")],
     }
 
 
-@pytest.mark.slow
+@pytest.fixture
+def yes(monkeypatch):
+    """Answers y, for ever, and keeps the Hub out."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.usefixtures("yes")
 @pytest.mark.parametrize("model_type", ["stranger", "clip", "videomae"])
-def test_no_verb_runs_or_offers_the_code_of_a_folder(marker, motion_clips, tmp_path, model_type):
+def test_no_verb_runs_or_offers_the_code_of_a_folder(marker, motion_clips, tmp_path, capsys, model_type):
     folder = strangers_model(tmp_path / "model", marker, model_type)
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(PACKAGE.parent), "HF_HOME": str(tmp_path / "hf")}
     for name, words in walk(folder, motion_clips, tmp_path / "out").items():
-        command = [sys.executable, "-m", "vidprism_hf.cli", *words]
-        with subprocess.Popen(["yes"], stdout=subprocess.PIPE) as yes:
-            done = subprocess.run(command, stdin=yes.stdout, capture_output=True, text=True, env=env, timeout=120)
-            yes.kill()
+        if name == "splits":  # it starts a process: below
+            continue
+        status, said = main(words), capsys.readouterr()
         assert not marker.exists(), name
-        assert "Traceback" not in done.stderr, (name, done.stderr)
-        assert "[y/N]" not in done.stdout + done.stderr, name
+        assert "[y/N]" not in said.out + said.err, name
         if name not in ("data check", "data show"):  # which ask the processor for a size at most
-            assert done.returncode != 0, name
-            assert done.stderr.splitlines()[-1].startswith("vidprism "), (name, done.stderr)
+            assert status == 1, name
+            assert said.err.splitlines()[-1].startswith("vidprism "), (name, said.err)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["predict", "splits"])
+def test_a_pipe_of_yes_runs_nothing(marker, motion_clips, tmp_path, name):
+    words = walk(strangers_model(tmp_path / "model", marker, "stranger"), motion_clips, tmp_path / "out")[name]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(PACKAGE.parent)}
+    with subprocess.Popen(["yes"], stdout=subprocess.PIPE) as yes:
+        command = [sys.executable, "-m", "vidprism_hf.cli", *words]
+        done = subprocess.run(command, stdin=yes.stdout, capture_output=True, text=True, env=env)
+        yes.kill()
+    assert not marker.exists()
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("vidprism ")
 
 
 @pytest.mark.slow

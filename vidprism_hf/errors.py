@@ -2,6 +2,7 @@
 
 import traceback
 from pathlib import Path
+from pickle import UnpicklingError
 
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -20,6 +21,8 @@ class UserError(ValueError):
 
 def first_line(error: BaseException) -> str:
     """The first line of a library's message, which tells the cause; what follows are its hints."""
+    if isinstance(error, UnpicklingError):  # its own message advises to run what is in it
+        return "its weights are a pickle that is damaged or would run code; take a copy in safetensors"
     if isinstance(error, StrictDataclassError):  # its first line names the field alone
         return " ".join(str(error).split())
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pickle import UnpicklingError
 
 import torch
 from rich.console import Console
@@ -230,7 +231,7 @@ def load(
             name_or_path, revision=revision, output_loading_info=True, trust_remote_code=False
         )
         processor = AutoVideoProcessor.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
         place = name_or_path if revision is None else f"{name_or_path} at {revision}"
         raise UserError(f"{place}: cannot be loaded ({why_not_loaded(name_or_path, error)})") from error
     if not isinstance(model, VidPrismForVideoClassification):

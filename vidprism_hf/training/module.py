@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pickle import UnpicklingError
 from typing import Any
 
 import lightning as L
@@ -125,7 +126,7 @@ class VidPrismLightningModule(L.LightningModule):
                     num_frames=hparams.num_frames,
                     **(hparams.config or {}),
                 )
-            except (OSError, ValueError, StrictDataclassError) as error:
+            except (OSError, ValueError, StrictDataclassError, SafetensorError, UnpicklingError) as error:
                 raise UserError(f"model.backbone {hparams.backbone}: cannot be loaded ({first_line(error)})") from error
         # from_pretrained leaves eval mode, which Lightning would keep.
         self.model.train()
@@ -378,7 +379,7 @@ def load_checkpoint(name_or_path: str, id2label: dict[int, str], num_frames: int
         model = VidPrismForVideoClassification.from_pretrained(
             name_or_path, config=config, dtype=torch.float32, trust_remote_code=False
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
         raise UserError(f"model.checkpoint {name_or_path}: cannot be loaded ({first_line(error)})") from error
     with torch.no_grad():
         for parameter in model.classifier.parameters():
