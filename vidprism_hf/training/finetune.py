@@ -40,7 +40,7 @@ from .checks import check_trainer, lightnings_complaints
 from .exporting import TRAIN_LIST, ExportedCheckpoint, export_best, export_kept, export_or_warn, export_run
 from .push_callback import PushToHub, push_open
 from .recipe import FinetuneCLI, parse, progress_bars
-from .resuming import AUTO, METRICS, Start, agreed, begin, free_name, identified
+from .resuming import AUTO, METRICS, Start, agreed, begin, free_name, identified, settings_hash
 from .run_lock import not_writable, only_run
 from .safeguard import Safeguard
 from .signals import Stopped
@@ -230,12 +230,13 @@ def check_checkpoint(name: str | None, output: Path) -> None:
 def begin_once(cli: FinetuneCLI, output: Path) -> Start:
     """Decides on the first process how the run begins, which its saved settings will not tell."""
     resume, cli.config.resume = str(cli.config.resume), AUTO  # jsonargparse lets null pass
-    start = begin(output, resume, yaml.safe_load(cli.parser.dump(cli.config, skip_none=False)))
+    settings = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))
+    start = begin(output, resume, settings)
     if start.checkpoint is not None:
         refuse_other_content(output / "export")  # now, not when the training has ended
     if start.data:
         cli.datamodule.load_state_dict(start.data)  # now, before the lists of the run are written anew
-    return start
+    return start if start.run else dataclasses.replace(start, run=settings_hash(settings))
 
 
 @rank_zero_only

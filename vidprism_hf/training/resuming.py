@@ -6,11 +6,12 @@ in the epoch that was (VideoDataModule.state_dict), Lightning's counters as they
 (`settle_progress`), and the states of all random generators.
 """
 
+import hashlib
+import json
 import os
 import random
 import re
 import shutil
-import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,14 @@ class Start:
         begun: The `resume` that the run, or its present branch, begins with: "auto", "none" or a file's name. Its
             checkpoints hold it, and so the same command typed again goes on. None is what the checkpoint says.
         data: State of the data module in it.
-        run: The run's identity, which config.yaml and each of its checkpoints have.
+        run: The run's identity, which config.yaml and each of its checkpoints have: a hash of the settings that it was
+            first started with, whatever later ones changed.
     """
 
     checkpoint: str | None = None
     begun: str | None = None
     data: dict[str, Any] = field(default_factory=dict)
-    run: str = field(default_factory=lambda: uuid.uuid4().hex)
+    run: str | None = field(default=None, compare=False)
 
 
 def begin(output: Path, resume: str, settings: dict[str, Any]) -> Start:
@@ -179,8 +181,9 @@ def _start(output: Path, checkpoint: Path, content: dict[str, Any], begun: str |
     return Start(str(checkpoint), begun, dict(content.get("VideoDataModule", {})), run)
 
 
-def identity(output: Path, checkpoint: Path, content: dict[str, Any]) -> str:
-    """The identity of a run that goes on from a checkpoint. Where one of the two has none, the other's counts.
+def identity(output: Path, checkpoint: Path, content: dict[str, Any]) -> str | None:
+    """The identity of a run that goes on from a checkpoint. Where one of the two has none, the other's counts;
+    None where neither has.
 
     Raises:
         UserError: If the checkpoint is another run's.
@@ -193,7 +196,12 @@ def identity(output: Path, checkpoint: Path, content: dict[str, Any]) -> str:
             f"{checkpoint}: is of another run than {output / 'config.yaml'}; put the run's own there, or begin anew by "
             f"--resume {NONE}, which keeps the folder"
         )
-    return known or its_own or Start().run
+    return known or its_own
+
+
+def settings_hash(settings: dict[str, Any]) -> str:
+    """A hash of the settings that make a training what it is: the identity of a run that they start."""
+    return hashlib.sha256(json.dumps(list(_leaves(settings)), sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def identified(run: str, settings: str) -> str:
