@@ -3,6 +3,7 @@
 import traceback
 import unicodedata
 from pathlib import Path
+from pickle import UnpicklingError
 
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -33,6 +34,8 @@ class UserError(ValueError):
 
 def first_line(error: BaseException) -> str:
     """The first line of a library's message, which tells the cause; what follows are its hints."""
+    if isinstance(error, UnpicklingError):  # its own message advises to run what is in it
+        return "its weights are a pickle that is damaged or would run code; take a copy in safetensors"
     if isinstance(error, StrictDataclassError):  # its first line names the field or our validator alone
         error = error.__cause__ if isinstance(error.__cause__, ValueError) else error
         return " ".join(str(error).split())

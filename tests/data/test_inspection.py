@@ -410,7 +410,7 @@ def test_lengths_without_a_rate():
         (["check", "CLIPS", "--time_limit=0"], '"time_limit"'),
         (["check", "CLIPS", "--output=nowhere/bad.csv"], "nowhere/bad.csv: cannot be written"),
         (["check", "CLIPS", "--output=."], ".: cannot be written (is a folder)"),
-        (["check", "--config=nowhere.yaml"], "nowhere.yaml: cannot be read as a recipe"),
+        (["check", "--config=nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["check", "--config=list.yaml"], "list.yaml: has no data part"),
         (["check", "--config=unknown.yaml"], "unknown.yaml: "),
         (["show", "CLIPS", "--picture=sheet.xyz"], "sheet.xyz: unknown kind of picture"),

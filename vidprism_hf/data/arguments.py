@@ -4,6 +4,7 @@ What the kind of source has to do with it is in sources.py.
 """
 
 import math
+import sys
 from typing import Any
 
 from .feature_cache import parse_size
@@ -64,7 +65,7 @@ def check_arguments(settings: dict[str, Any]) -> None:
 def _check_values(settings: dict[str, Any]) -> None:
     for name, (least, most) in BOUNDS.items():
         value = settings[name]
-        if value is None or (value >= least and (most is None or value <= most)):
+        if value is None or least <= value <= (sys.float_info.max if most is None else most):
             continue
         bounds = f"at least {least}" if most is None else f"between {least} and {most}"
         raise DataError(f"data.{name}={value}: must be {bounds}")

@@ -7,13 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import datasets
 import httpx2
-import yaml
 from huggingface_hub import (
-    DatasetCard,
     get_cached_repo_tree,
     is_offline_mode,
     resolve_revision,
@@ -31,6 +28,7 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 
+from ..safe_yaml import card_metadata
 from .archives import archive_groups
 from .download import fetch_hub
 from .folder import VIDEO_EXTENSIONS
@@ -66,7 +64,7 @@ class Repository:
             names = ["README.md", ".gitattributes"]  # the second one is there always: the client warns of no match
             folder = snapshot_download(source, repo_type="dataset", revision=found, allow_patterns=names)
             tree = get_cached_repo_tree(source, repo_type="dataset", revision=found)
-        configs = _card_metadata(Path(folder, "README.md")).get("configs")
+        configs = card_metadata(Path(folder, "README.md")).get("configs")
         return cls(source, found.resolved, {file.path: file.size for file in tree}, bool(configs))
 
     def named(self, *extensions: str) -> list[str]:
@@ -121,19 +119,11 @@ def stated_license(source: str, revision: str | None = None) -> str | None:
         Its id on the Hub, or its own name where that is `other`; None where none is stated.
     """
     card = try_to_load_from_cache(source, "README.md", repo_type="dataset", revision=revision)
-    metadata = _card_metadata(Path(card)) if isinstance(card, str) else {}
+    metadata = card_metadata(Path(card)) if isinstance(card, str) else {}
     stated = metadata.get("license")
     names = [name for name in (stated if isinstance(stated, list) else [stated]) if isinstance(name, str)]
     names = [str(metadata.get("license_name") or name) if name == "other" else name for name in names]
     return ", ".join(name for name in names if name != "unknown") or None
-
-
-def _card_metadata(card: Path) -> dict[str, Any]:
-    """The metadata of a card; nothing where there is no card, or its authors have broken it."""
-    try:
-        return DatasetCard.load(card, ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
 
 
 @contextmanager

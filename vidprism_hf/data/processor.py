@@ -28,8 +28,8 @@ def load_processor(name: str, num_frames: int) -> VidPrismVideoProcessor:
             num_frames=num_frames, size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge}
         )
     try:
-        if isinstance(AutoConfig.from_pretrained(name), VidPrismConfig):
-            return VidPrismVideoProcessor.from_pretrained(name, num_frames=num_frames)
+        if isinstance(AutoConfig.from_pretrained(name, trust_remote_code=False), VidPrismConfig):
+            return VidPrismVideoProcessor.from_pretrained(name, num_frames=num_frames, trust_remote_code=False)
         return VidPrismVideoProcessor.from_vision_pretrained(name, num_frames)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise DataError(

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from PIL import Image
@@ -23,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import UserError, printable
+from ..safe_yaml import read_yaml
 from .bad_clips import FILE_NAME, BadClip, bad_clip_table, write_bad_clips
 from .benchmarks import BENCHMARKS, prepare
 from .datamodule import VideoDataModule
@@ -238,10 +238,7 @@ def _parse_source(parser: ArgumentParser, argv: list[str], *of_training: str) ->
 
 
 def _data_part(recipe: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{recipe}: cannot be read as a recipe ({' '.join(str(error).split())})") from error
+    content = read_yaml(recipe)
     data = content.get("data") if isinstance(content, dict) else None
     if not isinstance(data, dict):
         raise UserError(f"{recipe}: has no data part; give a recipe such as recipes/folder.yaml")

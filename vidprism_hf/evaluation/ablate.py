@@ -14,7 +14,9 @@ from pathlib import Path
 
 from ..data.tables import DataError
 from ..errors import UserError
-from ..training.recipe import FinetuneCLI, check_length, parse
+from ..training.checks import check_trainer
+from ..training.recipe import FinetuneCLI, parse
+from ..training.trust import HELP
 from .ablation_grids import GRIDS, grid_rows
 from .ablation_report import summarise, write_report
 from .ablation_sweep import OF_TRAINER, Sweep
@@ -93,7 +95,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="vidprism ablate",
         description="Trains variants of the head by cross-validation on cached features and compares them in a table; "
-        "other options are those of finetune, such as --config recipes/ablations/head.yaml --data.source CLIPS.",
+        "other options are those of finetune, such as --config recipes/ablations/head.yaml --data.source CLIPS. "
+        + HELP,
         allow_abbrev=False,
     )
     names = ["all", *GRIDS]
@@ -135,7 +138,7 @@ def check_recipe(cli: FinetuneCLI) -> None:
     for name in ("checkpoint", "ema_decay", "reference_batch_size"):
         if cli.config.model[name] is not None:
             raise UserError(f"model.{name}: is nothing for an ablation, which trains heads anew; remove it")
-    check_length(cli.config.trainer)
+    check_trainer(cli.config.trainer)
     if data.shots is not None:
         raise UserError("data.shots: is nothing for an ablation, whose folds take all clips; remove it")
     if cli.config.resume != defaults.resume:

@@ -52,6 +52,7 @@ ViViT, V-JEPA 2. Keys are those of `vidprism finetune --help`, among them
   --evaluation.average_clips score|prob   average the views' logits (the default), or their probabilities
   --evaluation.output FOLDER              where evaluation.json and confusion.png go
   --trainer.devices N                     processes, among which the clips are shared
+  --trust-recipe                          lets the recipe name any class, and so run its code
 
 VideoMAE, TimeSformer and ViViT were published with a stride on Kinetics-400: recipes/README.md has it and their views.
 """

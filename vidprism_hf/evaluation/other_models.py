@@ -5,6 +5,7 @@ frames are those that every model here gets: from equal segments of the video, o
 rate that many of them were published with; no checkpoint tells it.
 """
 
+from pickle import UnpicklingError
 from typing import Any
 
 import lightning as L
@@ -23,6 +24,7 @@ from transformers.image_utils import SizeDict
 
 from ..errors import UserError, why_not_loaded
 
+BROKEN = (StrictDataclassError, SafetensorError, UnpicklingError)  # configuration or weights
 FRAME_FIELDS = ("num_frames", "frames_per_clip")  # what configurations call the number of frames
 # What VideoDataModule asks for: pixels as they are decoded, resized and cropped.
 PIXELS = {"do_sample_frames": False, "do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
@@ -113,11 +115,11 @@ def load_other(
     """
     frames = frames_of(name, config)
     try:
-        where = {"revision": revision, "trust_remote_code": False}
-        settings = {"config": config, "dtype": torch.float32, **where}
-        model, info = AutoModelForVideoClassification.from_pretrained(name, output_loading_info=True, **settings)
-        processor = OtherProcessor(AutoVideoProcessor.from_pretrained(name, **where), frames)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, StrictDataclassError, SafetensorError) as error:
+        settings = {"revision": revision, "config": config, "dtype": torch.float32, "output_loading_info": True}
+        model, info = AutoModelForVideoClassification.from_pretrained(name, trust_remote_code=False, **settings)
+        processor = AutoVideoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
+        processor = OtherProcessor(processor, frames)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, *BROKEN) as error:
         raise UserError(f"{name}: cannot be evaluated ({why_not_loaded(name, error)})") from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{name}: not a whole classifier, {len(missing)} weights are missing ({missing[0]})")

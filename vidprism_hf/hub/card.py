@@ -16,6 +16,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from ..model import VidPrismConfig
+from ..safe_yaml import parse_yaml
 from . import card_merge
 from .card_merge import BEGIN, merge_card, take_apart
 from .markdown import Markdown, compiled, escape, listed, table
@@ -375,7 +376,7 @@ def eval_results(
         path = (
             f".eval_results/{dataset_id.replace('/', '--').replace('.', '-')}{f'-{number}' if number > 1 else ''}.yaml"
         )
-        known = yaml.safe_load(existing.get(path, b"")) or []
+        known = parse_yaml(existing.get(path, b"")) or []
         if not isinstance(known, list) or not all(isinstance(entry, dict) for entry in known):
             raise ValueError(f"{path} is no list of results")
         same = [entry for entry in known if (entry.get("dataset") or {}).get("task_id") in tasks]

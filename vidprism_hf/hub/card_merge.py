@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import yaml
 
+from ..safe_yaml import parse_yaml
 from .markdown import escape
 
 BEGIN = "<!-- vidprism:generated begin"
@@ -172,7 +173,7 @@ def merge_metadata(existing: str, generated: str, anew: Collection[str] = ()) ->
 def value(text: str) -> object:
     """What the lines of one key say; the lines themselves if they are no YAML on their own."""
     try:
-        return next(iter((yaml.safe_load(text) or {None: None}).values()))
+        return next(iter((parse_yaml(text) or {None: None}).values()))
     except (yaml.YAMLError, ValueError, AttributeError):
         return text
 

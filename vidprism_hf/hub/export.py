@@ -160,7 +160,7 @@ def check_weights(state: Mapping[str, torch.Tensor], folder: Path) -> None:
     Raises:
         ExportError: If one is missing or differs.
     """
-    model = empty_model(VidPrismConfig.from_pretrained(folder))
+    model = empty_model(VidPrismConfig.from_pretrained(folder, trust_remote_code=False))
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     wrong = set(shapes.keys() ^ state.keys())
     unread = set(state)

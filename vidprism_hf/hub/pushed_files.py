@@ -138,7 +138,7 @@ def check_loadable(folder: Path, weights: list[Path]) -> None:
     wrong = f"{folder}: the export is not whole"
     try:
         with torch.device("meta"):
-            model = VidPrismForVideoClassification(VidPrismConfig.from_pretrained(folder))
+            model = VidPrismForVideoClassification(VidPrismConfig.from_pretrained(folder, trust_remote_code=False))
         expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         written: dict[str, tuple[int, ...]] = {}
         for file in weights:

@@ -1,6 +1,7 @@
 """Averages of weights: over the steps of a run (EMA), and of the tuned tower with the one it started from (WiSE-FT)."""
 
 import warnings
+from pickle import UnpicklingError
 from typing import Any
 
 import lightning as L
@@ -142,8 +143,8 @@ def base_tower(backbone: str, checkpoint: str | None = None) -> dict[str, torch.
     try:
         if checkpoint is None:
             return load_vision_tower(name, dtype=torch.float32).state_dict()
-        model = VidPrismForVideoClassification.from_pretrained(checkpoint, dtype=torch.float32)
-    except (OSError, ValueError, SafetensorError) as error:
+        model = VidPrismForVideoClassification.from_pretrained(checkpoint, dtype=torch.float32, trust_remote_code=False)
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
         raise UserError(
             f"export.wise_ft_alpha: {name}, from which the run started, cannot be loaded again ({first_line(error)}); "
             "mend it, or set this to null, and resume the run"

@@ -34,7 +34,7 @@ class CheckpointSettings:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:
                 raise UserError(f"checkpoint.{name}={value}: must be above 0, or null for none")
 
 

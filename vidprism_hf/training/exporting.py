@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 
 from ..data.few_shot import clip_list_hash
-from ..errors import one_line_or_traceback
+from ..errors import UserError, one_line_or_traceback
 from ..evaluation.report import Evaluation, Protocol
 from ..hub import export_model, render_card
 from ..hub.card import eval_results_file
@@ -22,12 +22,14 @@ from ..hub.export import MAX_SHARD_SIZE, Precision
 from .averaging import WeightEMA
 from .card_facts import METRICS, CardRecorder, Measured, bad_clips, kept_by, moment, run_facts, run_figures
 from .checkpointing import KeptCheckpoint
+from .trust import own_classes
 
 TRAIN_LIST = "train_clips.txt"  # in the run's folder, where the clips were drawn or listed
 # Parts of a setting's name that make its text a secret; num_tokens and tokenizer are none.
 SECRET_NAME = re.compile(
     r"(^|_)(token|auth|password|passwd|passphrase|secrets?|credentials?|api_?keys?|\w+_keys?)(_|$)", re.IGNORECASE
 )
+SIZE = re.compile(r"[1-9]\d*\s*[KMGT]B", re.IGNORECASE)  # as huggingface_hub takes it
 SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}|://[^/@\s]+@")  # a token of the Hub, or an address with a user
 
 
@@ -50,6 +52,10 @@ class ExportSettings:
     checkpoints: bool = False
     license: str | None = None
     wise_ft_alpha: float | None = None
+
+    def __post_init__(self):
+        if not SIZE.fullmatch(self.max_shard_size):
+            raise UserError(f"export.max_shard_size={self.max_shard_size}: is no size; write one like 5GB or 300MB")
 
 
 class ExportedCheckpoint(KeptCheckpoint):
@@ -189,11 +195,14 @@ def portable_recipe(cli: LightningCLI) -> str:
     """All settings of the run as YAML, without what is nobody else's: folders of this machine, and secrets."""
     settings = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))
     del settings["resume"]  # the run's own affair
-    # Whoever runs it again is not to push to the same repository.
-    asked = settings["trainer"]["callbacks"] or []
-    asked = asked if isinstance(asked, list) else [asked]
-    kept = [callback for callback in asked if not callback["class_path"].endswith(".PushToHub")]
-    settings["trainer"]["callbacks"] = kept or None
+    defaults = cli.parser.get_defaults().trainer
+    for name, value in settings["trainer"].items():
+        # Whoever runs it again is to be able to, without trust, and is not to push to the same repository.
+        value = own_classes(value)
+        if name == "callbacks" and value:
+            value = value if isinstance(value, list) else [value]
+            value = [each for each in value if not each["class_path"].endswith(".PushToHub")] or None
+        settings["trainer"][name] = defaults.get(name) if value is None else value
     head = "# All settings of the run (vidprism finetune --config recipe.yaml). Absolute paths keep their last part.\n"
     return head + yaml.safe_dump(portable(settings), sort_keys=False, allow_unicode=True)
 

@@ -36,13 +36,17 @@ from .averaging import WiseFT
 from .callbacks import BadClipReport
 from .card_facts import CardRecorder, Measured, bad_clips, clip_counts, dataset_facts, kept_by, switched_on
 from .checkpointing import BEST, LAST, PREVIOUS, KeptCheckpoint, SafeCheckpointIO, damage
+from .checks import check_trainer, lightnings_complaints
 from .exporting import TRAIN_LIST, ExportedCheckpoint, export_best, export_kept, export_or_warn, export_run
 from .push_callback import PushToHub, push_open
-from .recipe import FinetuneCLI, check_length, parse, progress_bars
-from .resuming import AUTO, METRICS, Start, agreed, begin, free_name
+from .recipe import FinetuneCLI, parse, progress_bars
+from .resuming import AUTO, METRICS, Start, agreed, begin, free_name, identified, settings_hash
 from .run_lock import not_writable, only_run
 from .safeguard import Safeguard
 from .signals import Stopped
+
+# On fewer clips Wilson's 95 % interval of a top-1 of one half is some 0.3 wide, or more: it says little.
+FEW_CLIPS = 40
 
 
 def finetune(argv: list[str]) -> None:
@@ -58,6 +62,7 @@ def finetune(argv: list[str]) -> None:
     """
     argv = list(argv)
     cli = parse(argv, finetune.__doc__.partition("\n")[0])
+    check_trainer(cli.config.trainer)
     output = Path(cli.config.output)
     if output.name in ("", ".."):  # it may have to be renamed
         output = output.resolve()
@@ -71,7 +76,7 @@ def run(cli: FinetuneCLI, output: Path, argv: list[str]) -> None:
     """Trains, evaluates and exports, in a folder that is this run's own."""
     ensemble = tower_ensemble(cli)
     start = begin_once(cli, output)
-    save_settings(cli, output)
+    save_settings(cli, output, start)
     save_train_list(cli.datamodule, output)
     trainer = build_trainer(cli, output, ensemble)
     print_once(f"Run folder: {output}")
@@ -94,11 +99,12 @@ def fit(trainer: Trainer, cli: FinetuneCLI, start: Start, argv: list[str]) -> No
     if start.data:
         cli.datamodule.load_state_dict(start.data)
     safeguard = kept_by(trainer, Safeguard)
-    safeguard.begun = start.begun
+    safeguard.begun, safeguard.run = start.begun, start.run
     settings = {name: value for name, value in switched_on(trainer, cli).items() if value is not None}
     print_once(f"Training: {'; '.join(f'{name} {value}' for name, value in settings.items())}")
     try:
-        trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=start.checkpoint, weights_only=True)
+        with lightnings_complaints():
+            trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=start.checkpoint, weights_only=True)
     except Stopped:
         step = max(trainer.global_step, safeguard.saved_step)  # Lightning knows it when training begins
         print_once(f"Stopped after step {step}. Go on with: vidprism finetune {shlex.join(argv)}")
@@ -142,7 +148,6 @@ def build_trainer(cli: FinetuneCLI, output: Path, more: Sequence[Callback] = ())
         CSVLogger(output, name="logs", version=free_name(output / "logs" / "csv").name),
     ]
     asked = cli.config_init.trainer
-    check_length(asked)
     if asked.default_root_dir is not None:
         raise UserError("trainer.default_root_dir: the run's folder is output; set that")
     logger = loggers if asked.logger in (None, True) else asked.logger
@@ -226,16 +231,17 @@ def check_checkpoint(name: str | None, output: Path) -> None:
 def begin_once(cli: FinetuneCLI, output: Path) -> Start:
     """Decides on the first process how the run begins, which its saved settings will not tell."""
     resume, cli.config.resume = str(cli.config.resume), AUTO  # jsonargparse lets null pass
-    start = begin(output, resume, yaml.safe_load(cli.parser.dump(cli.config, skip_none=False)))
+    settings = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))
+    start = begin(output, resume, settings)
     if start.checkpoint is not None:
         refuse_other_content(output / "export")  # now, not when the training has ended
     if start.data:
         cli.datamodule.load_state_dict(start.data)  # now, before the lists of the run are written anew
-    return start
+    return start if start.run else dataclasses.replace(start, run=settings_hash(settings))
 
 
 @rank_zero_only
-def save_settings(cli: FinetuneCLI, output: Path) -> None:
+def save_settings(cli: FinetuneCLI, output: Path, start: Start) -> None:
     """Writes all settings to the run's folder, at its start: config.yaml is what tells that it is one.
 
     Raises:
@@ -243,7 +249,8 @@ def save_settings(cli: FinetuneCLI, output: Path) -> None:
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        atomic_write(output / "config.yaml", cli.parser.dump(cli.config, skip_none=False).encode())
+        settings = identified(start.run, cli.parser.dump(cli.config, skip_none=False))
+        atomic_write(output / "config.yaml", settings.encode())
     except OSError as error:
         raise not_writable(output, error) from error
 
@@ -261,6 +268,9 @@ def print_usage(export: Path, evaluation: Evaluation) -> None:
     top1, clips = evaluation.values["top1"], evaluation.counts.phrase("clips")
     if evaluation.is_partial:
         clips += f" (only {evaluation.evaluated} were evaluated)"
+    if evaluation.evaluated < FEW_CLIPS:
+        low, high = evaluation.intervals["top1"]
+        clips += f" (caution: so few say little, the 95 % interval is {low:.2f} to {high:.2f})"
     print_once(f"Held-out top-1 {top1:.4f} on {clips}; exported to {export}")
     print_once(f"  vidprism predict {export} CLIP.mp4")
     print_once(f'  python -c "{code}"')

@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+from pickle import UnpicklingError
 from typing import Any
 
 import lightning as L
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from safetensors import SafetensorError
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MetricCollection
@@ -126,7 +128,7 @@ class VidPrismLightningModule(L.LightningModule):
                     num_frames=hparams.num_frames,
                     **(hparams.config or {}),
                 )
-            except (OSError, ValueError, StrictDataclassError) as error:
+            except (OSError, ValueError, StrictDataclassError, SafetensorError, UnpicklingError) as error:
                 raise UserError(f"model.backbone {hparams.backbone}: cannot be loaded ({first_line(error)})") from error
         # from_pretrained leaves eval mode, which Lightning would keep.
         self.model.train()

@@ -118,6 +118,9 @@ def check_settings(settings: dict[str, Any]) -> None:
     Raises:
         UserError: If a value is out of its range.
     """
+    for name in ("learning_rate", "backbone_lr_scale", "weight_decay", "warmup_epochs", "freeze_layers"):
+        if not 0 <= settings[name] < math.inf:
+            raise UserError(f"model.{name}={settings[name]}: must be a number of at least 0")
     reference, decay, layers, smoothing = (
         settings[name] for name in ("reference_batch_size", "ema_decay", "layer_decay", "label_smoothing")
     )

@@ -4,12 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub import ModelCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..hub.export import README, is_vidprism_config
 from ..model import VISION_PRESETS
+from ..safe_yaml import card_metadata
 
 
 def starting_point(checkpoint: str | None, backbone: str, base_model: str | None) -> str:
@@ -48,10 +47,7 @@ def base_model(name: str) -> str | None:
         return hub_id(name)
     if not is_vidprism_config(folder / "config.json"):
         return None
-    try:
-        stated = ModelCard.load(folder / README, ignore_metadata_errors=True).data.base_model
-    except (OSError, ValueError, yaml.YAMLError):  # no card, or a broken one
-        stated = None
+    stated = card_metadata(folder / README).get("base_model")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     candidates = [*(stated if isinstance(stated, list) else [stated]), config.get("_name_or_path")]
     return next(filter(None, map(hub_id, candidates)), None)

@@ -6,8 +6,9 @@ Keys are those of `vidprism finetune --help`; evaluate and ablate read recipes i
 import os
 import warnings
 from datetime import timedelta
+from typing import Any
 
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import ArgumentError
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningCLI
@@ -20,11 +21,13 @@ from ..errors import UserError, first_line
 from ..evaluation.testing import EvaluationSettings
 from ..hub.licenses import check_license
 from .checkpointing import CheckpointSettings
+from .checks import check_callbacks
 from .exporting import ExportSettings
 from .module import VidPrismLightningModule, check_frozen
 from .resuming import AUTO
 from .stalls import LONG, StallWatch, check_timeout
 from .strategies import ddp_settings, named_strategy
+from .trust import HELP, RecipeParser, check_places, check_recipes, reading, refusal, take_trust
 from .whitening import check_whitening
 
 # What a recipe need not say.
@@ -37,7 +40,16 @@ TRAINER_DEFAULTS = {
 
 
 class FinetuneCLI(LightningCLI):
-    """LightningCLI with the run's folder, and the links between data and model."""
+    """LightningCLI with the run's folder, and the links between data and model.
+
+    Args:
+        trusted: Whether the recipe may name any class, and any folder for it.
+    """
+
+    def __init__(self, *args: Any, trusted: bool = False, **settings: Any):
+        self.trusted = trusted
+        with reading(trusted):
+            super().__init__(*args, **settings)
 
     def add_arguments_to_parser(self, parser):
         parser.add_argument("--output", type=str, default="runs/finetune", help="Folder of the run.")
@@ -67,6 +79,15 @@ class FinetuneCLI(LightningCLI):
         )
         parser.link_arguments("data.id2label", "model.id2label", apply_on="instantiate")
 
+    def parse_arguments(self, parser, args) -> None:
+        """Parses, and looks at what is used before anything is built."""
+        super().parse_arguments(parser, args)
+        seed = self.config.seed_everything
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise UserError(f"seed_everything={seed}: must be from 0 to {2**32 - 1}")
+        if not self.trusted:
+            check_places(self.config.trainer)
+
     def before_instantiate_classes(self) -> None:
         """Looks for licence and backbone before data are fetched, which may be hundreds of gigabytes."""
         check_license("export.license", self.config.export.license)
@@ -78,6 +99,19 @@ class FinetuneCLI(LightningCLI):
         if source_kind(data.source) in ("benchmark", "hub"):
             load_processor(data.processor, data.num_frames)
 
+    def instantiate_classes(self) -> None:
+        """Builds data, model and what the recipe names for the trainer.
+
+        Raises:
+            UserError: If a class of the trainer's does not take what the recipe gives it.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if not str(error).startswith("Does not validate"):  # jsonargparse's beginning, around the class's own error
+                raise
+            raise UserError(f"trainer: {first_line(error.__cause__ or error)}") from error
+
     def instantiate_trainer(self, **settings) -> Trainer:
         """Builds the recipe's trainer.
 
@@ -88,12 +122,10 @@ class FinetuneCLI(LightningCLI):
         asked = trainer.callbacks or []
         # A list of its own for each trainer, which puts default callbacks into the list that it is given. The run's
         # own come first: what a recipe's callback exports holds what they keep of the same epoch.
+        asked = asked if isinstance(asked, list) else [asked]
+        check_callbacks(asked, len(self.model.id2label), others=self.trusted)
         seconds = self.config.collective_timeout
-        callbacks = [
-            *settings.pop("callbacks", []),
-            *(asked if isinstance(asked, list) else [asked]),
-            StallWatch(seconds),
-        ]
+        callbacks = [*settings.pop("callbacks", []), *asked, StallWatch(seconds)]
         accumulates = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
         accumulates = accumulates or trainer.accumulate_grad_batches > 1
         limit = timedelta(seconds=LONG * seconds)  # where StallWatch does not look
@@ -112,12 +144,14 @@ def parse(argv: list[str], description: str | None = None) -> FinetuneCLI:
     """Parses a recipe and overrides, and builds data and model.
 
     Args:
-        argv: `--config recipes/X.yaml` and any `--key value`.
+        argv: `--config recipes/X.yaml`, any `--key value`, and --trust-recipe if the recipe may name any class.
         description: What `--help` says above the keys.
 
     Raises:
         UserError: With jsonargparse's message as one line, if a key does not exist or a value does not fit.
     """
+    trusted, argv = take_trust(argv)
+    check_recipes(argv)
     try:
         # LightningCLI warns of its own arguments where the process has some too, which are the same here.
         warnings.filterwarnings("ignore", "LightningCLI's args parameter")
@@ -125,6 +159,8 @@ def parse(argv: list[str], description: str | None = None) -> FinetuneCLI:
             VidPrismLightningModule,
             VideoDataModule,
             args=argv,
+            trusted=trusted,
+            parser_class=RecipeParser,
             run=False,
             seed_everything_default=0,
             save_config_callback=None,
@@ -134,24 +170,11 @@ def parse(argv: list[str], description: str | None = None) -> FinetuneCLI:
                 "exit_on_error": False,
                 "allow_abbrev": False,  # a misspelt key is an error, not the beginning of another one
                 "prog": "vidprism finetune",
-                "description": description,
+                "description": f"{description or ''} {HELP}".strip(),
             },
         )
     except ArgumentError as error:
-        raise UserError(" ".join(str(error).split())) from error
-
-
-def check_length(trainer: Namespace) -> None:
-    """Looks whether a trainer's settings train at all.
-
-    Raises:
-        UserError: If they do not.
-    """
-    for name in ("max_epochs", "max_steps"):
-        if trainer[name] == 0:
-            raise UserError(f"trainer.{name}=0: nothing would be trained; set it to 1 or more")
-    if trainer.accumulate_grad_batches < 1:
-        raise UserError(f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: must be at least 1")
+        raise UserError(refusal(error) or " ".join(str(error).split())) from error
 
 
 def progress_bars(cli: FinetuneCLI) -> list[Callback]:

@@ -6,8 +6,11 @@ in the epoch that was (VideoDataModule.state_dict), Lightning's counters as they
 (`settle_progress`), and the states of all random generators.
 """
 
+import hashlib
+import json
 import os
 import random
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +19,15 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-import yaml
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from ..errors import UserError
+from ..safe_yaml import read_mapping
 from ..util import preview
 from .checkpointing import BEST, LAST, PREVIOUS, UNFINISHED, read_checkpoint
 from .run_lock import INSIDE, not_writable
 
+IDENTITY = re.compile(r"# Run (\w+)$", re.MULTILINE)
 METRICS = "metrics.json"  # written last: it tells that a run is finished
 AUTO, NONE = "auto", "none"
 ASIDE = "aside"  # in the checkpoints' folder: those of the branch that was left last
@@ -51,11 +55,14 @@ class Start:
         begun: The `resume` that the run, or its present branch, begins with: "auto", "none" or a file's name. Its
             checkpoints hold it, and so the same command typed again goes on. None is what the checkpoint says.
         data: State of the data module in it.
+        run: The run's identity, which config.yaml and each of its checkpoints have: a hash of the settings that it was
+            first started with, whatever later ones changed.
     """
 
     checkpoint: str | None = None
     begun: str | None = None
     data: dict[str, Any] = field(default_factory=dict)
+    run: str | None = field(default=None, compare=False)
 
 
 def begin(output: Path, resume: str, settings: dict[str, Any]) -> Start:
@@ -154,6 +161,7 @@ def _from_checkpoint(output: Path, checkpoint: Path, settings: dict[str, Any]) -
     done, most = epochs_done(content), settings["trainer"].get("max_epochs")
     if most is not None and 0 <= most < done:
         raise UserError(f"trainer.max_epochs={most}: {checkpoint} has had {done} epochs; set it to more")
+    identity(output, checkpoint, content)  # before anything is moved
     if changes:
         print(f"With other settings than before: {preview(changes, 9, '; ')}", flush=True)
     if left := later(checkpoints, checkpoint.name, content):
@@ -163,6 +171,7 @@ def _from_checkpoint(output: Path, checkpoint: Path, settings: dict[str, Any]) -
 
 
 def _start(output: Path, checkpoint: Path, content: dict[str, Any], begun: str | None = None) -> Start:
+    run = identity(output, checkpoint, content)
     _sweep(output)
     last = checkpoint.with_name(LAST)
     if checkpoint.name != LAST and last.exists():
@@ -171,7 +180,35 @@ def _start(output: Path, checkpoint: Path, content: dict[str, Any], begun: str |
     (output / METRICS).unlink(missing_ok=True)  # the run is not finished any more
     where = f"step {content['global_step']}, epoch {epochs_done(content) + 1}" if content else "its last step"
     print(f"Going on with the run in {output} from {where} ({checkpoint.name})", flush=True)
-    return Start(str(checkpoint), begun, dict(content.get("VideoDataModule", {})))
+    return Start(str(checkpoint), begun, dict(content.get("VideoDataModule", {})), run)
+
+
+def identity(output: Path, checkpoint: Path, content: dict[str, Any]) -> str | None:
+    """The identity of a run that goes on from a checkpoint. Where one of the two has none, the other's counts;
+    None where neither has.
+
+    Raises:
+        UserError: If the checkpoint is another run's.
+    """
+    with open(output / "config.yaml", encoding="utf-8", errors="replace") as file:
+        found = IDENTITY.match(file.readline())
+    known, its_own = found and found[1], content.get("callbacks", {}).get("Safeguard", {}).get("run")
+    if known and its_own and known != its_own:
+        raise UserError(
+            f"{checkpoint}: is of another run than {output / 'config.yaml'}; put the run's own there, or begin anew by "
+            f"--resume {NONE}, which keeps the folder"
+        )
+    return known or its_own
+
+
+def settings_hash(settings: dict[str, Any]) -> str:
+    """A hash of the settings that make a training what it is: the identity of a run that they start."""
+    return hashlib.sha256(json.dumps(list(_leaves(settings)), sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def identified(run: str, settings: str) -> str:
+    """The text of config.yaml: a run's settings, and its identity above them."""
+    return f"# Run {run}\n{settings}"
 
 
 def epochs_done(content: dict[str, Any]) -> int:
@@ -255,13 +292,10 @@ def set_aside(paths: list[Path], folder: Path) -> None:
 
 def changed_settings(output: Path, settings: dict[str, Any]) -> list[str]:
     """What of a run's settings was otherwise when it was started, as far as it makes another training of it."""
-    try:
-        before = yaml.safe_load((output / "config.yaml").read_text()) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{output / 'config.yaml'}: cannot be read ({type(error).__name__}); mend it") from error
+    before = read_mapping(output / "config.yaml")
     found = []
     for section, key, value in _leaves(settings):
-        had = before.get(section, {}).get(key, value) if section else before.get(key, value)
+        had = (before.get(section) or {}).get(key, value) if section else before.get(key, value)
         if had != value:
             found.append(f"{section}{'.' * bool(section)}{key} {had!s:.60}, now {value!s:.60}")
     return found

@@ -73,6 +73,7 @@ class Safeguard(Checkpoint):
         self.settings = settings or CheckpointSettings()
         self.export = export
         self.saved_step = 0  # global step of last.ckpt
+        self.run: str | None = None  # see Start
         self.begun: str | None = None  # see Start; None is that of the checkpoint
         self._signals = SignalWatch()
         self._told: deque[_Told] = deque()
@@ -85,7 +86,7 @@ class Safeguard(Checkpoint):
     # What is kept
 
     def state_dict(self) -> dict[str, Any]:
-        return {"random": gathered(random_states()), "begun": self.begun}
+        return {"random": gathered(random_states()), "begun": self.begun, "run": self.run}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._random = state_dict["random"]

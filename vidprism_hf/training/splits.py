@@ -6,15 +6,14 @@ import os
 import statistics
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from ..errors import UserError
 from ..util import atomic_write
+from .trust import HELP, read_recipe, recipes_of
 
 FILE_NAME = "splits.json"
 
@@ -46,7 +45,8 @@ def main(argv: list[str]) -> int:
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="vidprism splits",
-        description="Runs a recipe on several official splits and averages; other options are those of finetune.",
+        description="Runs a recipe on several official splits and averages; other options are those of finetune. "
+        + HELP,
         allow_abbrev=False,
     )
     parser.add_argument("--splits", type=int, nargs="+", default=[1, 2, 3], choices=(1, 2, 3), help="which splits")
@@ -56,14 +56,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _recipe_output(settings: list[str]) -> str:
     """The output that the last recipe given names."""
-    recipes = [value for name, value in pairwise(settings) if name == "--config"]
-    recipes += [setting.partition("=")[2] for setting in settings if setting.startswith("--config=")]
-    for recipe in reversed(recipes):
-        try:
-            named = yaml.safe_load(Path(recipe).read_text()).get("output")
-        except (OSError, yaml.YAMLError, AttributeError) as error:
-            raise UserError(f"{recipe}: cannot be read as a recipe ({type(error).__name__}); check --config") from error
-        if named:
+    for recipe in reversed(recipes_of(settings)):
+        if named := read_recipe(recipe).get("output"):
             return named
     raise UserError("--output: name the folder of the runs, or a recipe with --config")
 
