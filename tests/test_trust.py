@@ -313,7 +313,8 @@ def test_a_trusted_recipe_may_name_any_class(marker, recipe, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_recipe_of_an_export_runs_without_trust(recipe, motion_clips, tmp_path):
+def test_the_recipe_of_an_export_runs_without_trust(recipe, motion_clips, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the logger writes below the present folder
     stop = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val/top1"}}
     log = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path / "elsewhere")}}
     assert main([*recipe({"trainer": {"callbacks": [stop], "logger": log}}), OPTION]) == 0
@@ -339,6 +340,10 @@ def test_a_recipe_does_not_publish_with_the_token_of_whoever_runs_it(motion_clip
         {"callbacks": [{"class_path": "ModelCheckpoint", "init_args": {"dirpath": "/tmp/elsewhere"}}]},
         {"callbacks": {"class_path": "ModelCheckpoint", "init_args": {"dirpath": "~/elsewhere"}}},
         {"logger": [{"class_path": "CSVLogger", "init_args": {"save_dir": "logs/../../elsewhere"}}]},
+        {"logger": [{"class_path": "CSVLogger", "init_args": {"save_dir": "logs\n/../../../elsewhere"}}]},
+        {"logger": {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "simplecache::file:///elsewhere"}}},
+        {"callbacks": [{"class_path": "ModelCheckpoint", "init_args": {"filename": "{step:c}{step:c}/elsewhere"}}]},
+        {"callbacks": [{"class_path": "ModelCheckpoint", "init_args": {"filename": "{epoch.__class__}"}}]},
         {"logger": {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "s3://bucket"}}},
         {"profiler": {"class_path": "SimpleProfiler", "init_args": {"dirpath": ".."}}},
     ],

@@ -21,6 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from ..errors import UserError
 from ..safe_yaml import check_bounds, read_mapping
 from ..training.allowed import ALLOWED, DENIED
+from ..util import shorten
 
 OPTION = "--trust-recipe"
 HELP = f"A recipe may name classes of Lightning and of this package. With {OPTION} it may name any: then it is code."
@@ -28,7 +29,12 @@ PUBLISHES = ".PushToHub"
 SECTIONS = ("model", "data", "trainer", "checkpoint", "export", "evaluation")
 REFUSED = re.compile(r"Importing '([^']+)' is not allowed")
 KEY = re.compile(r'Parser key "([\w.]+)"')
-OUTSIDE = re.compile(r"[~/\\]|[A-Za-z]:[\\/]|\w+://|(.*[/\\])?\.\.([/\\]|$)")
+# A path outside the folder: absolute, of a home, a drive, a URL or a chain of file systems, by `..`, or one that could
+# become such: of several lines, or with a placeholder whose format makes letters of numbers.
+OUTSIDE = re.compile(
+    r"[~/\\]|[A-Za-z]:[\\/]|.*(://|::|[\n\r\0])|(.*[/\\])?\.\.([/\\]|$)|.*\{[^}:]*([.\[]|:(?!0?\d*(\.\d+)?[defg%]?\}))",
+    re.DOTALL,
+)
 
 
 class RecipeParser(LightningArgumentParser):
@@ -152,8 +158,8 @@ def check_places(settings: Any, key: str = "trainer") -> None:
                 for argument, given in (vars(value) if isinstance(value, Namespace) else value).items():
                     if isinstance(given, str) and OUTSIDE.match(given):
                         raise UserError(
-                            f"{key}.{argument}={given}: is outside the run's folder; name one inside, or if you "
-                            f"trust the recipe, add {OPTION}"
+                            f"{key}.{argument}={shorten(given)}: is outside the run's folder; name one inside, or if "
+                            f"you trust the recipe, add {OPTION}"
                         )
                     check_places(given, f"{key}.{argument}")
     elif isinstance(settings, list | tuple):
