@@ -24,10 +24,13 @@ AutoVideoProcessor.register(VidPrismConfig, VidPrismVideoProcessor, exist_ok=Tru
 
 # Training needs Lightning, which is slow to import and which prediction does not need: resolved on first use.
 _LAZY = {
-    "VideoDataModule": "data",
-    "VidPrismLightningModule": "training",
-    "Run": "training.run",
-    "finetune": "training.run",
+    "VideoDataModule": ("data", "VideoDataModule"),
+    "VidPrismLightningModule": ("training", "VidPrismLightningModule"),
+    "Run": ("training.run", "Run"),
+    "finetune": ("training.run", "finetune"),
+    "evaluate": ("evaluation.evaluate", "evaluate"),
+    "predict": ("evaluation.predict", "predict_files"),
+    "push": ("hub.push", "push_export"),
 }
 
 
@@ -35,7 +38,8 @@ def __getattr__(name: str):
     if name in _LAZY:
         from importlib import import_module
 
-        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+        module, attribute = _LAZY[name]
+        return getattr(import_module(f".{module}", __name__), attribute)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -50,5 +54,8 @@ __all__ = [
     "VideoDataModule",
     "VideoDecodeError",
     "__version__",
+    "evaluate",
     "finetune",
+    "predict",
+    "push",
 ]

@@ -9,6 +9,7 @@ import torch
 import transformers
 from small import LABELS, files_of, tiny_model
 
+import vidprism_hf
 from vidprism_cli import main
 from vidprism_hf import (
     VideoDataModule,
@@ -18,6 +19,7 @@ from vidprism_hf import (
 )
 from vidprism_hf.errors import UserError
 from vidprism_hf.evaluation.evaluate import evaluate
+from vidprism_hf.hub.push import push_export
 
 TRAINER = {"accelerator": "cpu", "enable_progress_bar": False}
 # Of an export, what depends on the clock, and on how much memory the process has had.
@@ -120,6 +122,15 @@ def test_evaluation_of_a_model_in_memory(data, exported, tmp_path):
     one = evaluate(model, data, output=str(tmp_path / "one"), trainer=TRAINER)
     two = evaluate(str(exported), data, output=str(tmp_path / "two"), trainer=TRAINER)
     assert one.values == two.values
+
+
+def test_the_functions_of_the_package(motion_clips, exported):
+    """What the command line does is there by name: each is a function over objects and paths."""
+    (found,) = vidprism_hf.predict(str(exported), [str(motion_clips / "val" / "growing" / "0.mp4")], top_k=1)
+    assert found.error is None
+    assert found.labels[0] in LABELS
+    assert vidprism_hf.evaluate is evaluate
+    assert vidprism_hf.push is push_export
 
 
 def test_lightnings_own_trainer(data):

@@ -11,8 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import UserError, first_line, printable
-from ..evaluation.predict import Prediction, default_workers, list_files, load, predict
-from ..workers import start_server
+from ..evaluation.predict import Prediction, list_files, predict_files
 
 
 def main(argv: list[str]) -> int:
@@ -41,12 +40,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--device {args.device}: {first_line(error)}") from error
 
     files = list_files(args.files)
-    workers = default_workers(len(files), args.batch_size) if args.workers is None else args.workers
-    if workers:  # the server imports while the model loads
-        start_server()
-    model, processor = load(args.model, args.revision)
-    model = model.to(args.device).eval()
-    predictions = predict(model, processor, files, args.top_k, args.batch_size, workers)
+    settings = {"device": args.device, "revision": args.revision, "workers": args.workers}
+    predictions = predict_files(args.model, files, top_k=args.top_k, batch_size=args.batch_size, **settings)
     failed = print_predictions(predictions, as_json=args.json)
     if failed:
         print(f"{failed} of {len(files)} files could not be decoded", file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ from transformers import AutoVideoProcessor
 from ..errors import UserError
 from ..model import VideoDecodeError, VidPrismForVideoClassification, VidPrismVideoProcessor
 from ..model.loading import load_classifier, load_config, named, one_line
-from ..workers import clip_loader
+from ..workers import clip_loader, start_server
 
 STDIN = "-"
 MOST_WORKERS = 8  # default limit: each worker keeps two batches in memory, and more are rarely needed
@@ -93,6 +93,44 @@ def predict(
         for error in errors:
             labels, scores = ([], []) if error else next(best)
             yield Prediction(next(names), labels, scores, error)
+
+
+def predict_files(
+    model: str,
+    files: Iterable[str],
+    *,
+    top_k: int = 5,
+    batch_size: int = 8,
+    workers: int | None = None,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+) -> Iterator[Prediction]:
+    """Classifies files by a published model; see `predict`.
+
+    Args:
+        model: Exported folder or Hub id.
+        files: Paths, URLs or folders of videos.
+        top_k: Labels per file, at most the number of classes.
+        batch_size: Files per forward pass.
+        workers: Processes that decode the next batches; None takes one per core, none for a single batch.
+        device: Where the model runs.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        UserError: If the model cannot be loaded, a folder has no videos, or scores are not finite.
+
+    Example:
+        ```python
+        for found in vidprism_hf.predict("runs/mine/export", ["clips/holiday.mp4"], top_k=1):
+            print(found.file, found.labels, found.scores, found.error)
+        ```
+    """
+    listed = list_files(files)
+    workers = default_workers(len(listed), batch_size) if workers is None else workers
+    if workers:  # the server imports while the model loads
+        start_server()
+    classifier, processor = load(model, revision)
+    yield from predict(classifier.to(device).eval(), processor, listed, top_k, batch_size, workers)
 
 
 def _collate(items: list[torch.Tensor | str]) -> tuple[torch.Tensor, list[str | None]]:
