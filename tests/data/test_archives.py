@@ -470,6 +470,38 @@ def check_unpacking(base: Path, listed: list[tuple[str, str, str, bytes]], kind:
     shutil.rmtree(base)
 
 
+@pytest.mark.parametrize("kind", ["zip", "tar.gz"])
+def test_folders_that_no_member_declares_count_too(tmp_path, kind, monkeypatch):
+    """A name of 46 folders costs the disk 46 folders, whatever its file holds."""
+    monkeypatch.setattr(archives, "MOST_MEMBERS", 500)
+    path = archive(tmp_path, kind, {"/".join([str(number), *"a" * 45, "x.mp4"]): b"" for number in range(20)})
+    with pytest.raises(DataError, match="has more than 500 members"):
+        unpack(path, tmp_path / "out")
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("name", [".unpacked.json", "clips/.unpacked.json", ".unpacked.json/x.mp4"])
+def test_a_member_with_the_name_of_our_marker_is_refused(tmp_path, name):
+    with pytest.raises(DataError, match="has the name of the file that marks an unpacked archive"):
+        unpack(archive(tmp_path, "tar", {name: b"{}"}), tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", ["5", "[5]", "null", '[["ok.tar"]]', '"ab"', '[["ok.tar", "x"]]'])
+def test_a_damaged_marker_is_one_line(tmp_path, content):
+    path = archive(tmp_path, "tar")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".unpacked.json").write_text(f'{{"archives": {content}}}')
+    with pytest.raises(DataError, match=r"was not unpacked from clips\.tar; move it away"):
+        unpack(path, tmp_path / "out")
+
+
+def test_a_link_where_it_is_unpacked_is_removed_and_not_followed(tmp_path):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / ".out.unpacking").symlink_to(tmp_path / "theirs")
+    assert contents(unpack(archive(tmp_path, "tar"), tmp_path / "out")) == FILES
+    assert list((tmp_path / "theirs").iterdir()) == []
+
+
 def test_a_second_call_does_nothing_even_without_the_archive(tmp_path):
     path = archive(tmp_path, "zip")
     folder = unpack(path, tmp_path / "out")

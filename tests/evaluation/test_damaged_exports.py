@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import tiny_export
+from small import complaint, tiny_export
 
 from vidprism_cli import main
 
@@ -126,3 +126,14 @@ def test_scores_that_are_no_numbers(tmp_path, clip, capsys):
         state[name].fill_(3e38)
     save_file(state, export / WEIGHTS, metadata={"format": "pt"})
     assert "gives scores that are not finite numbers in torch.float32" in refused(export, clip, capsys)
+
+
+@pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation"])
+def test_a_kernel_of_the_hub_in_a_configuration_is_one_line(tmp_path, capsys, field):
+    """It would be fetched and run where the package `kernels` is installed."""
+    export = tiny_export(tmp_path / "export")
+    config = json.loads((export / "config.json").read_text())
+    (export / "config.json").write_text(json.dumps(config | {field: "stranger/kernel"}))
+    assert main(["predict", str(export), str(tmp_path / "clip.mp4")]) == 1
+    said = complaint(capsys)
+    assert "kernel 'stranger/kernel', which is code of the Hub" in said or field.startswith("_")

@@ -164,4 +164,8 @@ def check_places(settings: Any, key: str = "trainer") -> None:
                     check_places(given, f"{key}.{argument}")
     elif isinstance(settings, list | tuple):
         for value in settings:
+            if isinstance(value, str) and OUTSIDE.match(value):
+                raise UserError(
+                    f"{key}={shorten(value)}: is outside the run's folder; name one inside, or add {OPTION}"
+                )
             check_places(value, key)

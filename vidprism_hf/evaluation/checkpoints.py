@@ -5,7 +5,7 @@ from transformers import AutoConfig
 
 from ..errors import UserError, why_not_loaded
 from ..model import VidPrismConfig, VidPrismForVideoClassification
-from ..model.loading import load_classifier
+from ..model.loading import check_attention, load_classifier
 from .labels import matched_labels
 
 
@@ -56,4 +56,5 @@ def read_checkpoint_config(name_or_path: str) -> VidPrismConfig:
         ) from error
     if not isinstance(config, VidPrismConfig):
         raise UserError(f"model.checkpoint {name_or_path}: a {config.model_type} model; give it as model.backbone")
+    check_attention(config, f"model.checkpoint {name_or_path}")
     return config

@@ -31,7 +31,22 @@ def load_config(name_or_path: str, revision: str | None = None, place: str | Non
         config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
     if not isinstance(config, VidPrismConfig):
         raise UserError(f"{place}: a {config.model_type} model, not a VidPrism")
+    check_attention(config, place)
     return config
+
+
+def check_attention(config: VidPrismConfig, place: str) -> None:
+    """Checks that a configuration names no kernel of the Hub, which is code.
+
+    Raises:
+        UserError: If it does.
+    """
+    for each in (config, config.vision_config):
+        if "/" in str(getattr(each, "_attn_implementation", None)):
+            raise UserError(
+                f"{place}: its config.json names the attention kernel {each._attn_implementation!r}, which is code of "
+                "the Hub; change it to sdpa or eager"
+            )
 
 
 def load_classifier(

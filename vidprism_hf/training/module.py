@@ -36,6 +36,7 @@ from .distributed import shard
 from .optim import check_settings, clips_per_step, extend_schedule, parameter_groups, scaled_learning_rate
 from .whitening import fit_whitening
 
+ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 LOSS_PARTS = ("classification_loss", "rank_loss", "gate_loss", "diversity_loss")
 CLIP_LOSSES = ("classification_loss", "rank_loss", "diversity_loss")  # means over clips
 
@@ -406,6 +407,8 @@ def check_config(fields: dict[str, Any], num_frames: int) -> None:
         UserError: If a key is not a field of `VidPrismConfig` or has its own argument, or a value is invalid.
     """
     allowed = config_fields() | {"attn_implementation"}
+    if (attention := fields.get("attn_implementation", "sdpa")) not in ATTENTION:
+        raise UserError(f"model.config.attn_implementation={attention}: must be one of {', '.join(ATTENTION)}")
     for name in fields:
         if name not in allowed:
             raise UserError(f"model.config.{name}: no such field; there are {', '.join(sorted(allowed))}")

@@ -30,6 +30,7 @@ from ..tables import DataError
 from .download import gigabytes
 
 MARKER = ".unpacked.json"
+ZIP_MAGIC = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
 # An archive may unpack to FREE bytes, or to RATIO times its size if more: videos hardly compress, text about tenfold.
 FREE = 100 * 2**20
 RATIO = 100
@@ -117,6 +118,8 @@ def unpack(
     try:
         for path in files:
             check_regular(path)
+        if beside.is_symlink():
+            beside.unlink()
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         _unpack(files, _Target(files, beside / "files"))
@@ -154,7 +157,10 @@ def _already_unpacked(files: list[Path], folder: Path) -> bool:
     if not folder.exists():
         return False
     try:
-        known = json.loads((folder / MARKER).read_text(encoding="utf-8"))["archives"]
+        known = [
+            [str(name), int(size)]
+            for name, size in json.loads((folder / MARKER).read_text(encoding="utf-8"))["archives"]
+        ]
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(f"{folder}: was not unpacked from {files[0].name}; move it away") from None
     # The archive may have been deleted since, to free its space.
@@ -190,6 +196,7 @@ class _Target:
         self.limit = max(FREE, RATIO * self.size)
         self._free = shutil.disk_usage(root).free
         self._members = self._bytes = 0
+        self._folders: set[tuple[str, ...]] = set()  # those above the members so far
 
     def refused(self, what: str) -> DataError:
         """Returns the error for an archive that is refused."""
@@ -214,6 +221,9 @@ class _Target:
         """
         if size < 0:
             raise ValueError("a size below 0")
+        self._count(size)
+
+    def _count(self, size: int) -> None:
         self._members += 1
         self._bytes += size + BLOCK
         if self._members > MOST_MEMBERS:
@@ -236,6 +246,12 @@ class _Target:
             raise self.unsafe(name, f"has an unusable name (NUL, or more than {MOST_FOLDERS} folders)")
         if parts and (parts[0] == _LEFT_OUT[0] or parts[-1] == _LEFT_OUT[1]):
             return None
+        if MARKER in parts[:2]:  # the top folder may be dropped
+            raise self.unsafe(name, "has the name of the file that marks an unpacked archive")
+        for depth in range(1, len(parts)):  # folders that no member declares
+            if (folder := parts[:depth]) not in self._folders:
+                self._folders.add(folder)
+                self._count(0)
         return self.root.joinpath(*parts)
 
     def add(self, name: str, size: int = 0, content: BinaryIO | None = None) -> None:
@@ -270,7 +286,7 @@ def _unpack(files: list[Path], target: _Target) -> None:
             "folder and give that folder as data.source"
         )
     with io.BufferedReader(_Joined(files), 1 << 20) as joined:
-        if not joined.peek(2).startswith(b"PK"):
+        if joined.peek(4)[:4] not in ZIP_MAGIC:
             return _unpack_tar(joined, target)
     if len(files) > 1:
         raise DataError(f"{files[0]}: split zip archives are not supported; join it with `zip -s 0` first")
