@@ -30,7 +30,7 @@ print(*[worker.pid for worker in batches._workers], flush=True)
 next(batches)
 time.sleep(600)
 """
-KILLED = "a loader process was killed, most often for want of memory: give the job more"
+KILLED = "a loader process was killed, probably out of memory: give the job more"
 FULL = r"shared memory \(/dev/shm\) is full: give the container more \(docker run --shm-size=8g\)"
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes and signals as Linux has them")
 
@@ -139,9 +139,7 @@ def test_an_error_of_a_clip_is_raised_as_it_is():
 
 
 def test_clips_that_do_not_pickle():
-    with pytest.raises(
-        ValueError, match=r"clips cannot be handed to loader processes \(.*\): define what they need in"
-    ):
+    with pytest.raises(ValueError, match=r"clips cannot be sent to loader processes \(.*\): define what they need in"):
         last(lambda: 1)
 
 

@@ -275,7 +275,7 @@ def test_bad_option(tmp_path, checkpoint, capsys, options, message):
         ("index,label\n0,jump\n", "--labels: the checkpoint has 5 classes, the file names 1"),
         ("id,name\nzero,jump\n", "every line below the header needs a number and a name"),
         ("id,name\n0\n", "label name '' is empty"),
-        ("id,name\n0,jump\n0,run\n1,sit\n2,skip\n3,wave\n", "do not count from 0 or 1 without gaps or repeats"),
+        ("id,name\n0,jump\n0,run\n1,sit\n2,skip\n3,wave\n", "must count from 0 or 1 without gaps or repeats"),
         ("id,name\n1,jump\n2,run\n3,sit\n4,skip\n5,wave\n", "ids must be 0 to 4, each once"),
         (None, "labels.csv: cannot be read"),
     ],

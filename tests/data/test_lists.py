@@ -231,9 +231,9 @@ def test_files_of_label_names(tmp_path, name, text):
     ("name", "text", "message"),
     [
         ("names.txt", "", "has no label names"),
-        ("names.txt", "2 a\n3 b", "do not count from 0 or 1"),
-        ("names.txt", "0 a\n2 b", "do not count from 0 or 1"),
-        ("names.txt", "0 a\n0 b", "do not count from 0 or 1"),
+        ("names.txt", "2 a\n3 b", "must count from 0 or 1"),
+        ("names.txt", "0 a\n2 b", "must count from 0 or 1"),
+        ("names.txt", "0 a\n0 b", "must count from 0 or 1"),
         ("names.txt", "run\n\nbend", "label name '' is empty"),
         ("names.csv", "id,name\n0,run\n1,run", "label name 'run' is .* given twice"),
         ("labels.json", '{"run": "x"}', "is not a JSON object of names and numbers"),

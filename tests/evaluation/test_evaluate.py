@@ -388,5 +388,6 @@ def test_a_signal_ends_processes_that_wait_for_each_other(export, source, tmp_pa
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(first.pid, signal.SIGKILL)
-    assert first.returncode == -signal.SIGTERM
+    # By the signal, or by the loss of a loader or a rank that the signal has ended already.
+    assert first.returncode in (-signal.SIGTERM, 1)
     assert not list((tmp_path / "model").rglob("evaluation.json"))

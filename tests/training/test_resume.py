@@ -302,7 +302,7 @@ def test_a_run_in_the_current_folder(stopped, source, capsys, monkeypatch):
     assert f"Going on with the run in {stopped}" in capsys.readouterr().out
     before = files_of(stopped)
     assert main(words) == 1
-    assert complaint(capsys).endswith("; call from elsewhere, or choose another output")
+    assert complaint(capsys).endswith("; run the command from elsewhere, or choose another output")
     assert files_of(stopped) == before
 
 

@@ -108,14 +108,13 @@ def order() -> list[int]:
     ],
     ids=["smaller", "larger"],
 )
-def test_other_batches_go_on_at_the_same_clip(stopped, seen, caplog, recwarn, batch_size, begins, words):
+def test_other_batches_go_on_at_the_same_clip(stopped, seen, capsys, recwarn, batch_size, begins, words):
     run = stopped / "run"
     last = f"--resume={run / 'checkpoints' / 'last.ckpt'}"
     before = checkpoint(run)["global_step"]
     words_of_run = arguments(stopped / "clips", run, last, f"--data.batch_size={batch_size}")
-    with caplog.at_level("INFO"):
-        assert main(words_of_run) == 0
-    said = [record.getMessage() for record in caplog.records] + [str(warning.message) for warning in recwarn]
+    assert main(words_of_run) == 0
+    said = capsys.readouterr().out.splitlines() + [str(warning.message) for warning in recwarn]
     assert words in said
     rest = order()[begins:]
     assert seen == [rest[start : start + batch_size] for start in range(0, len(rest), batch_size)]
