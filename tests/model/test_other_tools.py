@@ -168,3 +168,14 @@ def test_tuples_have_what_outputs_have(everywhere):
         assert isinstance(found, tuple)
         torch.testing.assert_close(found, values)
         assert not isinstance(part(x, **more, return_dict=True), tuple)
+
+
+@pytest.mark.parametrize("how", ["argument", "configuration"])
+def test_a_tuple_begins_with_the_loss(how):
+    model = tiny_model()
+    model.config.return_dict = how == "argument"
+    inputs = {"pixel_values_videos": torch.randn(2, 8, 3, 32, 32), "labels": torch.tensor([0, 1])}
+    found = model(**inputs, **({"return_dict": False} if how == "argument" else {}))
+    whole = model(**inputs, return_dict=True)
+    assert torch.equal(found[0], whole.loss)
+    assert torch.equal(found[1], whole.logits)

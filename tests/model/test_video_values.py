@@ -169,5 +169,5 @@ def test_settings_out_of_range_are_refused(name, value):
 
 def test_one_number_stands_for_all_channels():
     processor = small(image_mean=0.5, image_std=0.25)
-    assert (processor.image_mean, processor.image_std) == ([0.5] * 3, [0.25] * 3)
+    assert (processor.image_mean, processor.image_std) == ((0.5,) * 3, (0.25,) * 3)
     assert torch.equal(pixels(edges(), processor), pixels(edges(), image_mean=0.5, image_std=0.25))

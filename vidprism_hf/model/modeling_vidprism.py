@@ -321,16 +321,15 @@ class VidPrismForVideoClassification(VidPrismPreTrainedModel):
             kwargs["output_losses"] = True
         clip = self.vidprism(pixel_values_videos, frame_features=frame_features, return_dict=True, **kwargs)
         logits = self.classifier(self.dropout(clip.pooler_output))
-        output = VidPrismForVideoClassificationOutput(logits=logits)
+        loss, classification_loss = None, None
         if labels is not None:
-            output.classification_loss = self.loss_function(pooled_logits=logits, labels=labels, config=self.config)
-            output.loss = self.total_loss(
-                output.classification_loss, clip.rank_loss, clip.gate_loss, clip.diversity_loss
-            )
-        for name, value in clip.items():
-            if name != "last_hidden_state":
-                output[name] = value
-        return output
+            classification_loss = self.loss_function(pooled_logits=logits, labels=labels, config=self.config)
+            loss = self.total_loss(classification_loss, clip.rank_loss, clip.gate_loss, clip.diversity_loss)
+        rest = {name: value for name, value in clip.items() if name != "last_hidden_state"}
+        # At once: a tuple of it has the order in which fields were set, and begins with the loss.
+        return VidPrismForVideoClassificationOutput(
+            loss=loss, logits=logits, classification_loss=classification_loss, **rest
+        )
 
     def total_loss(
         self,

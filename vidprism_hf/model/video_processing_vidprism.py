@@ -75,7 +75,7 @@ class VidPrismVideoProcessor(BaseVideoProcessor):
         _check_settings({name: getattr(self, name, None) for name in SETTINGS})
         for name in ("image_mean", "image_std"):
             if isinstance(getattr(self, name), (int, float)):
-                setattr(self, name, [getattr(self, name)] * 3)  # whoever reads it expects a value for each channel
+                setattr(self, name, (getattr(self, name),) * 3)  # whoever reads it expects a value for each channel
 
     @classmethod
     def from_vision_pretrained(
